@@ -1,0 +1,52 @@
+# Everything here works on a machine that has Python 3.11 or later, make and pip, and this
+# checkout: each target makes .venv first and installs into it. `make help` lists the targets.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+STAMP  := $(VENV)/.installed
+
+# For tools whose output depends on the machine's screen or thread settings.
+export MPLBACKEND := Agg
+
+.DEFAULT_GOAL := help
+.PHONY: help venv test lint format demo bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+venv: $(STAMP)  ## make .venv and install pergrad and its tools into it
+
+# torch comes first and at its pinned version, so that pip settles on one build of it (a CPU build,
+# if pip is configured with an index that has one) before anything else can ask for another.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else f"pergrad needs Python 3.11 or later; {sys.executable} is {v[0]}.{v[1]}. Say: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+test: lint  ## lint, types, tests, doctests, and the examples in the documentation
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)  ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: $(STAMP)  ## find wrongly labelled digits by their gradient norms (under a minute)
+	$(BIN)/python examples/digits.py
+
+bench: $(STAMP)  ## measure the costs, and write the tables (some minutes, on an idle machine)
+	$(BIN)/python benchmarks/norms.py
+	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/tables.py
+
+clean:  ## remove .venv and everything generated
+	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
