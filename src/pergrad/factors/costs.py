@@ -1,0 +1,110 @@
+"""Which of several exact methods to use: counts of multiply-adds, and nothing else.
+
+Owns: the choice of a method for products of `Outer` and `Rows`, and the measured constants in it.
+Does not know: tensors. Dimensions: B and K examples, T and S positions, p outputs, d inputs.
+
+The rule in the literature, 2 T² <= d p, compares what is *stored*; here nothing is, so the
+arithmetic decides.
+"""
+
+# A Gram's symmetric half is computed in rows of blocks, each a matrix product of its own.
+# Measured on two CPU cores: blocks below 128 positions cost more than the half they save.
+GRAM_BLOCK = 128
+GRAM_BLOCKS = 8
+
+# Multiply-adds of a Gram take this much longer than those of the direct form: its products are
+# smaller, and every entry is written, read and multiplied once more (counted as 32 multiply-adds).
+# Measured, milliseconds on two cores, Gram against direct, (B, T, d, p):
+#   (8, 128, 768, 3072): 4.1, 18    (8, 512, 768, 768): 16, 15      (64, 16, 512, 512): 0.3, 3.1
+#   (16, 128, 256, 1024): 2.8, 3.9  (64, 49, 128, 128): 0.52, 0.45  (32, 1024, 64, 64): 30, 1.1
+GRAM_OVERHEAD = 1.2
+GRAM_ELEMENTWISE = 32
+
+# Reading scattered rows is this much slower, per number, than a multiply-add of a matrix product.
+GATHER_OVERHEAD = 8
+
+
+def gram_blocks(T: int) -> int:
+    """Rows of blocks in which the symmetric Gram of T positions is computed."""
+    return max(1, min(GRAM_BLOCKS, T // GRAM_BLOCK))
+
+
+def row_norm_cost(p: int, d: int) -> int:
+    """|g|² |a|², one position: p + d."""
+    return p + d
+
+
+def gram_norm_cost(T: int, p: int, d: int) -> int:
+    """Σ_ts (g_t·g_s)(a_t·a_s), half by symmetry (less, in k blocks): T² (p + d) (k + 1) / 2k."""
+    k = gram_blocks(T)
+    return T * T * (p + d) * (k + 1) // (2 * k)
+
+
+def direct_norm_cost(T: int, p: int, d: int) -> int:
+    """Form Gᵀ A, then square it: T p d (+ p d)."""
+    return (T + 1) * p * d
+
+
+def outer_norm_method(T: int, p: int, d: int) -> str:
+    """How to take the norms of an Outer: "rows", "gram" or "direct"."""
+    if T <= 1:
+        return "rows"
+    gram = GRAM_OVERHEAD * (gram_norm_cost(T, p, d) + GRAM_ELEMENTWISE * T * T)
+    return "gram" if gram < direct_norm_cost(T, p, d) else "direct"
+
+
+def outer_norm_cost(T: int, p: int, d: int) -> int:
+    """Multiply-adds per example and group of the chosen method."""
+    method = outer_norm_method(T, p, d)
+    if method == "rows":
+        return row_norm_cost(p, d)
+    return gram_norm_cost(T, p, d) if method == "gram" else direct_norm_cost(T, p, d)
+
+
+def outer_dot_method(T: int, S: int, p: int, d: int) -> str:
+    """Row b with row b of two Outers. "gram": T S (p + d). "direct": form one, T p d + S p d."""
+    if T <= 1 and S <= 1:
+        return "rows"
+    gram = GRAM_OVERHEAD * T * S * (p + d + GRAM_ELEMENTWISE)
+    return "gram" if gram < (T + S) * p * d else "direct"
+
+
+def outer_gram_method(B: int, K: int, T: int, S: int, p: int, d: int, *, same: bool = False) -> str:
+    """All pairs of two Outers.
+
+    "rows": T = S = 1. "gram": B K T S (p + d), half if `same`. "tiles": form both sides a tile at
+    a time, (B T + K S) p d (once if `same`), then multiply, B K p d.
+    """
+    if T <= 1 and S <= 1:
+        return "rows"
+    gram = GRAM_OVERHEAD * B * K * T * S * (p + d + GRAM_ELEMENTWISE) / (2 if same else 1)
+    tiles = (B * T + (0 if same else K * S) + B * K) * p * d
+    return "gram" if gram < tiles else "tiles"
+
+
+def join_is_cheaper(pairs: int, B: int, K: int, ids: int) -> bool:
+    """Two Rows, all pairs: join equal ids (`pairs` row products), or B K products over all ids."""
+    return pairs * GATHER_OVERHEAD < B * K * ids
+
+
+def shift_norm_cost(T: int, window: int, p: int, d: int, k: int) -> int:
+    """A convolution's Gram from shifted Grams of single pixels: T² p + window² d / k + k T²."""
+    return T * T * p + window * window * (d // k) + k * T * T * SHIFT_ELEMENTWISE
+
+
+# Adding up one shifted Gram reads strided rows: about this many multiply-adds for each number.
+SHIFT_ELEMENTWISE = 16
+
+
+def correlation_norm_method(T: int, window: int, p: int, d: int, k: int) -> str:
+    """Norms of a convolution's weight: as an `Outer` over patches, or "shift"."""
+    plain = outer_norm_method(T, p, d)
+    if plain == "rows" or k == 1:
+        return plain
+    patches = T * d * PATCH_OVERHEAD
+    cheapest = outer_norm_cost(T, p, d) * (GRAM_OVERHEAD if plain == "gram" else 1) + patches
+    return "shift" if GRAM_OVERHEAD * shift_norm_cost(T, window, p, d, k) < cheapest else plain
+
+
+# Copying one number of a patch costs about this many multiply-adds.
+PATCH_OVERHEAD = 8

@@ -1,0 +1,165 @@
+"""`Dense` and `Zero`: gradients that are simply there, and gradients that are not.
+
+Owns: the two classes.
+Does not know: other factors.
+"""
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Tensor
+
+from pergrad.factors.base import Factor
+from pergrad.factors.numeric import Index, columns, flat, result_dtype
+from pergrad.factors.workspace import by_chunks, chunks, limit
+
+
+class Dense(Factor):
+    """G[b] = values[b]: biases, norm layers, whatever had to be formed."""
+
+    def __init__(self, values: Tensor) -> None:
+        shape = tuple(values.shape[1:])
+        super().__init__(len(values), shape, values.device, result_dtype(values))
+        self.values = values
+
+    def dense(self) -> Tensor:
+        """(B, *shape)."""
+        return self.values.to(self.dtype)
+
+    def tile(self, lo: int, hi: int) -> Tensor:
+        """A view, cast where it must be."""
+        wide = self.matrix_shape[1]
+        return flat(self.values)[:, lo * wide : hi * wide].to(self.dtype)
+
+    def pick(self, rows: Tensor) -> Tensor | None:
+        """(B, U, C)."""
+        return self.values.reshape(self.batch, *self.matrix_shape)[:, rows].to(self.dtype)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """G[b] · v."""
+        v = v.to(self.device, self.dtype).reshape(-1)
+        return by_chunks(
+            self.batch,
+            self.bytes_per_row,
+            lambda rows: torch.mv(flat(self.values[rows]).to(self.dtype), v),
+            like=self._zeros(0),
+        )
+
+    def weighted_sum(self, c: Tensor) -> Tensor:
+        """Σ_b c[b] G[b]."""
+        c = c.to(self.device, self.dtype)
+        out = self._zeros(prod(self.shape))
+        for rows in chunks(self.batch, self.bytes_per_row, limit(self.device)):
+            out = out + torch.mv(flat(self.values[rows]).to(self.dtype).mT, c[rows])
+        return out.reshape(self.shape)
+
+    def scale(self, c: Tensor) -> "Dense":
+        """Row b times c[b]."""
+        return Dense(self.dense() * columns(c.to(self.device, self.dtype), self.values))
+
+    def _times_diagonal(self, diagonal: Tensor) -> "Dense":
+        return Dense(self.dense() * diagonal)
+
+    def _kronecker(self, A: Tensor | None, S: Tensor | None) -> "Dense":
+        return Dense(sandwich(self.dense(), A, S))
+
+    def _select(self, index: Index) -> "Dense":
+        return Dense(self.values[index])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Dense":
+        return Dense(change(self.values))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The values."""
+        return (self.values,)
+
+
+class Zero(Factor):
+    """G[b] = 0: a parameter that no loss reaches."""
+
+    def __init__(
+        self,
+        batch: int,
+        shape: tuple[int, ...],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        dtype = torch.promote_types(dtype, torch.float32)
+        super().__init__(batch, shape, torch.device(device), dtype)
+
+    def dense(self) -> Tensor:
+        """(B, *shape)."""
+        return self._zeros(self.batch, *self.shape)
+
+    def tile(self, lo: int, hi: int) -> Tensor:
+        """Zeros."""
+        return self._zeros(self.batch, (hi - lo) * self.matrix_shape[1])
+
+    def pick(self, rows: Tensor) -> Tensor | None:
+        """Zeros."""
+        return self._zeros(self.batch, len(rows), self.matrix_shape[1])
+
+    def sq_norms(self) -> Tensor:
+        """0."""
+        return self._zeros(self.batch)
+
+    def norm_method(self) -> str:
+        """Nothing to do."""
+        return "none"
+
+    def norm_cost(self) -> int:
+        """0."""
+        return 0
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """0."""
+        return self._zeros(self.batch)
+
+    def weighted_sum(self, c: Tensor) -> Tensor:
+        """0."""
+        return self._zeros(*self.shape)
+
+    def scale(self, c: Tensor) -> "Zero":
+        """Itself."""
+        return self
+
+    def _times_diagonal(self, diagonal: Tensor) -> "Zero":
+        return self
+
+    def _kronecker(self, A: Tensor | None, S: Tensor | None) -> "Zero":
+        return self
+
+    def _select(self, index: Index) -> "Zero":
+        if isinstance(index, slice):
+            count = len(range(*index.indices(self.batch)))
+        else:
+            count = len(index)
+        return Zero(count, self.shape, self.device, self.dtype)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Zero":
+        """Elsewhere, or of another dtype."""
+        return Zero(self.batch, self.shape, device or self.device, dtype or self.dtype)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Zero":
+        return self
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """None."""
+        return ()
+
+
+def sandwich(x: Tensor, A: Tensor | None, S: Tensor | None) -> Tensor:
+    """S x A for every row of x (B, *shape), its first dimension against all others."""
+    shape = x.shape
+    rows = shape[1] if len(shape) > 1 else 1
+    out = x.reshape(len(x), rows, prod(shape[2:]))
+    if A is not None:
+        A = A.to(x.dtype)
+        out = out * A if A.dim() == 1 else out @ A
+    if S is not None:
+        S = S.to(x.dtype)
+        out = out * S[:, None] if S.dim() == 1 else S @ out
+    return out.reshape(shape)

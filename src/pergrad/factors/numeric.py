@@ -1,0 +1,76 @@
+"""Small numerical helpers that every factor uses.
+
+Owns: result dtypes, the test for "autograd is watching", row sums and products, indices.
+Does not know: factors.
+"""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+Index = slice | Tensor
+
+
+def result_dtype(*tensors: Tensor) -> torch.dtype:
+    """The floating dtype of the tensors together, but at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def tracing(*tensors: Tensor) -> bool:
+    """Whether autograd records: then no buffer may be written twice."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def flat(x: Tensor) -> Tensor:
+    """(B, ...) as (B, elements), also for B = 0 and for x of one dimension."""
+    return x.reshape(len(x), prod(x.shape[1:]))
+
+
+def row_dots(x: Tensor, y: Tensor) -> Tensor:
+    """Sum over everything but the first dimension of x * y."""
+    # mul + sum, not bmm: torch's sum is pairwise, BLAS' dot of long rows loses two digits
+    return flat(x * y).sum(1)
+
+
+def row_squares(x: Tensor) -> Tensor:
+    """Sum over everything but the first dimension of x²."""
+    return flat(x.square()).sum(1)
+
+
+def columns(c: Tensor, x: Tensor) -> Tensor:
+    """`c` (B,) shaped so that it multiplies the rows of x."""
+    return c.reshape(-1, *[1] * (x.dim() - 1))
+
+
+def normal_index(index: Index | int, batch: int, device: torch.device) -> Index:
+    """A slice, or a LongTensor of non-negative rows; bool masks and integers become one of them."""
+    if isinstance(index, int):
+        index = torch.tensor([index])
+    if isinstance(index, slice):
+        return slice(*index.indices(batch))
+    if index.dtype == torch.bool:
+        if index.shape != (batch,):
+            raise ValueError(f"A mask over {batch} examples has shape {tuple(index.shape)}.")
+        return index.nonzero()[:, 0].to(device)
+    if index.dim() != 1 or index.is_floating_point():
+        raise ValueError(f"An index must be 1-D and integer, not {index.dtype} {index.shape}.")
+    index = index.long()
+    if index.numel() and not bool(((index >= -batch) & (index < batch)).all()):
+        raise IndexError(f"An example's number is out of range for {batch} examples.")
+    return torch.where(index < 0, index + batch, index).to(device)
+
+
+def product(g: Tensor, a: Tensor, dtype: torch.dtype, buffer: Tensor | None = None) -> Tensor:
+    """(B, N, p, d): gᵀ a for every example and group, into a flat buffer if one is given."""
+    B, N, T, p = g.shape
+    d = a.shape[3]
+    left = g.to(dtype).reshape(B * N, T, p).mT
+    right = a.to(dtype).reshape(B * N, T, d)
+    if buffer is None:
+        return torch.bmm(left, right).view(B, N, p, d)
+    out = buffer[: B * N * p * d].view(B * N, p, d)
+    return torch.bmm(left, right, out=out).view(B, N, p, d)

@@ -1,0 +1,144 @@
+"""`Outer`: sums of outer products, from linear layers, convolutions, experts.
+
+Owns: the class, and its products with a fixed direction or fixed weights.
+Does not know: norms and products of two factors (`outer_products`), where g and a came from.
+"""
+
+from collections.abc import Callable
+from math import prod
+
+import torch
+from torch import Tensor
+
+from pergrad.factors import costs, outer_norms
+from pergrad.factors.base import Factor
+from pergrad.factors.numeric import Index, columns, product, result_dtype, row_dots
+from pergrad.factors.workspace import by_chunks, chunks, limit
+
+
+class Outer(Factor):
+    """G[b] = for each group n: Σ_t g[b,n,t] ⊗ a[b,n,t], not formed unless asked.
+
+    Args:
+        g: (B, N, T, p), or (B, T, p) for one group: the gradient at the op's output.
+        a: (B, N, T, d), or (B, T, d): the op's input.
+        shape: the parameter's; its elements in order are those of the matrix (N p, d).
+    """
+
+    def __init__(self, g: Tensor, a: Tensor, shape: tuple[int, ...] | None = None) -> None:
+        g, a = (t.unsqueeze(1) if t.dim() == 3 else t for t in (g, a))
+        if g.dim() != 4 or a.dim() != 4 or g.shape[:3] != a.shape[:3]:
+            raise ValueError(f"g {tuple(g.shape)} and a {tuple(a.shape)} do not fit (B, N, T, _).")
+        natural = (g.shape[1] * g.shape[3], a.shape[3])
+        shape = natural if shape is None else tuple(shape)
+        if prod(shape) != prod(natural):
+            raise ValueError(f"A matrix {natural} is no parameter of shape {shape}.")
+        super().__init__(len(g), shape, g.device, result_dtype(g, a))
+        self.g = g
+        self.a = a
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(N, T, p, d)."""
+        return (*self.g.shape[1:], self.a.shape[3])
+
+    @property
+    def aligned(self) -> bool:
+        """Whether the parameter seen as a matrix is (N p, d)."""
+        N, _, p, d = self.sizes
+        return self.matrix_shape == (N * p, d)
+
+    def dense(self) -> Tensor:
+        """(B, *shape)."""
+        return product(self.g, self.a, self.dtype).reshape(self.batch, *self.shape)
+
+    def tile(self, lo: int, hi: int) -> Tensor:
+        """(B, (hi - lo) * C); groups that the tile touches partly are formed whole."""
+        _, _, p, d = self.sizes
+        wide = self.matrix_shape[1]
+        start, stop = lo * wide, hi * wide  # in elements of the parameter
+        if stop <= start:
+            return self._zeros(self.batch, 0)
+        first, last = start // d, -(-stop // d)  # rows of the matrix (N p, d)
+        n, m = first // p, -(-last // p)
+        g = self.g[:, n:m]
+        if m - n == 1:
+            g = g[..., first - n * p : last - n * p]
+        else:
+            first = n * p
+        formed = product(g, self.a[:, n:m], self.dtype).flatten(1)
+        return formed[:, start - first * d : stop - first * d]
+
+    def pick(self, rows: Tensor) -> Tensor | None:
+        """(B, U, d): rows of the matrix, from the columns of g that they need."""
+        if self.g.shape[1] != 1 or not self.aligned:
+            return None
+        return product(self.g[..., rows], self.a, self.dtype).squeeze(1)
+
+    def sq_norms(self) -> Tensor:
+        """‖G[b]‖², by the method that `costs.outer_norm_method` chooses."""
+        return outer_norms.sq_norms(self.g, self.a)
+
+    def norm_method(self) -> str:
+        """One of "rows", "gram", "direct"."""
+        return costs.outer_norm_method(*self.sizes[1:])
+
+    def norm_cost(self) -> int:
+        """Multiply-adds of that method."""
+        return self.batch * self.sizes[0] * costs.outer_norm_cost(*self.sizes[1:])
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Σ_t g_t · (V a_t): one matrix product as in a forward pass, no T²."""
+        N, T, p, d = self.sizes
+        V = v.to(self.device, self.dtype).reshape(N, p, d)
+        narrow = N * T * (2 * min(p, d) + max(p, d)) * self.dtype.itemsize
+
+        def piece(rows: slice) -> Tensor:
+            g, a = self.g[rows].to(self.dtype), self.a[rows].to(self.dtype)
+            return row_dots(torch.matmul(g, V), a) if d < p else row_dots(torch.matmul(a, V.mT), g)
+
+        return by_chunks(self.batch, narrow, piece, like=self._zeros(0))
+
+    def weighted_sum(self, c: Tensor) -> Tensor:
+        """Σ_bt c[b] g[b,t] ⊗ a[b,t]: one matrix product as in a plain backward pass."""
+        N, T, p, d = self.sizes
+        c = c.to(self.device, self.dtype)
+        each = N * T * (2 * p + d) * self.dtype.itemsize
+        out = self._zeros(N, p, d)
+        for rows in chunks(self.batch, each, limit(self.device)):
+            g, a = self.g[rows].to(self.dtype), self.a[rows].to(self.dtype)
+            g = g * columns(c[rows], g)
+            count = len(g) * T
+            left = g.transpose(0, 1).reshape(N, count, p)
+            out = out + torch.bmm(left.mT, a.transpose(0, 1).reshape(N, count, d))
+        return out.reshape(self.shape)
+
+    def scale(self, c: Tensor) -> "Outer":
+        """The smaller of g and a times c[b]."""
+        c = c.to(self.device, self.dtype)
+        if self.a.numel() < self.g.numel():
+            return Outer(self.g, self.a.to(self.dtype) * columns(c, self.a), self.shape)
+        return Outer(self.g.to(self.dtype) * columns(c, self.g), self.a, self.shape)
+
+    def _select(self, index: Index) -> "Outer":
+        return Outer(self.g[index], self.a[index], self.shape)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Outer":
+        return Outer(change(self.g), change(self.a), self.shape)
+
+    def _kronecker(self, A: Tensor | None, S: Tensor | None) -> Factor:
+        N, _, p, _ = self.sizes
+        if not self.aligned or (N > 1 and S is not None and S.dim() == 2):
+            return super()._kronecker(A, S)  # S mixes groups: no Outer of the same kind
+        g, a = self.g, self.a
+        if A is not None:
+            a = a.to(self.dtype)
+            a = a * A if A.dim() == 1 else a @ A
+        if S is not None:
+            g = g.to(self.dtype)
+            g = g * S.reshape(N, 1, p) if S.dim() == 1 else g @ S.mT
+        return Outer(g, a, self.shape)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """`g` and `a`."""
+        return (self.g, self.a)

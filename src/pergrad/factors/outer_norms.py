@@ -1,0 +1,119 @@
+"""Norms of `Outer`: three exact methods, and the guard between them.
+
+Owns: the formulas of `sq_norms`, and when a Gram's result may not be trusted.
+Does not know: other factors. Everything here works on the tensors g (B,N,T,p) and a (B,N,T,d).
+"""
+
+import torch
+from torch import Tensor
+
+from pergrad.factors import costs
+from pergrad.factors.numeric import product, result_dtype, row_squares, tracing
+from pergrad.factors.workspace import by_chunks, chunks, scratch
+
+# κ² = |A|²|G|² / |AᵀG|². A Gram's terms are of size |A|²|G|² and cancel down to |AᵀG|², so its
+# relative error is at most about u κ² (in practice a hundredth of it) against u κ of the direct
+# form. Below the limit the Gram keeps 4e-6 or so in float32 and 1e-12 in float64. Unrelated
+# tokens have κ = √T and stay below it wherever a Gram is the cheaper method.
+KAPPA_LIMIT = {torch.float32: 64.0, torch.float64: 1000.0}
+
+
+def sq_norms(g: Tensor, a: Tensor) -> Tensor:
+    """(B,): ‖Σ_t g[b,n,t] ⊗ a[b,n,t]‖², summed over groups."""
+    B, N, T, p = g.shape
+    d = a.shape[3]
+    if T == 0 or 0 in (N, p, d):
+        return g.new_zeros(B, dtype=result_dtype(g, a))
+    method = costs.outer_norm_method(T, p, d)
+    if method == "rows":
+        return by_rows(g, a)
+    if method == "direct":
+        return direct(g, a)
+    norms, sizes = gram(g, a)
+    doubtful = cancels(norms, sizes)
+    if not bool(doubtful.any()):
+        return norms
+    rows = doubtful.nonzero()[:, 0]
+    return norms.index_copy(0, rows, direct(g[rows], a[rows]))
+
+
+def cancels(norms: Tensor, sizes: Tensor) -> Tensor:
+    """Whether κ is above the limit; also where a Gram overflowed (so not `>`: NaN must be true)."""
+    norms, sizes = norms.detach(), sizes.detach()
+    return ~(sizes <= KAPPA_LIMIT[norms.dtype] ** 2 * norms)
+
+
+def by_rows(g: Tensor, a: Tensor) -> Tensor:
+    """T = 1: Σ_n |g_n|² |a_n|². N (p + d) multiply-adds."""
+    dtype = result_dtype(g, a)
+    N, p, d = g.shape[1], g.shape[3], a.shape[3]
+
+    def piece(rows: slice) -> Tensor:
+        left = g[rows, :, 0].to(dtype).square().sum(2)
+        return (left * a[rows, :, 0].to(dtype).square().sum(2)).sum(1)
+
+    return by_chunks(len(g), N * (p + d) * dtype.itemsize, piece, like=g.new_zeros(0, dtype=dtype))
+
+
+def direct(g: Tensor, a: Tensor) -> Tensor:
+    """Form gᵀ a in one reused buffer, square, sum. N T p d multiply-adds."""
+    dtype = result_dtype(g, a)
+    B, N, _, p = g.shape
+    d = a.shape[3]
+    budget = scratch(g.device)
+    each = p * d * dtype.itemsize
+    # not bmm into fresh memory: on a CPU its page faults cost more than the multiplication
+    groups = chunks(N, each, budget)
+    spans = chunks(p, d * dtype.itemsize, budget) if each > budget else [slice(0, p)]
+    widest = min(N, max(1, budget // each)) * spans[0].stop * d
+    step = max(1, budget // (widest * dtype.itemsize))
+    buffer = None if tracing(g, a) else g.new_empty(min(step, B) * widest, dtype=dtype)
+
+    def piece(rows: slice) -> Tensor:
+        total = g.new_zeros(rows.stop - rows.start, dtype=dtype)
+        for group in groups:
+            right = a[rows, group].to(dtype)
+            for span in spans:
+                formed = product(g[rows, group, :, span], right, dtype, buffer)
+                total = total + _sum_of_squares(formed)
+        return total
+
+    return by_chunks(
+        B, widest * dtype.itemsize, piece, like=g.new_zeros(0, dtype=dtype), budget=budget
+    )
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """(B,): of (B, N, p, d), row by row."""
+    if tracing(x):
+        return row_squares(x)  # a norm has no derivative at zero
+    # vector_norm is the fastest reduction, but its single running sum loses digits over millions
+    # of elements (1e-4 measured): let it do short rows, and pairwise sums the rest
+    return torch.linalg.vector_norm(x, dim=3).square().flatten(1).sum(1)
+
+
+def gram(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_ts (g_t·g_s)(a_t·a_s), half of it, and |A|²|G|², both (B,)."""
+    dtype = result_dtype(g, a)
+    B, N, T, p = g.shape
+    k = costs.gram_blocks(T)
+    block = -(-T // k)
+    each = N * (T * (p + a.shape[3]) + 2 * T * block) * dtype.itemsize
+
+    def piece(rows: slice) -> Tensor:
+        G = g[rows].to(dtype).reshape(-1, T, p)
+        A = a[rows].to(dtype).reshape(-1, T, a.shape[3])
+        total = A.new_zeros(len(A))
+        for lo in range(0, T, block):
+            hi = min(T, lo + block)
+            both = torch.bmm(G[:, lo:hi], G[:, :hi].mT) * torch.bmm(A[:, lo:hi], A[:, :hi].mT)
+            total = total + both[:, :, lo:].sum((1, 2))
+            if lo:  # the blocks left of the diagonal stand for those above it
+                total = total + 2 * both[:, :, :lo].sum((1, 2))
+        sizes = row_squares(G) * row_squares(A)
+        return torch.stack([total.view(-1, N).sum(1), sizes.view(-1, N).sum(1)], 1)
+
+    pair = by_chunks(
+        B, each, piece, like=g.new_zeros(0, dtype=dtype), tail=(2,), budget=scratch(g.device)
+    )
+    return pair[:, 0], pair[:, 1]

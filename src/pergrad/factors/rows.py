@@ -1,0 +1,172 @@
+"""`Rows`: gradients of a table by the rows that were looked up.
+
+Owns: the class, and the sums over equal (example, id).
+Does not know: products of two factors (`rows_products`), padding conventions of any op.
+"""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pergrad.factors.base import Factor
+from pergrad.factors.numeric import Index, columns, result_dtype
+from pergrad.factors.workspace import by_chunks, chunks, limit
+
+
+class Rows(Factor):
+    """G[b] = Σ_t e[ids[b,t]] ⊗ g[b,t], where an id of -1 adds nothing.
+
+    Args:
+        ids: (B, T), integers below shape[0].
+        g: (B, T, *shape[1:]).
+        shape: the table's. Neither (B, V, ...) nor a T × T mask is ever formed for the norms.
+    """
+
+    def __init__(self, ids: Tensor, g: Tensor, shape: tuple[int, ...]) -> None:
+        shape = tuple(shape)
+        if not shape or ids.dim() != 2 or tuple(g.shape) != (*ids.shape, *shape[1:]):
+            raise ValueError(
+                f"ids {tuple(ids.shape)} and g {tuple(g.shape)} do not fit a table {shape}."
+            )
+        super().__init__(len(g), shape, g.device, result_dtype(g))
+        self.ids = ids
+        self.g = g
+
+    @cached_property
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Where in (B T), whose, and which row: the lookups that count, in order."""
+        ids = self.ids.reshape(-1).long()
+        where = (ids >= 0).nonzero()[:, 0]
+        ids = ids[where]
+        if ids.numel() and int(ids.max()) >= self.shape[0]:
+            raise ValueError(f"Row {int(ids.max())} is looked up in a table {self.shape}.")
+        return where, where // max(1, self.ids.shape[1]), ids
+
+    def positions(self, where: Tensor) -> Tensor:
+        """(U, C): g at positions of (B T)."""
+        return self.g.reshape(self.ids.numel(), self.matrix_shape[1])[where].to(self.dtype)
+
+    @cached_property
+    def _segments(self) -> tuple[Tensor, Tensor]:
+        _, whose, ids = self.entries
+        keys, segment = torch.unique(whose * self.shape[0] + ids, return_inverse=True)
+        return keys, segment
+
+    def segments(self) -> tuple[Tensor, Tensor]:
+        """Ascending keys example * V + id (U,), and the sum of g over each (U, C)."""
+        keys, segment = self._segments
+        # index_add, not a difference of running sums: that would spread a NaN over what follows
+        return keys, self._add_up(self.entries[0], segment, len(keys))
+
+    def _add_up(self, where: Tensor, target: Tensor, count: int) -> Tensor:
+        """(count, C): g at `where`, summed into rows `target`."""
+        out = self._zeros(count, self.matrix_shape[1])
+        return out.index_add(0, target, self.positions(where))
+
+    def ids_present(self) -> Tensor:
+        """Ascending: every row that any example looked up."""
+        return torch.unique(self.entries[2])
+
+    def dense(self) -> Tensor:
+        """(B, *shape)."""
+        return self.tile(0, self.shape[0]).reshape(self.batch, *self.shape)
+
+    def tile(self, lo: int, hi: int) -> Tensor:
+        """Only the lookups of rows lo:hi are read."""
+        where, whose, ids = self.entries
+        inside = ((ids >= lo) & (ids < hi)).nonzero()[:, 0]
+        target = whose[inside] * (hi - lo) + ids[inside] - lo
+        out = self._add_up(where[inside], target, self.batch * (hi - lo))
+        return out.reshape(self.batch, (hi - lo) * self.matrix_shape[1])
+
+    def pick(self, rows: Tensor) -> Tensor | None:
+        """(B, U, C); the rows must differ."""
+        place = torch.full((self.shape[0],), -1, device=self.device)
+        place[rows] = torch.arange(len(rows), device=self.device)
+        where, whose, ids = self.entries
+        inside = (place[ids] >= 0).nonzero()[:, 0]
+        target = whose[inside] * len(rows) + place[ids[inside]]
+        out = self._add_up(where[inside], target, self.batch * len(rows))
+        return out.reshape(self.batch, len(rows), self.matrix_shape[1])
+
+    @property
+    def bytes_per_lookup_row(self) -> int:
+        """What the lookups of one example take, twice over: gathered, and summed."""
+        return 2 * self.ids.shape[1] * (self.matrix_shape[1] * self.dtype.itemsize + 8)
+
+    def sq_norms(self) -> Tensor:
+        """Sort by (example, id), sum each segment, square: O(B T C)."""
+
+        def piece(rows: slice) -> Tensor:
+            part = self._select(rows)
+            keys, values = part.segments()
+            whose = keys // max(1, self.shape[0])
+            return self._zeros(part.batch).index_add(0, whose, values.square().sum(1))
+
+        return by_chunks(self.batch, self.bytes_per_lookup_row, piece, like=self._zeros(0))
+
+    def norm_method(self) -> str:
+        """Sums over equal ids."""
+        return "segments"
+
+    def norm_cost(self) -> int:
+        """2 B T C."""
+        return 2 * self.ids.numel() * self.matrix_shape[1]
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Σ_t v[ids[b,t]] · g[b,t]."""
+        v = v.to(self.device, self.dtype).reshape(self.matrix_shape)
+
+        def piece(rows: slice) -> Tensor:
+            part = self._select(rows)
+            where, whose, ids = part.entries
+            products = (v[ids] * part.positions(where)).sum(1)
+            return self._zeros(part.batch).index_add(0, whose, products)
+
+        return by_chunks(self.batch, self.bytes_per_lookup_row, piece, like=self._zeros(0))
+
+    def weighted_sum(self, c: Tensor) -> Tensor:
+        """Σ_bt c[b] e[ids[b,t]] ⊗ g[b,t]."""
+        c = c.to(self.device, self.dtype)
+        out = self._zeros(*self.matrix_shape)
+        for rows in chunks(self.batch, self.bytes_per_lookup_row, limit(self.device)):
+            part = self._select(rows)
+            where, whose, ids = part.entries
+            out = out.index_add(0, ids, part.positions(where) * c[rows][whose, None])
+        return out.reshape(self.shape)
+
+    def scale(self, c: Tensor) -> "Rows":
+        """`g` times c[b]."""
+        g = self.g.to(self.dtype) * columns(c.to(self.device, self.dtype), self.g)
+        return Rows(self.ids, g, self.shape)
+
+    def _times_diagonal(self, diagonal: Tensor) -> "Rows":
+        return Rows(self.ids, self.g.to(self.dtype) * self._at_ids(diagonal), self.shape)
+
+    def _kronecker(self, A: Tensor | None, S: Tensor | None) -> Factor:
+        if S is not None and S.dim() == 2:
+            return super()._kronecker(A, S)  # every row of the table is reached
+        g = self.g.to(self.dtype).reshape(*self.ids.shape, self.matrix_shape[1])
+        if A is not None:
+            g = g * A if A.dim() == 1 else g @ A
+        if S is not None:
+            g = g * self._at_ids(S)[..., None]
+        return Rows(self.ids, g.reshape(self.g.shape), self.shape)
+
+    def _at_ids(self, table: Tensor) -> Tensor:
+        """table[ids], with some row's values where there is no id."""
+        if self.shape[0] == 0:
+            return table.new_zeros((*self.ids.shape, *table.shape[1:]))
+        return table[self.ids.long().clamp_min(0)]
+
+    def _select(self, index: Index) -> "Rows":
+        return Rows(self.ids[index], self.g[index], self.shape)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Rows":
+        return Rows(change(self.ids), change(self.g), self.shape)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """`ids` and `g`."""
+        return (self.ids, self.g)

@@ -1,0 +1,90 @@
+"""How much memory temporaries may take, and cutting work to fit.
+
+Owns: the budget in bytes (`limit`, `workspace`) and the chunks that respect it.
+Does not know: factors. A chunk size never changes a result beyond rounding.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from math import prod
+
+import torch
+from torch import Tensor
+
+DEFAULT_BYTES = 256 * 2**20
+SHARE_OF_FREE = 8  # at most one part in eight of what is free
+# A temporary that is written and read again at once should not leave the CPU's caches: measured,
+# a 4 MiB buffer is as fast as a smaller one and a fresh one of 100 MiB is three times slower.
+CACHE_BYTES = 4 * 2**20
+
+_budget: ContextVar[int | None] = ContextVar("pergrad_workspace", default=None)
+
+
+@contextmanager
+def workspace(size: int | None) -> Iterator[None]:
+    """Temporaries inside this block stay near `size` bytes; None is the default share."""
+    if size is not None and size <= 0:
+        raise ValueError(f"The budget for temporary buffers must be positive, not {size} bytes.")
+    token = _budget.set(size)
+    try:
+        yield
+    finally:
+        _budget.reset(token)
+
+
+def limit(device: torch.device | None = None) -> int:
+    """Bytes that temporaries may take now, on this device."""
+    chosen = _budget.get()
+    if chosen is not None:
+        return chosen
+    free = _free_bytes(device)
+    return DEFAULT_BYTES if free is None else max(2**20, min(DEFAULT_BYTES, free // SHARE_OF_FREE))
+
+
+def scratch(device: torch.device) -> int:
+    """Bytes for one buffer that is filled and read over and over: cache-sized on a CPU."""
+    return min(limit(device), CACHE_BYTES) if device.type == "cpu" else limit(device)
+
+
+def _free_bytes(device: torch.device | None) -> int | None:
+    """Free memory, None where the platform does not tell."""
+    try:
+        if device is not None and device.type == "cuda":
+            # the caching allocator holds memory that the driver counts as taken
+            cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            return torch.cuda.mem_get_info(device)[0] + cached
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError, RuntimeError):
+        return None
+
+
+def chunks(count: int, bytes_each: int, budget: int) -> list[slice]:
+    """Cut range(count) into slices of about `budget` bytes, at least one item each."""
+    step = max(1, budget // max(1, bytes_each))
+    return [slice(lo, min(lo + step, count)) for lo in range(0, count, step)]
+
+
+def by_chunks(
+    count: int,
+    bytes_each: int,
+    fill: Callable[[slice], Tensor],
+    *,
+    like: Tensor,
+    tail: tuple[int, ...] = (),
+    budget: int | None = None,
+) -> Tensor:
+    """Concatenate fill(slice) over chunks of the first dimension: (count, *tail)."""
+    pieces = [
+        fill(piece)
+        for piece in chunks(count, bytes_each, limit(like.device) if budget is None else budget)
+    ]
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat(pieces) if pieces else like.new_zeros((0, *tail))
+
+
+def row_bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Bytes of one dense row of this shape."""
+    return prod(shape) * dtype.itemsize
