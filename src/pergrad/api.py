@@ -1,0 +1,426 @@
+"""The verbs: what users call.
+
+Owns: one function per question, each a thin consumer of the factors that one pass delivers.
+Does not know: how factors come about.
+"""
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pergrad import inputs
+from pergrad.coverage import Coverage, coverage_of
+from pergrad.engine import Emit, Options, Record, run
+from pergrad.errors import UsageError
+from pergrad.factors import Factor, inspect
+from pergrad.factors.workspace import workspace
+from pergrad.inputs import Direction, Params
+from pergrad.matrix import GradientMatrix, root, zeros_for
+
+Weights = Tensor | Callable[[Tensor], Tensor] | None
+
+
+def _prepare(losses: Tensor, params: Params, options: dict[str, Any]) -> tuple:
+    try:
+        chosen = Options(**options)
+    except TypeError:
+        known = ", ".join(Options.__dataclass_fields__)
+        wrong = ", ".join(name for name in options if name not in Options.__dataclass_fields__)
+        raise UsageError(f"Unknown option {wrong}. The options are: {known}.") from None
+    named = inputs.named(params)
+    losses = inputs.check_losses(losses, named)
+    return named, losses, chosen
+
+
+def result_dtype(losses: Tensor, named: Mapping[str, Tensor]) -> torch.dtype:
+    """That of the parameters, never less than float32."""
+    dtype = torch.float32
+    for p in named.values():
+        if p.is_floating_point():
+            dtype = torch.promote_types(dtype, p.dtype)
+    return dtype
+
+
+def _stream(
+    losses: Tensor, named: Mapping[str, Tensor], options: Options, emit: Emit, **more: Any
+) -> None:
+    if losses.shape[0] == 0:
+        return
+    with workspace(options.chunk_bytes):
+        run(losses, named, options, emit, **more)
+
+
+def norms(losses: Tensor, params: Params, **options: Any) -> Tensor:
+    """The L2 norm of the gradient of each loss.
+
+        norms[b] = | d losses[b] / d params |
+
+    One backward pass that skips the weight gradients; no per-example gradient is formed where a
+    rule knows better.
+
+    Args:
+        losses: (B,), one loss per example, attached to its graph.
+        params: the model, a mapping from names to tensors, or an iterable of tensors. Only those
+            that require grad count. One tensor under two names counts once.
+        **options: see "Options" in the documentation: retain_graph, create_graph, on_mixing,
+            check_layout, chunk_bytes.
+
+    Returns:
+        (B,), in the unit of loss per unit of parameter; not divided by B. The parameters' dtype, at
+        least float32. 0 for an example that reaches no parameter.
+
+    Raises:
+        UsageError: the losses are not a vector with a graph, or no parameter requires grad.
+        MixedExamplesError: an op makes examples interact (see on_mixing).
+        UnsupportedError: a parameter's gradients cannot be had.
+
+    Cost: about 0.65 to 0.95 of a forward and backward pass, its memory plus O(B).
+    Source: Goodfellow 2015, arXiv:1510.01799, for linear layers; docs/how-it-works.md for the rest.
+
+        >>> import torch, pergrad
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> pergrad.norms(model(x).squeeze(1), model)
+        tensor([5., 1.])
+    """
+    named, losses, chosen = _prepare(losses, params, options)
+    total = _Total(losses, named, (losses.shape[0],))
+    _stream(losses, named, chosen, lambda name, f: total.add(f.sq_norms()))
+    return _result(root(total.value), chosen)
+
+
+def norms_by_parameter(losses: Tensor, params: Params, **options: Any) -> dict[str, Tensor]:
+    """The L2 norm of each loss's gradient, parameter by parameter.
+
+        result[name][b] = | d losses[b] / d params[name] |
+
+    Args:
+        losses: (B,), as in `norms`.
+        params: as in `norms`.
+        **options: as in `norms`.
+
+    Returns:
+        name -> (B,), in the order of the parameters; zeros for a parameter the losses do not reach.
+
+    Raises:
+        UsageError, MixedExamplesError, UnsupportedError: as in `norms`.
+
+    Cost: as `norms`.
+
+        >>> import torch, pergrad
+        >>> model = torch.nn.Linear(2, 1)
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> pergrad.norms_by_parameter(model(x).squeeze(1), model)
+        {'weight': tensor([5., 1.]), 'bias': tensor([1., 1.])}
+    """
+    named, losses, chosen = _prepare(losses, params, options)
+    dtype = result_dtype(losses, named)
+    found: dict[str, Tensor] = {}
+
+    def emit(name: str, factor: Factor) -> None:
+        found[name] = root(factor.sq_norms().to(dtype))
+
+    _stream(losses, named, chosen, emit)
+    batch = losses.shape[0]
+    return {
+        name: _result(found[name], chosen) if name in found
+        else torch.zeros(batch, dtype=dtype, device=p.device)
+        for name, p in named.items()
+    }  # fmt: skip
+
+
+def gram(losses: Tensor, params: Params, **options: Any) -> Tensor:
+    """All inner products between the gradients of the batch.
+
+        gram[b, c] = < d losses[b] / d params, d losses[c] / d params >
+
+    Args:
+        losses: (B,), as in `norms`.
+        params: as in `norms`.
+        **options: as in `norms`.
+
+    Returns:
+        (B, B), symmetric; the diagonal holds the squared norms.
+
+    Raises:
+        UsageError, MixedExamplesError, UnsupportedError: as in `norms`.
+
+    Cost: for linear layers on one position per example O(B²(d + p)); on T positions per example the
+        cheaper of B²T²(d + p) and BTdp + B²dp. Memory plus O(B²).
+
+        >>> import torch, pergrad
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> pergrad.gram(model(x).squeeze(1), model)
+        tensor([[25.,  4.],
+                [ 4.,  1.]])
+    """
+    named, losses, chosen = _prepare(losses, params, options)
+    total = _Total(losses, named, (losses.shape[0],) * 2)
+    _stream(losses, named, chosen, lambda name, f: total.add(f.gram(f)))
+    return _result(total.value, chosen)
+
+
+def dots(
+    losses: Tensor, params: Params, *, against: GradientMatrix | Direction, **options: Any
+) -> Tensor:
+    """Inner products of each loss's gradient with given gradients or a given direction.
+
+        dots[b, k] = < d losses[b] / d params, row k of against >
+        dots[b]    = < d losses[b] / d params, direction >
+
+    Args:
+        losses: (B,), as in `norms`.
+        params: as in `norms`.
+        against: a GradientMatrix with K rows (parameters are matched by name), or a direction: a
+            mapping from names to tensors, a sequence of tensors shaped as the parameters, or one
+            flat tensor (P,).
+        **options: as in `norms`.
+
+    Returns:
+        (B, K) against a GradientMatrix, (B,) against a direction.
+
+    Raises:
+        UsageError: names or shapes do not match; otherwise as in `norms`.
+        MixedExamplesError, UnsupportedError: as in `norms`.
+
+    Cost: against a direction one more forward-like product per layer; against K rows as `gram`.
+
+        >>> import torch, pergrad
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> reference = pergrad.gradients(model(x[:1]).squeeze(1), model)
+        >>> pergrad.dots(model(x).squeeze(1), model, against=reference)
+        tensor([[25.],
+                [ 4.]])
+        >>> pergrad.dots(model(x).squeeze(1), model, against=torch.tensor([1.0, 0.0]))
+        tensor([3., 0.])
+    """
+    named, losses, chosen = _prepare(losses, params, options)
+    batch = losses.shape[0]
+    if isinstance(against, GradientMatrix):
+        own = GradientMatrix(zeros_for(named, {}, batch), batch)
+        own._check_match(against)
+        against._check_versions()
+        total = _Total(losses, named, (batch, len(against)))
+        factors = against._factors
+        _stream(losses, named, chosen, lambda name, f: total.add(f.gram(factors[name])))
+    else:
+        shapes = {name: tuple(p.shape) for name, p in named.items()}
+        v = inputs.direction(against, shapes)
+        total = _Total(losses, named, (batch,))
+        _stream(losses, named, chosen,
+                lambda name, f: total.add(f.matvec(v[name].to(f.device, f.dtype))))  # fmt: skip
+    return _result(total.value, chosen)
+
+
+def gradients(losses: Tensor, params: Params, **options: Any) -> GradientMatrix:
+    """The matrix of per-example gradients, lazily.
+
+        J[b] = d losses[b] / d params
+
+    Args:
+        losses: (B,), as in `norms`.
+        params: as in `norms`.
+        **options: as in `norms`.
+
+    Returns:
+        A GradientMatrix (B, P): J.norms(), J @ K.T, J @ v, J.T @ c, J[i], J.dense(), ...
+
+    Raises:
+        UsageError, MixedExamplesError, UnsupportedError: as in `norms`.
+
+    Cost: time as `norms`; keeps the inputs of the layers and the gradients at their outputs.
+
+        >>> import torch, pergrad
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> J = pergrad.gradients(model(x).squeeze(1), model)
+        >>> J
+        GradientMatrix(2 examples x 2 parameters in 1 tensors, torch.float32, cpu; holds 24 B, dense 16 B)
+        >>> J.norms()
+        tensor([5., 1.])
+    """  # noqa: E501
+    named, losses, chosen = _prepare(losses, params, options)
+    found: dict[str, Factor] = {}
+    owned = {p.untyped_storage().data_ptr() for p in named.values()}
+
+    def emit(name: str, factor: Factor) -> None:
+        found[name] = _kept(factor, owned, chosen.create_graph)
+
+    _stream(losses, named, chosen, emit)
+    batch = losses.shape[0]
+    return GradientMatrix(zeros_for(named, found, batch), batch, chosen.chunk_bytes)
+
+
+def _kept(factor: Factor, owned: set[int], live: bool) -> Factor:
+    """What outlives the graph: no vector-Jacobian products left to do, no parameter's memory."""
+    factor = inspect.materialized(factor)
+    if live:
+        return factor
+    if any(t.untyped_storage().data_ptr() in owned for t in factor.tensors()):
+        factor = inspect.cloned(factor)  # an optimizer step must not change what was computed before
+    return factor.detach()
+
+
+def backward(losses: Tensor, params: Params, *, weights: Weights = None, **options: Any) -> Tensor:
+    """Norms and gradient in one pass: adds the weighted gradient to `.grad`, returns the norms.
+
+        params.grad += sum over b of weights[b] * d losses[b] / d params
+
+    Args:
+        losses: (B,), as in `norms`.
+        params: as in `norms`.
+        weights: None for ones, a tensor (B,), or a function from the norms (B,) to weights (B,)
+            such as `pergrad.clip(1.0)`. Divide by B yourself if your loss is a mean.
+        **options: as in `norms`, without create_graph.
+
+    Returns:
+        (B,), the norms of the unweighted gradients.
+
+    Raises:
+        UsageError: weights of another length or dtype; otherwise as in `norms`.
+        MixedExamplesError, UnsupportedError: as in `norms`.
+
+    Cost: about that of a forward and backward pass, plus 5 to 20 %. With weights, the inputs of
+        layers and the gradients at their outputs are kept until the norms are known.
+    Source: book-keeping, Bu et al. 2023, arXiv:2210.00038.
+
+        >>> import torch, pergrad
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        >>> pergrad.backward(model(x).squeeze(1), model, weights=pergrad.clip(1.0))
+        tensor([5., 1.])
+        >>> model.weight.grad
+        tensor([[0.6000, 1.8000]])
+    """
+    if options.get("create_graph"):
+        raise UsageError(
+            "backward writes to .grad and cannot be differentiated. Use pergrad.gradients with "
+            "create_graph=True."
+        )
+    named, losses, chosen = _prepare(losses, params, options)
+    batch = losses.shape[0]
+    if isinstance(weights, Tensor):
+        weights = inputs.check_weights(weights, losses)
+    elif weights is not None and not callable(weights):
+        inputs.check_weights(weights, losses)
+    for name, p in named.items():
+        if not p.is_leaf:
+            raise UsageError(
+                f"`{name}` is not a leaf tensor, so it has no .grad to add to. Pass the leaves, or "
+                "use `pergrad.gradients(...).T @ weights`."
+            )
+    total = _Total(losses, named, (batch,))
+    if batch == 0:
+        return total.value
+    kept: dict[str, Factor] = {}
+
+    def emit(name: str, factor: Factor) -> None:
+        total.add(factor.sq_norms())
+        # The graph may be gone when the weights are known, so nothing may be left to pull.
+        kept[name] = inspect.materialized(factor)
+
+    with workspace(chosen.chunk_bytes):
+        run(losses, named, chosen, emit)
+        norms_ = root(total.value)
+        if callable(weights):
+            weights = inputs.check_weights(weights(norms_), losses)
+        rows = torch.ones_like(norms_) if weights is None else weights.to(norms_.dtype)
+        for name in list(kept):
+            factor = kept.pop(name)
+            _accumulate(named[name], factor.weighted_sum(rows.to(factor.device, factor.dtype)))
+    return norms_
+
+
+def _accumulate(p: Tensor, value: Tensor) -> None:
+    value = value.detach().to(p.dtype).reshape(p.shape)
+    if p.grad is None:
+        p.grad = value.clone(memory_format=torch.contiguous_format)
+    else:
+        p.grad = p.grad.detach() + value if p.grad.requires_grad else p.grad.add_(value)
+
+
+def clip(max_norm: float) -> Callable[[Tensor], Tensor]:
+    """Weights that bring every gradient's norm to at most `max_norm`.
+
+        weights[b] = min(1, max_norm / norms[b]), and 1 where the norm is 0
+
+    Args:
+        max_norm: a positive number.
+
+    Returns:
+        A function norms (B,) -> weights (B,), for `pergrad.backward(..., weights=...)`. A norm that
+        is not a number gives weight 0, so that one bad example does not spoil the step.
+
+    Raises:
+        UsageError: max_norm is not a positive number.
+
+    Source: Abadi et al. 2016, arXiv:1607.00133.
+
+        >>> import torch, pergrad
+        >>> pergrad.clip(1.0)(torch.tensor([0.0, 0.5, 4.0]))
+        tensor([1.0000, 1.0000, 0.2500])
+    """
+    if not isinstance(max_norm, (int, float)) or not max_norm > 0:
+        raise UsageError(f"max_norm is {max_norm!r}; pass a positive number.")
+
+    def weights(norms: Tensor) -> Tensor:
+        safe = torch.where(norms == 0, 1.0, norms)
+        return torch.where(norms == 0, 1.0, (max_norm / safe).clamp_max(1.0))
+
+    return weights
+
+
+def explain(losses: Tensor, params: Params, **options: Any) -> Coverage:
+    """How every use of every parameter is served: the contract made visible.
+
+    Runs one pass like `norms` with the graph retained; interacting examples are shown, not refused.
+
+    Args:
+        losses: (B,), as in `norms`.
+        params: as in `norms`.
+        **options: as in `norms`.
+
+    Returns:
+        A Coverage: prints as a table; `.rows` with parameter, module, op, how ("rule", "fallback",
+        "mixed", "unreached"), layout, method and cost; `.exact_share`.
+
+    Raises:
+        UsageError, UnsupportedError: as in `norms`.
+
+        >>> import torch, pergrad
+        >>> model = torch.nn.Linear(2, 1)
+        >>> print(pergrad.explain(model(torch.ones(3, 2)).squeeze(1), model))
+        parameter  module  op     how   layout         method  cost
+        weight     weight  addmm  rule  example-major  rows       9
+        bias       bias    addmm  rule  example-major  sum        3
+        2 parameters (3 numbers): 100.0 % by rule, 0.0 % by fallback, 0.0 % mixed
+    """
+    options = {**options, "retain_graph": True, "on_mixing": "exact"}
+    named, losses, chosen = _prepare(losses, params, options)
+    records: list[Record] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _stream(losses, named, chosen, lambda name, f: None, records=records)
+    return coverage_of(named, records, losses.shape[0])
+
+
+class _Total:
+    """A running sum in the result's dtype, on the losses' device."""
+
+    def __init__(self, losses: Tensor, named: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+        dtype = result_dtype(losses, named)
+        self.value = torch.zeros(shape, dtype=dtype, device=losses.device)
+
+    def add(self, term: Tensor) -> None:
+        self.value = self.value + term.to(self.value)
+
+
+def _result(value: Tensor, options: Options) -> Tensor:
+    return value if options.create_graph else value.detach()
+
+

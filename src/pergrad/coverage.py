@@ -1,0 +1,109 @@
+"""The report of `explain`: which op uses which parameter, and how it is served.
+
+Owns: `Coverage` and its table.
+Does not know: the graph.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pergrad.engine import Record, module_of
+from pergrad.factors import Factor, inspect
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One use of a parameter."""
+
+    parameter: str
+    module: str
+    op: str
+    how: str  # "rule", "fallback", "mixed" or "unreached"
+    layout: str
+    method: str
+    cost: int  # multiply-adds of the squared norms
+    size: int  # numbers in the parameter
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """Every use of every parameter, one row each; prints as a table."""
+
+    rows: tuple[Row, ...]
+    examples: int
+
+    def _share(self, how: str) -> float:
+        """Share of the parameters, by count of numbers, whose uses are all served at least so."""
+        order = ("unreached", "rule", "fallback", "mixed")
+        worst: dict[str, tuple[int, int]] = {}
+        for row in self.rows:
+            rank = order.index(row.how)
+            worst[row.parameter] = max(worst.get(row.parameter, (0, row.size)), (rank, row.size))
+        total = sum(size for _, size in worst.values())
+        if not total:
+            return 1.0 if how == "rule" else 0.0
+        wanted = {"rule": (0, 1), "fallback": (2,), "mixed": (3,)}[how]
+        return sum(size for rank, size in worst.values() if rank in wanted) / total
+
+    @property
+    def exact_share(self) -> float:
+        """Share of the parameters, by count, that a rule serves (or that no loss reaches)."""
+        return self._share("rule")
+
+    @property
+    def fallback_share(self) -> float:
+        """Share of the parameters that need the fallback, one backward of the op per example."""
+        return self._share("fallback")
+
+    @property
+    def mixed_share(self) -> float:
+        """Share of the parameters below an op that makes examples interact."""
+        return self._share("mixed")
+
+    def __str__(self) -> str:
+        head = ("parameter", "module", "op", "how", "layout", "method", "cost")
+        table = [head] + [
+            (r.parameter, r.module, r.op, r.how, r.layout, r.method, f"{r.cost:,}")
+            for r in self.rows
+        ]
+        widths = [max(len(line[i]) for line in table) for i in range(len(head))]
+        lines = []
+        for line in table:
+            cells = [cell.ljust(w) for cell, w in zip(line[:-1], widths, strict=False)]
+            lines.append("  ".join([*cells, line[-1].rjust(widths[-1])]))
+        names = {row.parameter for row in self.rows}
+        sizes = {row.parameter: row.size for row in self.rows}
+        lines.append(
+            f"{len(names)} parameters ({sum(sizes.values()):,} numbers): "
+            f"{self.exact_share:.1%} by rule, {self.fallback_share:.1%} by fallback, "
+            f"{self.mixed_share:.1%} mixed".replace("%", " %")
+        )
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def coverage_of(named: Mapping[str, Tensor], records: list[Record], examples: int) -> Coverage:
+    """One row per record, in the order of the parameters; a row for each parameter not reached."""
+    by_name: dict[str, list[Record]] = {name: [] for name in named}
+    for record in records:
+        by_name[record.parameter].append(record)
+    rows = []
+    for name, found in by_name.items():
+        size = named[name].numel()
+        module = module_of(name)
+        if not found:
+            rows.append(Row(name, module, "-", "unreached", "-", "-", 0, size))
+        for r in found:
+            method, cost = _method(r.factor)
+            rows.append(Row(name, module, r.op, r.how, r.layout, method, cost, size))
+    return Coverage(tuple(rows), examples)
+
+
+def _method(factor: Factor | None) -> tuple[str, int]:
+    if factor is None:
+        return "none", 0
+    return inspect.method(factor), inspect.cost(factor)

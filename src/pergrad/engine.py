@@ -1,0 +1,412 @@
+"""One backward pass from the losses to a factor for every requested parameter.
+
+Owns: the order of things: plan, policy on interacting examples, hooks for the length of one pass,
+rule or fallback for each use, routes down to the parameters, and early release of cotangents.
+Does not know: what a caller makes of the factors.
+"""
+
+import gc
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pergrad.errors import FallbackWarning, MixedExamplesError, UsageError
+from pergrad.factors import Embedded, Factor, Placed, Pulled, Sum, mapped
+from pergrad.graph import chain, nodes
+from pergrad.graph.layout import describe
+from pergrad.graph.plan import Plan, plan_for
+from pergrad.graph.uses import Site
+from pergrad.graph.walk import Graph, Slot
+from pergrad.rules import Operand, Situation, calls_node, rule_for
+from pergrad.rules.fallback import direct, fallback
+
+Emit = Callable[[str, Factor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options that every verb takes."""
+
+    retain_graph: bool = False
+    create_graph: bool = False
+    on_mixing: str = "raise"
+    check_layout: str = "once"
+    chunk_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_mixing not in ("raise", "exact"):
+            raise UsageError(f'on_mixing is "raise" or "exact", not {self.on_mixing!r}.')
+        if self.check_layout not in ("once", "always", "never"):
+            raise UsageError(
+                f'check_layout is "once", "always" or "never", not {self.check_layout!r}.'
+            )
+
+
+@dataclass(slots=True)
+class Record:
+    """How one operand was served, for `explain`."""
+
+    parameter: str
+    op: str
+    how: str
+    layout: str
+    factor: Factor | None
+
+
+@dataclass(slots=True)
+class _Pass:
+    """The state of one backward pass."""
+
+    graph: Graph
+    plan: Plan
+    batch: int
+    emit: Emit
+    create_graph: bool
+    records: list[Record] | None
+    waiting: dict[Slot, int] = field(default_factory=dict)  # uses that have not reported, by end
+    parts: dict[Slot, list[Factor]] = field(default_factory=dict)
+    missing: dict[Slot, set[Slot]] = field(default_factory=dict)  # ends, by parameter
+    found: dict[Slot, list[Factor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for end in self.plan.ends.values():
+            self.waiting[end.slot] = self.waiting.get(end.slot, 0) + 1
+        for start, ways in self.plan.routes.items():
+            for way in ways:
+                self.missing.setdefault(way.target, set()).add(start)
+        for target in self.plan.direct:
+            self.missing.setdefault(target, set()).add(target)
+
+    def serve(self, site: Site, cotangents: list[Tensor | None]) -> None:
+        """Factors of every operand of one use."""
+        graph, plan = self.graph, self.plan
+        operands = {}
+        for k in site.slots:
+            end = plan.ends[site.node, k]
+            operands[k] = Operand(end.shape, end.lead, end.shared)
+        name = graph.op(site.node)
+        situation = Situation(
+            graph.nodes[site.node], name, self.batch, cotangents, site.layouts, operands
+        )
+        alive = any(g is not None for g in cotangents)
+        rule = rule_for(name)
+        served = rule(situation) if rule is not None and alive else {}
+        rest = [k for k in site.slots if k not in served]
+        by_fallback: dict[int, Factor | None] = dict.fromkeys(rest)
+        if rest and alive:
+            by_fallback = fallback(situation, rest, wanted=calls_node(name))
+        for k in site.slots:
+            how = "rule" if k in served else "fallback"
+            self._report(site, k, served[k] if k in served else by_fallback[k], how)
+
+    def _report(self, site: Site, k: int, factor: Factor | None, how: str) -> None:
+        end = self.plan.ends[site.node, k].slot
+        if self.records is not None:
+            layout = next(layout for layout in site.layouts if layout is not None)
+            for way in self.plan.routes[end]:
+                name = self.graph.targets[way.target]
+                self.records.append(
+                    Record(name, self.graph.op(site.node), how, describe(layout), factor)
+                )
+        if factor is not None:
+            self.parts.setdefault(end, []).append(factor)
+        self.waiting[end] -= 1
+        if self.waiting[end] == 0:
+            parts = self.parts.pop(end, [])
+            self._descend(end, _total(parts))
+
+    def _descend(self, start: Slot, factor: Factor | None) -> None:
+        """From the operand down to each parameter below it."""
+        for way in self.plan.routes[start]:
+            if factor is not None:
+                self.found.setdefault(way.target, []).append(self._route(way, factor))
+            self._arrived(way.target, start)
+
+    def _route(self, way: chain.Route, factor: Factor) -> Factor:
+        graph = self.graph
+        shape = graph.shape(way.target)
+        if way.steps is None:
+            function = chain.pull(graph, way.start, way.target, create_graph=self.create_graph)
+            return Pulled(factor, function, shape)
+        steps: list[chain.Step] = []
+        for step in way.steps:
+            if step[0] == "embed":
+                _, wide, dim, start = step
+                size = list(wide)
+                inner = mapped(factor, tuple(steps)) if steps else factor
+                size[dim] = _numel(inner.shape) // max(_numel(wide) // max(wide[dim], 1), 1)
+                inner = mapped(inner, (("view", tuple(size)),))
+                factor, steps = Embedded(inner, wide, (dim, start, start + size[dim])), []
+            else:
+                steps.append(step)
+        return mapped(factor, tuple(steps)) if steps else factor
+
+    def serve_direct(self, target: Slot, g: Tensor | None) -> None:
+        """A parameter whose own gradient separates by example."""
+        layout = self.plan.direct[target]
+        factor = None if g is None else direct(g, layout, self.batch)
+        if self.records is not None:
+            name = self.graph.targets[target]
+            self.records.append(Record(name, "leaf", "rule", describe(layout), factor))
+        if factor is not None:
+            self.found.setdefault(target, []).append(factor)
+        self._arrived(target, target)
+
+    def _arrived(self, target: Slot, start: Slot) -> None:
+        self.missing[target].discard(start)
+        if not self.missing[target]:
+            factor = _total(self.found.pop(target, []))
+            if factor is not None:
+                self.emit(self.graph.targets[target], factor)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _total(parts: list[Factor]) -> Factor | None:
+    if not parts:
+        return None
+    return parts[0] if len(parts) == 1 else Sum(parts)
+
+
+def run(
+    losses: Tensor,
+    params: Mapping[str, Tensor],
+    options: Options,
+    emit: Emit,
+    *,
+    records: list[Record] | None = None,
+    accumulate: bool = False,
+) -> tuple[Graph, Plan]:
+    """Call `emit(name, factor)` once for every parameter that the losses reach.
+
+    With `accumulate`, the pass is an ordinary backward that also adds the gradient of the sum of
+    the losses to `.grad`.
+    """
+    with _retained_untouched():
+        graph, plan = plan_for(losses, params, options.check_layout)
+        _policy(graph, plan, options)
+        _warn(graph, plan, losses.shape[0])
+        state = _Pass(graph, plan, losses.shape[0], emit, options.create_graph, records)
+        if options.create_graph:
+            _at_once(losses, state)
+        else:
+            _streaming(losses, params, state, options, accumulate)
+    return graph, plan
+
+
+def _policy(graph: Graph, plan: Plan, options: Options) -> None:
+    if not plan.mixes or options.on_mixing == "exact":
+        return
+    mix = plan.mixes[0]
+    op = graph.op(mix.parent)
+    place = _place(graph, mix.parent)
+    remedy = (
+        "call `model.eval()` (or `.eval()` on that module) or use GroupNorm or LayerNorm"
+        if "batch_norm" in op
+        else "compute the loss of each example from that example alone"
+    )
+    raise MixedExamplesError(
+        f"The op `{op}` {place} mixes examples: the loss of one example depends on the others in "
+        "the batch, so its gradient cannot be read off its own rows. "
+        f"Either {remedy}; or pass on_mixing=\"exact\" to get the exact gradients of these losses "
+        "all the same, at about the cost of one backward per example."
+    )  # fmt: skip
+
+
+def _place(graph: Graph, index: int) -> str:
+    """Where an op is, in the names of the user's model."""
+    own = [
+        graph.targets[slot]
+        for slot in graph.edges[index]
+        if slot in graph.targets
+    ]  # fmt: skip
+    if own:
+        return f"of module `{module_of(own[0])}`"
+    below = graph.names_below(index, 1)
+    return f"after module `{module_of(below[0])}`" if below else "in the model"
+
+
+def module_of(name: str) -> str:
+    """The module that owns a parameter, by the parameter's name."""
+    return name.rpartition(".")[0] or name
+
+
+_STACK = 4  # warn -> _warn -> run -> verb -> the user's line
+
+
+def _warn(graph: Graph, plan: Plan, batch: int) -> None:
+    for site in plan.sites:
+        name = graph.op(site.node)
+        if rule_for(name) is not None:
+            continue
+        names = [
+            graph.targets[way.target]
+            for k in site.slots
+            for way in plan.routes[plan.ends[site.node, k].slot]
+        ]
+        warnings.warn(
+            f"pergrad has no rule for the op `{name}` (module `{module_of(names[0])}`). Its "
+            f"gradients are exact all the same, by one backward of that op for each of the {batch} "
+            f"examples: about {batch} times the cost of the op's own backward.",
+            FallbackWarning,
+            stacklevel=_STACK,
+        )
+
+
+def _requests(graph: Graph, plan: Plan) -> tuple[list[Slot], list[Site], list[Site]]:
+    """(gradients to ask torch for, uses served on the way, uses served from what it returns)."""
+    wanted: dict[Slot, None] = dict.fromkeys(plan.direct)
+    reached = {slot[0] for slot in wanted}
+    by_node = {site.node: site for site in plan.sites}
+    streamed: list[Site] = []
+    returned: list[Site] = []
+    for i in range(len(graph.nodes) - 1, -1, -1):
+        covered = any(c in reached for c, _ in graph.edges[i] if c >= 0)
+        site = by_node.get(i)
+        if site is not None:
+            if calls_node(graph.op(i)):
+                # torch computes an operand's gradient, also in a direct call during the pass,
+                # only if somebody asked for it.
+                wanted.update(dict.fromkeys(graph.edges[i][k] for k in site.slots))
+                reached.update(graph.edges[i][k][0] for k in site.slots)
+                covered = True
+            if covered:
+                streamed.append(site)
+            else:
+                returned.append(site)
+                wanted.update(dict.fromkeys(
+                    (i, n) for n, layout in enumerate(site.layouts) if layout is not None))  # fmt: skip
+        if covered or site is not None:
+            reached.add(i)
+    return list(wanted), streamed, returned
+
+
+def _streaming(
+    losses: Tensor, params: Mapping[str, Tensor], state: _Pass, options: Options, accumulate: bool
+) -> None:
+    """Serve each use while the pass is at it; its cotangent is gone afterwards."""
+    graph, plan = state.graph, state.plan
+    wanted, streamed, returned = _requests(graph, plan)
+    if accumulate:
+        streamed, returned = plan.sites, []
+        wanted = list(plan.direct)
+    handles = []
+    inside = [False]
+
+    def hook_for(site: Site) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def hook(cotangents: tuple[Tensor | None, ...]) -> None:
+            if inside[0]:
+                return  # a vector-Jacobian product of ours passes here
+            inside[0] = True
+            try:
+                with torch.no_grad():
+                    state.serve(site, list(cotangents))
+            finally:
+                inside[0] = False
+
+        return hook
+
+    try:
+        for site in streamed:
+            handles.append(graph.nodes[site.node].register_prehook(hook_for(site)))
+        if not wanted and not accumulate:
+            return
+        grads = _torch_pass(losses, params, graph, wanted, options, accumulate, plan.pulls)
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.no_grad():
+        by_slot = dict(zip(wanted, grads, strict=True))
+        del grads
+        for site in returned:
+            cotangents = [by_slot.pop((site.node, n), None) for n in range(len(site.layouts))]
+            state.serve(site, cotangents)
+            del cotangents
+        for target in plan.direct:
+            state.serve_direct(target, by_slot.pop(target, None))
+
+
+def _torch_pass(
+    losses: Tensor,
+    params: Mapping[str, Tensor],
+    graph: Graph,
+    wanted: list[Slot],
+    options: Options,
+    accumulate: bool,
+    pulls: bool,
+) -> list[Tensor | None]:
+    seed = torch.ones_like(losses)
+    try:
+        if not accumulate:
+            return list(
+                torch.autograd.grad(
+                    [losses], [graph.edge(slot) for slot in wanted], [seed],
+                    retain_graph=options.retain_graph, allow_unused=True,
+                )
+            )  # fmt: skip
+        raise NotImplementedError
+    except RuntimeError as error:
+        translated = nodes.translate(error)
+        if translated is error:
+            raise
+        raise translated from error
+
+
+def _at_once(losses: Tensor, state: _Pass) -> None:
+    """As `_streaming`, differentiably: every cotangent is asked for and kept."""
+    graph, plan = state.graph, state.plan
+    wanted: dict[Slot, None] = dict.fromkeys(plan.direct)
+    for site in plan.sites:
+        for n, layout in enumerate(site.layouts):
+            if layout is not None:
+                wanted[site.node, n] = None
+    if not wanted:
+        return
+    with torch.enable_grad():
+        try:
+            grads = torch.autograd.grad(
+                [losses], [graph.edge(slot) for slot in wanted], [torch.ones_like(losses)],
+                create_graph=True, allow_unused=True,
+            )  # fmt: skip
+        except RuntimeError as error:
+            translated = nodes.translate(error)
+            if translated is error:
+                raise
+            raise translated from error
+        by_slot = dict(zip(wanted, grads, strict=True))
+        for site in plan.sites:
+            state.serve(site, [by_slot.get((site.node, n)) for n in range(len(site.layouts))])
+        for target in plan.direct:
+            state.serve_direct(target, by_slot[target])
+
+
+@contextmanager
+def _retained_untouched() -> Iterator[None]:
+    """torch adds to `.grad` of tensors with retain_grad() in every pass; put it back.
+
+    Such tensors cannot be found through the graph. Those of the latest forward pass are among
+    the objects that Python's collector has not yet moved to its oldest generation.
+    """
+    young = [
+        (tensor, tensor.grad)
+        for generation in (0, 1)
+        for tensor in gc.get_objects(generation)
+        if type(tensor) is Tensor and tensor.retains_grad
+    ]
+    try:
+        yield
+    finally:
+        for tensor, grad in young:
+            tensor.grad = grad
+
+
+_ = Placed

@@ -1,0 +1,259 @@
+"""`Correlation`: weight gradients of convolutions, any number of dimensions, strided, grouped.
+
+Owns: patches, and the norms and products that avoid holding them for the whole batch.
+Does not know: ops. A transposed convolution is the same factor with its two tensors swapped.
+"""
+
+from collections.abc import Callable
+from itertools import product as every
+from math import prod
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from pergrad.factors import costs, outer_norms
+from pergrad.factors.base import Factor
+from pergrad.factors.numeric import Index, columns, result_dtype, row_dots, row_squares
+from pergrad.factors.outer import Outer
+from pergrad.factors.workspace import by_chunks, chunks, limit, scratch
+
+
+class Correlation(Factor):
+    """G[b][o,c,k] = Σ_t g[b,o,t] x[b,c, stride t + dilation k - padding], within each group.
+
+    Args:
+        g: (B, O, *out), the tensor that lies still.
+        x: (B, C, *in), the tensor that is shifted under it.
+        kernel, stride, padding, dilation: one number per spatial dimension.
+        groups: channels of g and x are cut into this many groups, group n of g sees group n of x.
+        shape: the parameter's; its elements in order are those of (O, C / groups, *kernel).
+    """
+
+    def __init__(
+        self,
+        g: Tensor,
+        x: Tensor,
+        *,
+        kernel: tuple[int, ...],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        groups: int = 1,
+        shape: tuple[int, ...] | None = None,
+    ) -> None:
+        natural = (g.shape[1], x.shape[1] // groups, *kernel)
+        shape = natural if shape is None else tuple(shape)
+        if prod(shape) != prod(natural):
+            raise ValueError(f"A kernel {natural} is no parameter of shape {shape}.")
+        super().__init__(len(g), shape, g.device, result_dtype(g, x))
+        self.g, self.x = g, x
+        self.kernel, self.stride, self.padding = tuple(kernel), tuple(stride), tuple(padding)
+        self.dilation, self.groups = tuple(dilation), groups
+
+    @property
+    def out(self) -> tuple[int, ...]:
+        """Spatial sizes of g."""
+        return tuple(self.g.shape[2:])
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(N, T, p, d) of the `Outer` that the patches would make."""
+        p = self.g.shape[1] // self.groups
+        d = self.x.shape[1] // self.groups * prod(self.kernel)
+        return self.groups, prod(self.out), p, d
+
+    def _window(self, rows: Index) -> Tensor:
+        """x padded, and cut to just what the kernel sees."""
+        x = self.x[rows].to(self.dtype)
+        around: list[int] = []
+        for size, stride, pad, dilation, kernel, out in zip(
+            x.shape[2:], self.stride, self.padding, self.dilation, self.kernel, self.out,
+            strict=True,
+        ):  # fmt: skip
+            needed = stride * (out - 1) + dilation * (kernel - 1) + 1
+            around = [pad, needed - size - pad, *around]
+        return functional.pad(x, around) if any(around) else x
+
+    def _still(self, rows: Index) -> Tensor:
+        return self.g[rows].to(self.dtype)
+
+    def _patches(self, window: Tensor) -> Tensor:
+        """(n, N, T, d)."""
+        window = window.contiguous()
+        n, channels = window.shape[:2]
+        N = self.groups
+        step = window.stride()
+        sizes = (n, N, *self.out, channels // N, *self.kernel)
+        strides = (
+            step[0],
+            step[1] * (channels // N),
+            *(s * t for s, t in zip(self.stride, step[2:], strict=True)),
+            step[1],
+            *(s * t for s, t in zip(self.dilation, step[2:], strict=True)),
+        )
+        view = window.as_strided(sizes, strides, window.storage_offset())
+        return view.reshape(n, N, *self.sizes[1::2])
+
+    def outer(self, rows: Index) -> Outer:
+        """The same gradients of some examples over explicit patches."""
+        g = self._still(rows)
+        n = len(g)
+        N, T, p, _ = self.sizes
+        left = g.reshape(n, N, p, T).transpose(2, 3)
+        return Outer(left, self._patches(self._window(rows)), self.shape)
+
+    @property
+    def _patch_bytes(self) -> int:
+        N, T, p, d = self.sizes
+        return N * T * (p + d) * self.dtype.itemsize
+
+    def dense(self) -> Tensor:
+        """(B, *shape)."""
+        each = self._patch_bytes + self.bytes_per_row
+        return by_chunks(self.batch, each, lambda rows: self.outer(rows).dense(),
+                         like=self._zeros(0), tail=self.shape)  # fmt: skip
+
+    def tile(self, lo: int, hi: int) -> Tensor:
+        """(B, (hi - lo) * C)."""
+        wide = self.matrix_shape[1]
+        return by_chunks(self.batch, self._patch_bytes,
+                         lambda rows: self.outer(rows).tile(lo, hi),
+                         like=self._zeros(0), tail=((hi - lo) * wide,))  # fmt: skip
+
+    @property
+    def _window_size(self) -> int:
+        """Positions of x that the kernel sees."""
+        return prod(
+            s * (o - 1) + e * (k - 1) + 1
+            for s, o, e, k in zip(self.stride, self.out, self.dilation, self.kernel, strict=True)
+        )
+
+    @property
+    def norm_method(self) -> str:
+        """ "rows", "direct", "gram" or "shift"."""
+        _, T, p, d = self.sizes
+        return costs.correlation_norm_method(T, self._window_size, p, d, prod(self.kernel))
+
+    @property
+    def norm_cost(self) -> int:
+        """Multiply-adds per example."""
+        N, T, p, d = self.sizes
+        k = prod(self.kernel)
+        if self.norm_method == "shift":
+            return N * costs.shift_norm_cost(T, self._window_size, p, d, k)
+        return N * costs.outer_norm_cost(T, p, d)
+
+    def sq_norms(self) -> Tensor:
+        """‖G[b]‖², by the method that `costs.correlation_norm_method` chooses."""
+        if self.g.numel() == 0 or self.x.numel() == 0:
+            return self._zeros(self.batch)
+        if self.norm_method == "shift":
+            norms, sizes = self._by_shifts()
+            doubtful = outer_norms.cancels(norms, sizes)
+            if not bool(doubtful.any()):
+                return norms
+            rows = doubtful.nonzero()[:, 0]
+            part = self._select(rows)
+            return norms.index_copy(0, rows, part._by_patches(force_direct=True))
+        return self._by_patches()
+
+    def _by_patches(self, *, force_direct: bool = False) -> Tensor:
+        def piece(rows: slice) -> Tensor:
+            part = self.outer(rows)
+            return outer_norms.direct(part.g, part.a) if force_direct else part.sq_norms()
+
+        return by_chunks(self.batch, self._patch_bytes, piece, like=self._zeros(0),
+                         budget=scratch(self.device))  # fmt: skip
+
+    def _by_shifts(self) -> tuple[Tensor, Tensor]:
+        """The patches' Gram as a sum of shifted Grams of single pixels: no patches are formed.
+
+        Σ_ts (g_t·g_s) Σ_k x_{t+k}·x_{s+k}: with p + c instead of p + c K products for each pair.
+        """
+        N, T, p, _ = self.sizes
+        out, rank = self.out, len(self.out)
+
+        def piece(rows: slice) -> Tensor:
+            g, x = self._still(rows), self._window(rows)
+            n, spatial = len(g), x.shape[2:]
+            G = g.reshape(n * N, p, T)
+            X = x.reshape(n * N, -1, prod(spatial))
+            pairs = torch.bmm(G.mT, G).reshape(n * N, *out, *out)
+            pixels = torch.bmm(X.mT, X).reshape(n * N, *spatial, *spatial)
+            total = pixels.new_zeros(n * N)
+            size = pixels.new_zeros(n * N)
+            alone = X.square().sum(1).reshape(n * N, *spatial)
+            for offset in every(*(range(k) for k in self.kernel)):
+                at = tuple(
+                    slice(e * k, e * k + s * (o - 1) + 1, s)
+                    for k, e, s, o in zip(offset, self.dilation, self.stride, out, strict=True)
+                )
+                total = total + row_dots(pairs, pixels[(slice(None), *at, *at)])
+                size = size + alone[(slice(None), *at)].flatten(1).sum(1)
+            sizes = size * row_squares(G)
+            return torch.stack([total.view(n, N).sum(1), sizes.view(n, N).sum(1)], 1)
+
+        window = self._window(slice(0, 1)).shape[2:]
+        each = N * (prod(window) ** 2 + 2 * T * T) * self.dtype.itemsize
+        assert rank == len(window)
+        both = by_chunks(self.batch, each, piece, like=self._zeros(0), tail=(2,),
+                         budget=scratch(self.device))  # fmt: skip
+        return both[:, 0], both[:, 1]
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """g · (x convolved with v): one convolution as in a forward pass."""
+        N, T, p, d = self.sizes
+        kernel = v.to(self.device, self.dtype).reshape(self.g.shape[1], -1, *self.kernel)
+        if len(self.out) > 3:
+            return by_chunks(self.batch, self._patch_bytes,
+                             lambda rows: self.outer(rows).matvec(v), like=self._zeros(0))  # fmt: skip
+        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(self.out) - 1]
+
+        def piece(rows: slice) -> Tensor:
+            y = convolve(self._window(rows), kernel, None, self.stride, 0, self.dilation, N)
+            return row_dots(self._still(rows), y)
+
+        each = (2 * self.x[:1].numel() + 3 * N * T * p) * self.dtype.itemsize
+        return by_chunks(self.batch, each, piece, like=self._zeros(0))
+
+    def weighted_sum(self, c: Tensor) -> Tensor:
+        """One weight gradient as in a plain backward pass, of c[b] g[b]."""
+        c = c.to(self.device, self.dtype)
+        if len(self.out) > 3:
+            parts = chunks(self.batch, self._patch_bytes, limit(self.device))
+            return sum((self.outer(rows).weighted_sum(c[rows]) for rows in parts),
+                       self._zeros(*self.shape))  # fmt: skip
+        total = self._zeros(self.g.shape[1], self.x.shape[1] // self.groups, *self.kernel)
+        each = (2 * self.x[:1].numel() + 2 * self.g[:1].numel()) * self.dtype.itemsize
+        zeros = (0,) * len(self.out)
+        for rows in chunks(self.batch, each, limit(self.device)):
+            g = self._still(rows)
+            g = g * columns(c[rows], g)
+            _, part, _ = torch.ops.aten.convolution_backward(
+                g, self._window(rows), total, None, self.stride, zeros, self.dilation, False,
+                zeros, self.groups, (False, True, False),
+            )  # fmt: skip
+            total = total + part
+        return total.reshape(self.shape)
+
+    def _like(self, g: Tensor, x: Tensor) -> "Correlation":
+        return Correlation(g, x, kernel=self.kernel, stride=self.stride, padding=self.padding,
+                           dilation=self.dilation, groups=self.groups, shape=self.shape)  # fmt: skip
+
+    def scale(self, c: Tensor) -> "Correlation":
+        """The smaller of g and x times c[b]."""
+        c = c.to(self.device, self.dtype)
+        if self.x.numel() < self.g.numel():
+            return self._like(self.g, self.x.to(self.dtype) * columns(c, self.x))
+        return self._like(self.g.to(self.dtype) * columns(c, self.g), self.x)
+
+    def _select(self, index: Index) -> "Correlation":
+        return self._like(self.g[index], self.x[index])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Correlation":
+        return self._like(change(self.g), change(self.x))
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """g and x."""
+        return (self.g, self.x)

@@ -1,0 +1,264 @@
+"""Layouts measured rather than derived: which example does each element of a cotangent follow?
+
+Owns: backward passes with made-up seeds and the decoding of what they return.
+Does not know: ops. It runs nodes itself, one by one, so that no hook of the user's and no
+retained `.grad` ever sees a made-up gradient.
+
+Backward is linear in the seed: an element that depends on the loss of one example alone is
+multiplied by exactly that example's seed. Seeds that are powers of two (or signs, where float16
+leaves no range) make this exact to the bit, in every dtype, so the seeds spell out the number of
+the example, digit by digit. An element that comes back as anything else mixes examples.
+"""
+
+from collections.abc import Callable, Container, Mapping
+
+import torch
+from torch import Tensor
+
+from pergrad.errors import UnsupportedError
+from pergrad.graph import nodes
+from pergrad.graph.layout import NOBODY, Layout, compressed, constant, regular_pattern
+from pergrad.graph.uses import Measured
+from pergrad.graph.walk import Graph, Slot
+
+Visit = Callable[[Slot, Tensor], None]
+
+_MANY = -2  # several examples meet in this element
+_UNSEEN = -3  # the element is not a number, so its owner cannot be read
+
+
+def measure(losses: Tensor, graph: Graph, slots: list[Slot]) -> Measured:
+    """The layout of the cotangent at each slot, or None where examples meet in one element."""
+    examples = losses.shape[0]
+    narrow = _narrow(graph)
+    base = 2 if narrow else 16
+    digits = 1
+    while base**digits < examples:
+        digits += 1
+    plain = _pass(losses, graph, slots, torch.ones(examples, dtype=torch.float64))
+    owners = {slot: _start(value) for slot, value in plain.items()}
+    numbers = torch.arange(examples)
+    for place in range(digits):
+        digit = (numbers // base**place) % base
+        seeds = (1.0 - 2.0 * digit) if narrow else 2.0**digit
+        seen = _pass(losses, graph, slots, seeds)
+        for slot, owner in owners.items():
+            value = _read(plain[slot], seen[slot], narrow)
+            alive = owner >= 0
+            owner[alive & (value < 0)] = _MANY
+            owner[(owner == NOBODY) & _differs(plain[slot], seen[slot])] = _MANY
+            still = owner >= 0
+            owner[still] += value[still] * base**place
+    # Cancellation could imitate a digit; a last pass with random seeds would have to agree too.
+    generator = torch.Generator().manual_seed(20)
+    choice = torch.randint(0, base, (examples,), generator=generator)
+    seeds = (1.0 - 2.0 * choice) if narrow else 2.0**choice
+    seen = _pass(losses, graph, slots, seeds)
+    for slot, owner in owners.items():
+        value = _read(plain[slot], seen[slot], narrow)
+        alive = owner >= 0
+        expected = choice[owner.clamp(0, max(examples - 1, 0))]
+        owner[alive & ((owner >= examples) | (value != expected))] = _MANY
+        owner[(owner == NOBODY) & _differs(plain[slot], seen[slot])] = _MANY
+    return {slot: _layout(graph.shape(slot), owner, examples) for slot, owner in owners.items()}
+
+
+def _narrow(graph: Graph) -> bool:
+    """Whether float16 occurs, which has no room for seeds other than signs."""
+    return any(
+        meta.dtype == torch.float16
+        for i, leads in enumerate(graph.leads)
+        if leads
+        for meta in graph.metas(i)
+    )
+
+
+def _start(value: Tensor | None) -> Tensor:
+    if value is None:
+        return torch.full((1,), NOBODY, dtype=torch.int64)
+    value = _real(value)
+    owner = torch.zeros(value.shape, dtype=torch.int64)
+    owner[(value == 0).cpu()] = NOBODY
+    owner[~torch.isfinite(value).cpu()] = _UNSEEN
+    return owner
+
+
+def _real(value: Tensor) -> Tensor:
+    """Complex numbers by the larger of their parts; half precision widened without rounding."""
+    if value.is_complex():
+        value = torch.where(value.real.abs() >= value.imag.abs(), value.real, value.imag)
+    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+
+
+def _read(plain: Tensor | None, seen: Tensor | None, narrow: bool) -> Tensor:
+    """The digit that each element shows; -1 where it shows none."""
+    if plain is None or seen is None:
+        return torch.full((1,), -1, dtype=torch.int64)
+    before, after = _real(plain), _real(seen)
+    if narrow:
+        digit = torch.where(after == before, 0, torch.where(after == -before, 1, -1))
+        return digit.cpu()
+    one, low = torch.frexp(before)
+    two, high = torch.frexp(after)
+    shift = (high - low).long()
+    good = (one == two) & (shift >= 0) & (shift < 16)
+    return torch.where(good, shift, -1).cpu()
+
+
+def _differs(plain: Tensor | None, seen: Tensor | None) -> Tensor:
+    if plain is None or seen is None:
+        return torch.full((1,), seen is not plain)
+    return (_real(seen) != 0).cpu()
+
+
+def _layout(shape: tuple[int, ...], owner: Tensor, examples: int) -> Layout | None:
+    if bool((owner == _MANY).any()):
+        return None
+    if owner.numel() != _count(shape):
+        return constant(shape, NOBODY)
+    if bool((owner == _UNSEEN).any()):
+        return _complete(shape, owner, examples)
+    for dim in reversed(range(len(shape))):  # elements without gradient fit any owner
+        known = owner != NOBODY
+        highest = owner.amax(dim, keepdim=True)
+        lowest = torch.where(known, owner, highest).amin(dim, keepdim=True)
+        if torch.equal(highest, lowest):
+            owner = highest
+    return compressed(shape, owner)
+
+
+def _complete(shape: tuple[int, ...], owner: Tensor, examples: int) -> Layout | None:
+    """Elements that are not numbers: only a regular pattern that fits all others may tell."""
+    total = owner.numel()
+    flat = owner.reshape(-1)
+    known = flat >= 0
+    inner = 1
+    candidates = [inner for inner in range(1, total // examples + 1)
+                  if total % (inner * examples) == 0]  # fmt: skip
+    for inner in reversed(candidates):
+        ideal = (torch.arange(total) // inner) % examples
+        if torch.equal(ideal[known], flat[known]):
+            assert regular_pattern(ideal) is not None
+            return compressed(shape, ideal.reshape(shape))
+    return None
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _pass(losses: Tensor, graph: Graph, slots: list[Slot], seeds: Tensor,
+          visit: Visit | None = None) -> dict[Slot, Tensor | None]:  # fmt: skip
+    """The cotangents at `slots` for the given seeds; no hook runs, nothing is freed.
+
+    With `visit`, each is handed over once it is complete, and not kept.
+    """
+    found: dict[Slot, Tensor | None] = dict.fromkeys(slots)
+    at_node: dict[int, list[int]] = {}
+    for i, number in slots:
+        at_node.setdefault(i, []).append(number)
+    above = _above(graph, at_node)
+
+    def work() -> None:
+        root, number = graph.root
+        grads: dict[int, list[Tensor | None]] = {root: [None] * len(graph.metas(root))}
+        grads[root][number] = seeds.to(dtype=losses.dtype, device=losses.device)
+        for i in range(len(graph.nodes)):
+            here = grads.pop(i, None)
+            if here is None:
+                continue
+            for number in at_node.get(i, ()):
+                value = here[number]
+                if visit is None:
+                    found[i, number] = value
+                elif value is not None:
+                    visit((i, number), value)
+            if i not in above:
+                continue
+            results = nodes.call(graph.nodes[i], here)
+            for value, (child, out) in zip(results, graph.edges[i], strict=True):
+                if value is None or not (child in above or child in at_node):
+                    continue
+                below = grads.setdefault(child, [None] * len(graph.metas(child)))
+                old = below[out]
+                below[out] = value if old is None else old + value
+
+    with torch.no_grad():
+        nodes.inside_pass(losses, [graph.edge(slot) for slot in slots], work)
+    return found
+
+
+def _above(graph: Graph, wanted: Container[int]) -> set[int]:
+    """Nodes strictly above one of the wanted ones."""
+    above: set[int] = set()
+    for i in range(len(graph.nodes) - 1, -1, -1):
+        if any(c in wanted or c in above for c, _ in graph.edges[i] if c >= 0):
+            above.add(i)
+    return above
+
+
+def verify(losses: Tensor, graph: Graph, layouts: Mapping[Slot, Layout]) -> None:
+    """Hold layouts that were derived from the ops' structure against the numbers.
+
+    Two passes: seeds of one, and seeds of random signs and powers of two. Only a fingerprint of
+    each cotangent is kept between them, so that the memory is that of one backward.
+
+    Raises:
+        UnsupportedError: an element does not follow the example that it was derived to belong to.
+    """
+    generator = torch.Generator().manual_seed(21)
+    signs = torch.randint(0, 2, (losses.shape[0],), generator=generator) * 2.0 - 1.0
+    powers = torch.randint(0, 8, (losses.shape[0],), generator=generator)
+    wrong = _unlike(losses, graph, layouts, signs if _narrow(graph) else signs * 2.0**powers)
+    if wrong:  # a very large gradient has no room for powers
+        wrong = _unlike(losses, graph, layouts, signs)
+    if wrong:
+        below = graph.names_below(wrong[0][0], 1)
+        raise UnsupportedError(
+            f"The gradient at `{graph.op(wrong[0][0])}` (near parameter `{(below or ['?'])[0]}`) "
+            "does not follow the examples as its op's structure says. This is a defect of pergrad, "
+            "and no number is returned rather than a wrong one; please report it with this model."
+        )
+
+
+def _unlike(losses: Tensor, graph: Graph, layouts: Mapping[Slot, Layout], seeds: Tensor) -> list:
+    """The slots at which a pass with `seeds` is not the plain one times the owner's seed."""
+    slots = list(layouts)
+    prints: dict[Slot, float] = {}
+    _pass(losses, graph, slots, torch.ones(losses.shape[0]),
+          lambda slot, g: prints.__setitem__(slot, _fingerprint(g)))  # fmt: skip
+    wrong: list[Slot] = []
+
+    def compare(slot: Slot, g: Tensor) -> None:
+        owner = layouts[slot].owner
+        back = torch.where(owner < 0, 0.0, 1.0 / seeds[owner.clamp_min(0)])
+        mine, first = _fingerprint(g * back.to(g)), prints.get(slot, 0.0)
+        exact = g.device.type == "cpu"
+        if mine != first and (exact or abs(mine - first) > 1e-3 * max(abs(mine), abs(first))):
+            wrong.append(slot)
+
+    _pass(losses, graph, slots, seeds, compare)
+    return wrong
+
+
+_PIECE = 1 << 20
+
+
+def _fingerprint(g: Tensor) -> float:
+    """A number that changes with any bit of g; on a GPU, where sums are not repeatable, a sum."""
+    g = torch.view_as_real(g).reshape(-1) if g.is_complex() else g.reshape(-1)
+    g = torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0)
+    if g.device.type != "cpu":
+        weights = torch.arange(g.numel(), device=g.device).remainder(97).add(1.0)
+        return float((g.double().abs() * weights).sum())
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[g.element_size()]
+    total = 0
+    for start in range(0, g.numel(), _PIECE):
+        # + 0: minus zero and zero are the same gradient
+        bits = (g[start : start + _PIECE] + 0).view(whole).long()
+        places = torch.arange(start, start + bits.numel())
+        total += int((bits * (places * 0x9E3779B1 + 0x85EBCA6B)).sum())
+    return total

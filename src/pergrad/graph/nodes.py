@@ -1,0 +1,296 @@
+"""Nodes of torch's autograd graph, read.
+
+Owns: every private name of torch that pergrad relies on (`_saved_*`, `_input_metadata`, node
+names, direct calls of a node). A new release of torch is a change in this file.
+Does not know: examples, layouts, parameters' names, rules.
+"""
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from pergrad.errors import UnsupportedError, UsageError
+
+__all__ = [
+    "GradientEdge",
+    "Meta",
+    "attributes",
+    "call",
+    "edges",
+    "get_gradient_edge",
+    "leaf_variable",
+    "metas",
+    "op_name",
+    "saved",
+    "saved_version_safe",
+]
+
+Result = TypeVar("Result")
+Node = Any  # torch.autograd.graph.Node is an ABC that C++ nodes only pretend to implement
+
+
+class Meta(NamedTuple):
+    """Shape, dtype and device of one output of a node."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+# Overloads of one op that differ in what they reduce: the number behind "Backward" tells.
+_OVERLOADS = {
+    "SumBackward1": "sum_dim",
+    "MeanBackward1": "mean_dim",
+    "NormBackward1": "norm_dim",
+    "NormBackward3": "norm_dim",
+    "ProdBackward1": "prod_dim",
+    "MaxBackward0": "max_dim",
+    "MinBackward0": "min_dim",
+    "MedianBackward1": "median_dim",
+    "NanmedianBackward1": "nanmedian_dim",
+}
+
+
+@lru_cache(maxsize=4096)
+def _op_of_type_name(name: str) -> str:
+    """ "AddmmBackward0" -> "addmm"; "torch::autograd::CopySlices" -> "copy_slices"."""
+    if name in _OVERLOADS:
+        return _OVERLOADS[name]
+    short = name.rsplit("::", 1)[-1]
+    short = re.sub(r"Backward\d*$", "", short) or short
+    snake = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[0-9])(?=[A-Z][a-z])|(?<=[0-9]D)(?=[A-Z])", "_", short)
+    return snake.lower()
+
+
+def is_python(node: Node) -> bool:
+    """Whether the node belongs to a `torch.autograd.Function` written in Python."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
+def op_name(node: Node) -> str:
+    """The op in the words of aten: "addmm", "native_layer_norm"; a Function's class name."""
+    if is_python(node):
+        return node.name().removesuffix("Backward")
+    return _op_of_type_name(node.name())
+
+
+def metas(node: Node) -> tuple[Meta, ...]:
+    """Shape, dtype, device of each output of the op (= of each cotangent the node takes)."""
+    return tuple(Meta(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata)
+
+
+def edges(node: Node) -> tuple[tuple[Node | None, int], ...]:
+    """(node, output number) of each differentiable input of the op; None where it needs none."""
+    return node.next_functions
+
+
+def leaf_variable(node: Node) -> Tensor | None:
+    """The leaf tensor that an AccumulateGrad node stands for."""
+    return getattr(node, "variable", None)
+
+
+@lru_cache(maxsize=4096)
+def _fields(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(plain attributes, tensors) that a node class saves, without their prefixes."""
+    names = dir(cls)
+    tensors = {n.removeprefix("_raw_saved_") for n in names if n.startswith("_raw_saved_")}
+    plain = [n.removeprefix("_saved_") for n in names if n.startswith("_saved_")]
+    return tuple(n for n in plain if n not in tensors), tuple(sorted(tensors))
+
+
+def _signed(value: Any) -> Any:
+    """Dimensions are stored unsigned: 2**64 - 1 is -1."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 2**63:
+        return value - 2**64
+    if isinstance(value, (tuple, list)):
+        return tuple(_signed(v) for v in value)
+    if isinstance(value, torch.SymInt):
+        return int(value)
+    return value
+
+
+def attribute(node: Node, field: str) -> Any:
+    """One saved number, dimension or size of an op, e.g. "dim"; None where it saved none."""
+    return _signed(getattr(node, "_saved_" + field, None))
+
+
+def attributes(node: Node) -> tuple[Any, ...]:
+    """Everything a node saved that is not a tensor, hashable: what a plan's key must hold."""
+    if is_python(node):
+        return ()
+    plain, _ = _fields(type(node))
+    return tuple([_hashable(_signed(getattr(node, "_saved_" + name))) for name in plain])
+
+
+def _hashable(value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    return value
+
+
+def has_saved(node: Node, field: str) -> bool:
+    """Whether this release of torch saves `field` with this op at all."""
+    return field in _fields(type(node))[1]
+
+
+def saved(node: Node, field: str) -> Any:
+    """A tensor (or list of tensors) that the op saved for its backward; None if it saved none.
+
+    Raises:
+        UsageError: the graph was freed by an earlier backward, or the tensor was changed in place.
+        UnsupportedError: this release of torch saves something else.
+    """
+    try:
+        return getattr(node, "_saved_" + field)
+    except AttributeError:
+        raise UnsupportedError(
+            f"torch {torch.__version__} does not save `{field}` with {node.name()}, so pergrad has "
+            "no rule for it. Use a version of torch that pergrad is tested with (see the README)."
+        ) from None
+    except RuntimeError as error:
+        raise translate(error) from error
+
+
+_FREED = "The graph of the losses has been freed by an earlier backward"
+_FREED_REMEDY = (
+    "Call pergrad before `backward`, or pass retain_graph=True to the earlier call "
+    "(pergrad's own verbs take it too), or run the forward pass again."
+)
+
+
+def translate(error: RuntimeError) -> Exception:
+    """torch's words for a freed graph or a changed tensor, in ours; other errors unchanged."""
+    text = str(error)
+    if "second time" in text or "already been freed" in text:
+        return UsageError(f"{_FREED}. {_FREED_REMEDY}")
+    if "modified by an inplace operation" in text:
+        return UsageError(
+            "A tensor that the gradient needs was changed in place after the forward pass "
+            f"(an optimizer step, `x += ...`?). Run the forward pass again. torch says: {text}"
+        )
+    return error
+
+
+def call(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Run one node's backward alone: no hooks fire, nothing is freed, nothing is accumulated.
+
+    The results are brought to shape and dtype of the op's inputs where only the engine would
+    have done so (see `raw_call` for why).
+    """
+    results = raw_call(node, cotangents)
+    return tuple(
+        None if value is None or child is None else _fit(value, child, number)
+        for value, (child, number) in zip(results, edges(node), strict=True)
+    )
+
+
+def raw_call(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """As `call`, but the gradient of a broadcast operand keeps the output's shape.
+
+    torch's engine, not the node, sums such a gradient to the operand's shape.
+    """
+    try:
+        if is_python(node):
+            # A Python Function gets None otherwise, where the engine would give it zeros.
+            filled = [
+                torch.zeros(m.shape, dtype=m.dtype, device=m.device) if c is None else c
+                for c, m in zip(cotangents, metas(node), strict=True)
+            ]
+            results = node.apply(*filled)
+        else:
+            results = node(*cotangents)
+    except RuntimeError as error:
+        translated = translate(error)
+        if translated is error:
+            raise
+        raise translated from error
+    if not isinstance(results, (tuple, list)):
+        results = (results,)
+    count = len(edges(node))
+    return tuple(results)[:count] + (None,) * (count - len(results))
+
+
+def outside_pass(work: Callable[[], Result]) -> Result:
+    """Run `work` as if no backward pass were under way.
+
+    Inside a pass, a direct call of a node leaves out the gradients that the pass does not want.
+    The pass is known to its own thread only.
+    """
+    if torch._C._current_graph_task_id() == -1:
+        return work()
+    outcome: list[Result] = []
+    failure: list[BaseException] = []
+    enabled = torch.is_grad_enabled()
+
+    def run() -> None:
+        try:
+            with torch.set_grad_enabled(enabled):
+                outcome.append(work())
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=run, name="pergrad-node-call")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return outcome[0]
+
+
+def _fit(value: Tensor, child: Node, number: int) -> Tensor:
+    meta = metas(child)[number]
+    if tuple(value.shape) != meta.shape:
+        value = value.sum_to_size(meta.shape)
+    if value.dtype != meta.dtype:
+        value = value.to(meta.dtype)
+    return value
+
+
+def reentrant_checkpoint(node: Node) -> bool:
+    """Whether the node is a re-entrant activation checkpoint, which hides its parameters."""
+    if not is_python(node):
+        return False
+    import torch.utils.checkpoint as checkpoint
+
+    return getattr(type(node), "_forward_cls", None) is checkpoint.CheckpointFunction
+
+
+def inside_pass(losses: Tensor, wanted: Sequence[GradientEdge], work: Any) -> None:
+    """Run `work()` inside a backward pass of torch's engine that computes nothing by itself.
+
+    There, a direct call of a node computes only the gradients that lead to `wanted` (no weight
+    gradients), and saved tensors of checkpointed blocks are recomputed once. None of the
+    user's hooks runs: the pass stops at its first node, which is ours.
+    """
+
+    class Done(Exception):
+        pass
+
+    failure: list[BaseException] = []
+
+    def run(_: Any) -> None:
+        try:
+            work()
+        except BaseException as error:
+            failure.append(error)
+        raise Done
+
+    with torch.enable_grad():
+        total = losses.sum()
+    handle = total.grad_fn.register_prehook(run)
+    try:
+        torch.autograd.grad(total, list(wanted), retain_graph=True, allow_unused=True)
+    except Done:
+        pass
+    finally:
+        handle.remove()
+    if failure:
+        raise failure[0]

@@ -1,0 +1,148 @@
+"""What has to be done for one graph, found once and remembered for equal graphs.
+
+Owns: `Plan` and its bounded cache.
+Does not know: numbers. A plan holds node indices, never nodes or tensors of the user's.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pergrad.errors import UsageError
+from pergrad.graph import chain
+from pergrad.graph.chain import Route
+from pergrad.graph.layout import Layout
+from pergrad.graph.measure import measure, verify
+from pergrad.graph.uses import Measured, Mix, Site, Uses, find_uses
+from pergrad.graph.walk import Graph, Slot, walk
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """Where the operand of a use begins to depend on parameters alone."""
+
+    slot: Slot
+    shape: tuple[int, ...]
+    lead: tuple[int, ...] = ()
+    shared: tuple[bool, ...] = ()
+
+
+@dataclass(slots=True)
+class Plan:
+    """Every use of every requested parameter, and the way from there to the parameter."""
+
+    sites: list[Site]
+    ends: dict[tuple[int, int], End]  # (node, input) -> operand
+    direct: dict[Slot, Layout]
+    routes: dict[Slot, list[Route]]  # by the operand's slot
+    mixes: list[Mix]
+    known_mixed: frozenset[Slot]
+
+    @property
+    def pulls(self) -> bool:
+        """Whether some route needs a vector-Jacobian product."""
+        return any(r.steps is None for rs in self.routes.values() for r in rs)
+
+
+_CACHE: OrderedDict[object, Plan] = OrderedDict()
+_MIXED: OrderedDict[object, frozenset[Slot]] = OrderedDict()
+_VERIFIED: OrderedDict[object, bool] = OrderedDict()
+_CACHE_SIZE = 256
+
+
+def clear() -> None:
+    """Forget every plan."""
+    _CACHE.clear()
+    _MIXED.clear()
+    _VERIFIED.clear()
+
+
+def plan_for(
+    losses: Tensor, params: Mapping[str, Tensor], check_layout: str = "once"
+) -> tuple[Graph, Plan]:
+    """The graph of `losses` and what has to be done for it.
+
+    Layouts follow from the structure of the ops, for any numbers; they are measured where an op's
+    structure is not known, and then hold for this batch only. `check_layout` says when the former
+    are held against a measurement as well: once per form of graph, always, or never.
+
+    Raises:
+        UsageError: check_layout is "never" and a layout would have to be measured.
+        UnsupportedError: a re-entrant checkpoint, or a layout that does not hold.
+    """
+    graph = walk(losses, params)
+    batch = losses.shape[0]
+    key = (batch, graph.key())
+    plan = _CACHE.get(key)
+    if plan is None:
+        # That examples meet somewhere may be remembered: treating them so is exact in any case.
+        # That they do not, found by measuring, holds for this batch only.
+        mixed = _MIXED.get(key, frozenset())
+
+        def measured(graph: Graph, slots: list[Slot]) -> Measured:
+            if check_layout == "never":
+                raise UsageError(_never(graph, slots))
+            return measure(losses, graph, slots)
+
+        uses = find_uses(graph, batch, measured, mixed)
+        plan = _plan(graph, uses)
+        if not uses.measured and not uses.read_data:
+            _remember(_CACHE, key, plan)
+        elif uses.known_mixed:
+            _remember(_MIXED, key, uses.known_mixed)
+    else:
+        _CACHE.move_to_end(key)
+    _verify(losses, graph, plan, check_layout)
+    return graph, plan
+
+
+def _never(graph: Graph, slots: list[Slot]) -> str:
+    below = graph.names_below(slots[0][0], 1)
+    near = f" near parameter `{below[0]}`" if below else ""
+    return (
+        f"The op above `{graph.op(slots[0][0])}`{near} does not tell from its structure which rows "
+        'belong to which example, and check_layout="never" forbids to measure it. Use '
+        'check_layout="once".'
+    )
+
+
+def _verify(losses: Tensor, graph: Graph, plan: Plan, check_layout: str) -> None:
+    if check_layout == "never" or losses.shape[0] < 2:
+        return
+    form = hash(graph.form())
+    if check_layout == "once" and form in _VERIFIED:
+        return
+    layouts = {
+        (site.node, n): layout
+        for site in plan.sites
+        for n, layout in enumerate(site.layouts)
+        if layout is not None
+    }
+    layouts.update(plan.direct)
+    if layouts:
+        verify(losses, graph, layouts)
+    _remember(_VERIFIED, form, True)
+
+
+def _remember(cache: OrderedDict, key: object, value: object) -> None:
+    cache[key] = value
+    while len(cache) > _CACHE_SIZE:
+        cache.popitem(last=False)
+
+
+def _plan(graph: Graph, uses: Uses) -> Plan:
+    ends: dict[tuple[int, int], End] = {}
+    for site in uses.sites:
+        for k in site.slots:
+            slot = graph.edges[site.node][k]
+            end = End(slot, graph.shape(slot))
+            if graph.op(site.node) in ("bmm", "baddbmm") and len(end.shape) == 3:
+                expanded = chain.expanded_weight(graph, slot)
+                if expanded is not None:
+                    end = End(expanded.slot, graph.shape(expanded.slot), expanded.lead,
+                              expanded.shared)  # fmt: skip
+            ends[site.node, k] = end
+    routes = {end.slot: chain.routes(graph, end.slot) for end in ends.values()}
+    return Plan(uses.sites, ends, uses.direct, routes, uses.mixes, uses.known_mixed)

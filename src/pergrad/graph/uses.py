@@ -1,0 +1,252 @@
+"""From the losses down to the places where parameters meet examples.
+
+Owns: the walk of layouts through the graph, the decision which nodes are above the examples'
+meeting point (separated) and which below (shared by examples, or mixing them), and the list of
+uses that follows.
+Does not know: rules, factors, numbers (it asks `measure` where the structure does not tell).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from pergrad.graph.layout import Layout, along, merge
+from pergrad.graph.transfer import Op, Result, Why, transfer, understands
+from pergrad.graph.walk import Graph, Slot
+
+Measured = dict[Slot, Layout | None]  # None: several examples meet in one element
+Measure = Callable[[Graph, list[Slot]], Measured]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One node at which parameters meet examples: its cotangents separate by example."""
+
+    node: int
+    layouts: tuple[Layout | None, ...]  # of the cotangent at each output
+    slots: tuple[int, ...]  # the inputs below which examples no longer separate
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """A place where examples interact."""
+
+    parent: int  # the op that makes them
+    child: Slot
+
+
+@dataclass(slots=True)
+class Uses:
+    """Every use of every requested parameter that the losses reach."""
+
+    sites: list[Site]
+    direct: dict[Slot, Layout]  # parameters whose own gradient separates by example
+    mixes: list[Mix]
+    measured: bool  # whether a layout was measured: it then holds for this batch only
+    read_data: bool  # whether an index tensor was read: likewise
+    known_mixed: frozenset[Slot] = field(default_factory=frozenset)
+
+
+def find_uses(
+    graph: Graph, examples: int, measure: Measure, known_mixed: Iterable[Slot] = ()
+) -> Uses:
+    """Walk layouts from the losses down until examples no longer separate."""
+    measured: Measured = dict.fromkeys(known_mixed)
+    first = set(measured)
+    while True:
+        spread = _Spread(graph, examples, measured)
+        spread.run()
+        if not spread.wanted:
+            break
+        measured.update(measure(graph, sorted(spread.wanted)))
+    uses = spread.collect()
+    uses.measured = any(slot not in first for slot in measured if measured[slot] is not None)
+    uses.known_mixed = frozenset(slot for slot, found in measured.items() if found is None)
+    return uses
+
+
+class _Mixed:
+    """Marks an output in whose gradient examples meet."""
+
+
+_MIXED = _Mixed()
+_State = Layout | _Mixed | None
+
+
+class _Spread:
+    """One walk of layouts from the losses to the parameters."""
+
+    def __init__(self, graph: Graph, examples: int, measured: Measured) -> None:
+        self.graph = graph
+        self.examples = examples
+        self.measured = measured
+        self.wanted: set[Slot] = set()
+        self.read_data = False
+        self.below: set[int] = set()  # nodes whose cotangents do not separate
+        self.states: dict[Slot, _State] = {}
+        self.mixes: list[Mix] = []
+        self._pending: set[int] = set()
+        self._arrived: dict[Slot, list[tuple[int, Result | _Mixed]]] = {}
+        self._data = _reads_data(graph)
+
+    def run(self) -> None:
+        graph = self.graph
+        owners = torch.arange(self.examples)
+        start = along(graph.shape(graph.root), 0, owners)
+        self._arrived[graph.root] = [(-1, start)]
+        for i in range(len(graph.nodes)):
+            if graph.leads[i]:
+                self._visit(i)
+
+    def _visit(self, i: int) -> None:
+        graph = self.graph
+        count = len(graph.metas(i))
+        states = [self._resolve((i, number)) for number in range(count)]
+        if i in self._pending:
+            self._postpone(i)
+            return
+        for number, state in enumerate(states):
+            self.states[i, number] = state
+        if any(isinstance(state, _Mixed) for state in states):
+            self.below.add(i)
+            for child, number in graph.edges[i]:
+                if child >= 0 and graph.leads[child]:
+                    self._arrived.setdefault((child, number), []).append((i, _MIXED))
+            return
+        layouts = [state if isinstance(state, Layout) else None for state in states]
+        if all(layout is None for layout in layouts):
+            return
+        op = self._op(i)
+        results = transfer(op, layouts)
+        self.read_data |= op.read_data
+        for (child, number), result in zip(graph.edges[i], results, strict=True):
+            if child < 0 or not graph.leads[child]:
+                continue
+            if op.name in ("bmm", "baddbmm") and graph.pure[child] and isinstance(result, Layout):
+                # An expanded weight: stop here, not below the expand, where the engine would
+                # have formed one gradient of the weight per example.
+                result = Why.CONTRACTED
+            self._arrived.setdefault((child, number), []).append((i, result))
+
+    def _op(self, i: int) -> Op:
+        graph = self.graph
+        shapes, pure = [], []
+        for child, number in graph.edges[i]:
+            inside = child >= 0 and graph.leads[child]
+            shapes.append(graph.shape((child, number)) if inside else None)
+            pure.append(inside and graph.pure[child])
+        return Op(graph.nodes[i], graph.op(i), [m.shape for m in graph.metas(i)], shapes, pure)
+
+    def _resolve(self, slot: Slot) -> _State:
+        """The sum of what arrived at one output."""
+        arrived = self._arrived.get(slot)
+        if not arrived:
+            return None
+        if any(parent in self._pending for parent, _ in arrived):
+            self._pending.add(slot[0])
+            return None
+        pure = self.graph.pure[slot[0]]
+        layouts = [what for _, what in arrived if isinstance(what, Layout)]
+        rest = [(parent, what) for parent, what in arrived if not isinstance(what, Layout)]
+        if not rest:
+            total: Layout | None = layouts[0]
+            for layout in layouts[1:]:
+                total = None if total is None else merge(total, layout)
+            if total is not None:
+                return total
+        if pure:
+            return _MIXED
+        kinds = {what for _, what in rest}
+        sure = Why.MIXING in kinds or any(isinstance(what, _Mixed) for what in kinds)
+        open_question = (
+            not rest  # owners disagree: the numbers may still be apart
+            or Why.UNKNOWN in kinds
+            or (Why.CONTRACTED in kinds and self._data[slot[0]])
+        )
+        if open_question and not sure:
+            if slot not in self.measured:
+                self.wanted.add(slot)
+                self._pending.add(slot[0])
+                return None
+            found = self.measured[slot]
+            if found is not None:
+                return found
+        if layouts or Why.MIXING in kinds or (open_question and self._carries_examples(slot)):
+            at_fault = [p for p, what in rest if what is Why.MIXING] or [p for p, _ in arrived]
+            self.mixes.append(Mix(max(at_fault), slot))
+        return _MIXED
+
+    def _carries_examples(self, slot: Slot) -> bool:
+        """Whether a tensor computed from data looks like a batch rather than a constant table."""
+        shape = self.graph.shape(slot)
+        batch = self.examples
+        return batch > 1 and self._data[slot[0]] and (
+            batch in shape or (len(shape) > 0 and shape[0] > 0 and shape[0] % batch == 0)
+        )  # fmt: skip
+
+    def _postpone(self, i: int) -> None:
+        """Below an open question: ask about unknown ops further down in the same round."""
+        graph = self.graph
+        for child, number in graph.edges[i]:
+            if child < 0 or not graph.leads[child]:
+                continue
+            self._pending.add(child)
+            self._arrived.setdefault((child, number), []).append((i, Why.UNKNOWN))
+            slot = (child, number)
+            if not understands(graph.op(i)) and not graph.pure[child] and slot not in self.measured:
+                self.wanted.add(slot)
+
+    def collect(self) -> Uses:
+        graph = self.graph
+        sites: list[Site] = []
+        for i in range(len(graph.nodes)):
+            if not graph.leads[i] or i in self.below:
+                continue
+            layouts = tuple(
+                state if isinstance(state := self.states.get((i, n)), Layout) else None
+                for n in range(len(graph.metas(i)))
+            )
+            if all(layout is None for layout in layouts):
+                continue
+            slots = []
+            for k, (child, number) in enumerate(graph.edges[i]):
+                if child < 0 or not graph.leads[child]:
+                    continue
+                if child in self.below or isinstance(self.states.get((child, number)), _Mixed):
+                    slots.append(k)
+            if slots:
+                sites.append(Site(i, layouts, tuple(slots)))
+        direct = {
+            slot: state
+            for slot in graph.targets
+            if slot[0] not in self.below and isinstance(state := self.states.get(slot), Layout)
+        }
+        return Uses(sites, direct, self.mixes, False, self.read_data)
+
+
+# Ops that read data through an input that needs no gradient; for all others (a mask, a scale)
+# such an input is taken for a constant.
+_READERS = {
+    "mm", "addmm", "bmm", "baddbmm", "convolution", "mv", "addmv", "linear", "grouped_mm",
+    "embedding_bag", "cdist", "cat", "stack", "trilinear",
+}  # fmt: skip
+
+
+def _reads_data(graph: Graph) -> list[bool]:
+    """Whether data, not parameters and constants alone, enters below each node."""
+    found = [False] * len(graph.nodes)
+    for i in range(len(graph.nodes) - 1, -1, -1):
+        if not graph.leads[i]:
+            continue
+        op = graph.op(i)
+        missing = any(c < 0 or not graph.leads[c] for c, _ in graph.edges[i])
+        found[i] = (
+            op == "embedding"
+            or (op in _READERS and missing)
+            or not understands(op)
+            and (missing or op not in ("weight_norm_interface", "accumulate_grad"))
+            and not graph.pure[i]
+            or any(found[c] for c in graph.children(i))
+        )
+    return found

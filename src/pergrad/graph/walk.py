@@ -1,0 +1,178 @@
+"""The graph below a vector of losses, walked once.
+
+Owns: `Graph`, plain records of the nodes in topological order, which of them lead to the requested
+parameters, which depend on parameters alone, and the key that tells two graphs apart.
+Does not know: layouts, rules, factors.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from pergrad.errors import UnsupportedError, UsageError
+from pergrad.graph import nodes
+from pergrad.graph.nodes import Meta
+
+Slot = tuple[int, int]  # (node index, output number)
+
+
+@dataclass(slots=True)
+class Graph:
+    """Nodes from the losses down; consumers come before producers."""
+
+    nodes: list[Any]
+    edges: list[tuple[tuple[int, int], ...]]  # per input: (node index or -1, output number)
+    root: Slot
+    targets: dict[Slot, str]  # where a requested parameter enters, and its name
+    leads: list[bool]  # whether a requested parameter lies below the node
+    pure: list[bool]  # whether nothing but requested parameters lies below the node
+    _metas: dict[int, tuple[Meta, ...]] = field(default_factory=dict)
+    _names: dict[int, str] = field(default_factory=dict)
+
+    def metas(self, index: int) -> tuple[Meta, ...]:
+        found = self._metas.get(index)
+        if found is None:
+            found = self._metas[index] = nodes.metas(self.nodes[index])
+        return found
+
+    def op(self, index: int) -> str:
+        found = self._names.get(index)
+        if found is None:
+            found = self._names[index] = nodes.op_name(self.nodes[index])
+        return found
+
+    def shape(self, slot: Slot) -> tuple[int, ...]:
+        return self.metas(slot[0])[slot[1]].shape
+
+    def edge(self, slot: Slot) -> nodes.GradientEdge:
+        return nodes.GradientEdge(self.nodes[slot[0]], slot[1])
+
+    def children(self, index: int) -> list[int]:
+        """The nodes below that lead to a parameter."""
+        return [c for c, _ in self.edges[index] if c >= 0 and self.leads[c]]
+
+    def key(self) -> tuple[Any, ...]:
+        """Equal for two graphs only if every op, edge, shape, dtype and saved number is."""
+        rows = []
+        for i, node in enumerate(self.nodes):
+            if self.leads[i]:
+                rows.append((self.op(i), self.metas(i), self.edges[i], nodes.attributes(node)))
+            else:
+                rows.append((self.edges[i],))
+        return (tuple(rows), self.root, tuple(self.targets.items()))
+
+    def form(self) -> tuple[Any, ...]:
+        """As `key`, without sizes: ops and edges."""
+        return (tuple(zip(map(self.op, range(len(self.nodes))), self.edges, strict=True)),
+                tuple(self.targets))  # fmt: skip
+
+    def names_below(self, index: int, limit: int = 3) -> list[str]:
+        """The nearest parameters below a node: how its place is named to the user."""
+        found: list[str] = []
+        queue, seen = [index], {index}
+        while queue and len(found) < limit:
+            at = queue.pop(0)
+            for child, number in self.edges[at]:
+                if child < 0 or not self.leads[child]:
+                    continue
+                name = self.targets.get((child, number))
+                if name is not None and name not in found:
+                    found.append(name)
+                if child not in seen:
+                    seen.add(child)
+                    queue.append(child)
+        return found
+
+
+def walk(losses: Tensor, params: Mapping[str, Tensor]) -> Graph:
+    """Read the graph of `losses` down to every leaf.
+
+    Raises:
+        UnsupportedError: a re-entrant checkpoint hides the parameters inside it.
+    """
+    root = nodes.get_gradient_edge(losses)
+    ordered = _topological(root.node)
+    index = {node: i for i, node in enumerate(ordered)}
+    edges = [
+        tuple((-1, 0) if child is None else (index[child], number)
+              for child, number in nodes.edges(node))
+        for node in ordered
+    ]  # fmt: skip
+    targets = _find_targets(params, index)
+    leads, pure = _classify(ordered, edges, targets)
+    graph = Graph(ordered, edges, (index[root.node], root.output_nr), targets, leads, pure)
+    for node in ordered:
+        if nodes.reentrant_checkpoint(node):
+            raise UnsupportedError(
+                f"The losses go through a re-entrant activation checkpoint ({_block(node)}), which "
+                "hides the parameters inside it from the graph: their gradients would be missing "
+                "without a word. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+            )
+    return graph
+
+
+def _block(node: Any) -> str:
+    function = getattr(node, "run_function", None)
+    owner = getattr(function, "__self__", function)
+    return f"`{type(owner).__name__ if not callable(function) else _name_of(function)}`"
+
+
+def _name_of(function: Any) -> str:
+    return getattr(function, "__qualname__", None) or type(function).__name__
+
+
+def _topological(root: Any) -> list[Any]:
+    """Every node below `root`, each before what it reads from."""
+    finished: list[Any] = []
+    state = {root: False}
+    stack = [(root, iter(nodes.edges(root)))]
+    while stack:
+        node, children = stack[-1]
+        for child, _ in children:
+            if child is not None and child not in state:
+                state[child] = False
+                stack.append((child, iter(nodes.edges(child))))
+                break
+        else:
+            finished.append(node)
+            stack.pop()
+    finished.reverse()
+    return finished
+
+
+def _find_targets(params: Mapping[str, Tensor], index: dict[Any, int]) -> dict[Slot, str]:
+    targets: dict[Slot, str] = {}
+    leaves = {id(p): name for name, p in params.items() if p.is_leaf}
+    for node, i in index.items():
+        variable = nodes.leaf_variable(node)
+        if variable is not None:
+            name = leaves.get(id(variable))
+            if name is not None:
+                targets[i, 0] = name
+    for name, p in params.items():
+        if p.grad_fn is not None:  # a tensor in the middle of the graph
+            i = index.get(p.grad_fn, -1)
+            if i >= 0:
+                slot = (i, p.output_nr)
+                if slot in targets:
+                    raise UsageError(
+                        f"Parameters `{targets[slot]}` and `{name}` are the same tensor. "
+                        "Pass it once."
+                    )
+                targets[slot] = name
+    return targets
+
+
+def _classify(
+    ordered: list[Any], edges: list[tuple[tuple[int, int], ...]], targets: dict[Slot, str]
+) -> tuple[list[bool], list[bool]]:
+    leads = [False] * len(ordered)
+    pure = [False] * len(ordered)
+    at_node = {i for i, _ in targets}
+    for i in range(len(ordered) - 1, -1, -1):
+        below = edges[i]
+        leads[i] = i in at_node or any(c >= 0 and leads[c] for c, _ in below)
+        pure[i] = i in at_node or (bool(below) and all(c >= 0 and pure[c] for c, _ in below))
+    return leads, pure

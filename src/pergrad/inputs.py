@@ -1,0 +1,184 @@
+"""What users pass in, checked: losses, parameters, weights, directions.
+
+Owns: every message about wrong input.
+Does not know: the graph.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from pergrad.errors import UsageError
+
+Params = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
+Direction = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
+
+
+def named(params: Params) -> dict[str, Tensor]:
+    """The tensors that require grad, by name; one tensor under two names counts once.
+
+    Raises:
+        UsageError: there is none, or something is not a tensor.
+    """
+    if isinstance(params, nn.Module):
+        pairs: Iterable[tuple[str, Tensor]] = params.named_parameters()
+    elif isinstance(params, Mapping):
+        pairs = params.items()
+    elif isinstance(params, Tensor):
+        pairs = [("0", params)]
+    else:
+        try:
+            pairs = [(str(i), p) for i, p in enumerate(params)]
+        except TypeError:
+            raise UsageError(
+                f"`params` is a {type(params).__name__}. Pass the model, a mapping from names to "
+                "tensors, or an iterable of tensors."
+            ) from None
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, p in pairs:
+        if isinstance(p, tuple) and len(p) == 2 and isinstance(p[1], Tensor):
+            raise UsageError(
+                "`params` holds pairs (name, tensor). Pass dict(model.named_parameters()) or the "
+                "model itself."
+            )
+        if not isinstance(p, Tensor):
+            raise UsageError(f"`params` holds a {type(p).__name__} under {name!r}, not a tensor.")
+        if p.requires_grad and id(p) not in seen:
+            seen.add(id(p))
+            found[str(name)] = p
+    if not found:
+        raise UsageError(
+            "None of the parameters requires grad, so there is no gradient to measure. Call "
+            "`model.requires_grad_(True)`, or pass the tensors you mean."
+        )
+    return found
+
+
+def check_losses(losses: object, params: Mapping[str, Tensor]) -> Tensor:
+    """A vector of losses that is attached to its graph.
+
+    Raises:
+        UsageError: it is a scalar, a matrix, an integer tensor, without graph, or elsewhere.
+    """
+    if not isinstance(losses, Tensor):
+        raise UsageError(
+            f"`losses` is a {type(losses).__name__}. Pass a tensor (B,), one loss per example."
+        )
+    if losses.dim() == 0:
+        raise UsageError(
+            "`losses` is a scalar: the examples have already been averaged or summed. Pass one "
+            'loss per example: compute the loss with reduction="none", so that it has shape (B,).'
+        )
+    if losses.dim() > 1:
+        shape = tuple(losses.shape)
+        raise UsageError(
+            f"`losses` has shape {shape}; pergrad takes one loss per example, shape (B,). If the "
+            "examples lie along the first dimension, reduce the others: "
+            "`losses.flatten(1).mean(1)` or `.sum(1)`, whichever your training uses."
+        )
+    if not losses.is_floating_point():
+        raise UsageError(f"`losses` has dtype {losses.dtype}; a loss is a real number.")
+    if not losses.requires_grad:
+        raise UsageError(
+            "`losses` has no graph: it was computed under torch.no_grad() or detached, or no "
+            "parameter required grad at that time. Run the forward pass with grad enabled and pass "
+            "its result unchanged."
+        )
+    for name, p in params.items():
+        if type(p) is not Tensor and not isinstance(p, nn.Parameter):
+            _refuse_subclass(name, p)
+    return losses
+
+
+def _refuse_subclass(name: str, p: Tensor) -> None:
+    from pergrad.errors import UnsupportedError
+
+    raise UnsupportedError(
+        f"Parameter `{name}` is a {type(p).__name__}, a tensor subclass whose gradients pergrad "
+        "cannot read. Convert the parameter to an ordinary tensor for this call."
+    )
+
+
+def check_weights(weights: Tensor, losses: Tensor) -> Tensor:
+    """One real weight per example."""
+    if not isinstance(weights, Tensor):
+        raise UsageError(
+            f"`weights` is a {type(weights).__name__}. Pass a tensor (B,), or a function from the "
+            "norms (B,) to weights (B,) such as pergrad.clip(1.0)."
+        )
+    if tuple(weights.shape) != tuple(losses.shape):
+        raise UsageError(
+            f"`weights` has shape {tuple(weights.shape)}, but there are {losses.shape[0]} examples:"
+            f" pass one weight per example, shape ({losses.shape[0]},)."
+        )
+    if not weights.is_floating_point():
+        raise UsageError(
+            f"`weights` has dtype {weights.dtype}. Weights multiply gradients: pass floating point "
+            "numbers, for instance `weights.float()`."
+        )
+    return weights.detach().to(losses.device)
+
+
+def direction(
+    v: Direction, shapes: Mapping[str, tuple[int, ...]], what: str = "against"
+) -> dict[str, Tensor]:
+    """A direction in parameter space, by name, from any of its three forms.
+
+    Raises:
+        UsageError: a name, a shape or the number of elements differs from the parameters'.
+    """
+    total = sum(_numel(shape) for shape in shapes.values())
+    if isinstance(v, Tensor):
+        if v.dim() != 1 or v.numel() != total:
+            raise UsageError(
+                f"The direction `{what}` has shape {tuple(v.shape)}; the parameters have {total} "
+                f"elements. Pass a flat tensor ({total},), a mapping from names to tensors, or a "
+                "sequence of tensors shaped as the parameters."
+            )
+        parts = torch.split(v, [_numel(shape) for shape in shapes.values()])
+        found = {n: p.reshape(s) for p, (n, s) in zip(parts, shapes.items(), strict=True)}
+    elif isinstance(v, Mapping):
+        unknown = [n for n in v if n not in shapes]
+        absent = [n for n in shapes if n not in v]
+        if unknown or absent:
+            raise UsageError(
+                f"The direction `{what}` does not match the parameters."
+                + (f" Not parameters: {names_list(unknown)}." if unknown else "")
+                + (f" Missing: {names_list(absent)}." if absent else "")
+                + " Pass one tensor for each parameter (zeros where it does not move)."
+            )
+        found = {n: v[n] for n in shapes}
+    else:
+        items = list(v)
+        if len(items) != len(shapes):
+            raise UsageError(
+                f"The direction `{what}` has {len(items)} tensors, but there are {len(shapes)} "
+                "parameters. Pass one tensor for each parameter, in the same order."
+            )
+        found = dict(zip(shapes, items, strict=True))
+    for name, part in found.items():
+        if not isinstance(part, Tensor) or tuple(part.shape) != tuple(shapes[name]):
+            got = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            raise UsageError(
+                f"The direction `{what}` has shape {got} for `{name}`, whose shape is "
+                f"{tuple(shapes[name])}. Pass a tensor of the parameter's shape."
+            )
+        if not part.is_floating_point():
+            raise UsageError(
+                f"The direction `{what}` has dtype {part.dtype} for `{name}`; pass floating point."
+            )
+    return found
+
+
+def _numel(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def names_list(names: Sequence[str], most: int = 5) -> str:
+    shown = ", ".join(f"`{n}`" for n in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,11 @@
+"""One rule per op family: a use of parameters and its cotangent -> factors.
+
+Owns: what the per-example gradient of each operand looks like.
+Does not know: how uses are found, what is computed from factors.
+"""
+
+from pergrad.rules import broadcast, conv, embedding, linear, norm
+from pergrad.rules.registry import Operand, Served, Situation, calls_node, rule_for
+
+__all__ = ["Operand", "Served", "Situation", "calls_node", "rule_for"]
+_ = (broadcast, conv, embedding, linear, norm)

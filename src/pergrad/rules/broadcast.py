@@ -1,0 +1,67 @@
+"""Elementwise ops and copies in which a parameter is broadcast over examples.
+
+Owns: position embeddings, layer scales, biases, class tokens, any elementwise function.
+Does not know: which dimension holds the examples; layouts say so.
+"""
+
+from torch import Tensor
+
+from pergrad.factors import Dense
+from pergrad.graph import nodes
+from pergrad.graph.transfer import ELEMENTWISE
+from pergrad.rules.positions import reduced
+from pergrad.rules.registry import Served, Situation, rule
+
+
+def _serve(use: Situation, local: dict[int, Tensor]) -> Served:
+    served: Served = {}
+    for slot, values in local.items():
+        factor = reduced(values, use.layout, use.operands[slot].shape, use.batch)
+        if factor is not None:
+            served[slot] = factor
+    return served
+
+
+@rule(*sorted(ELEMENTWISE), calls_node=True)
+def elementwise(use: Situation) -> Served:
+    """Any elementwise op: its own backward before torch's engine sums the broadcast away."""
+    results = nodes.raw_call(use.node, use.cotangents)
+    shape = use.layout.shape
+    local = {}
+    for slot in use.operands:
+        value = results[slot]
+        if value is not None and tuple(value.shape) == shape:
+            local[slot] = value
+    return _serve(use, local)
+
+
+@rule("add", "sub", "rsub")
+def add(use: Situation) -> Served:
+    """self + alpha * other, self - alpha * other, other - alpha * self."""
+    alpha = use.attr("alpha")
+    alpha = 1 if alpha is None else alpha
+    factors = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[use.name]
+    served: Served = {}
+    for slot in use.operands:
+        factor = reduced(use.g, use.layout, use.operands[slot].shape, use.batch)
+        if factor is not None:
+            by = factors[slot]
+            served[slot] = factor if by == 1 else Dense(factor.values * by)  # type: ignore[attr-defined]
+    return served
+
+
+@rule("mul")
+def mul(use: Situation) -> Served:
+    """self * other."""
+    local = {}
+    for slot in use.operands:
+        other = use.saved(("other", "self")[slot])
+        if other is not None and not use.g.is_complex() and not other.is_complex():
+            local[slot] = use.g * other
+    return _serve(use, local)
+
+
+@rule("expand")
+def expand(use: Situation) -> Served:
+    """A parameter copied to every example, such as a class token."""
+    return _serve(use, {0: use.g})

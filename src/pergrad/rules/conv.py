@@ -1,0 +1,52 @@
+"""Convolutions: one, two and three dimensions, strided, dilated, grouped, transposed.
+
+Owns: lowering `aten.convolution` to `Correlation`; its bias.
+Does not know: patches (the factor forms them, a few examples at a time).
+"""
+
+from pergrad.factors import Correlation, Factor
+from pergrad.rules.positions import partition, reduced
+from pergrad.rules.registry import Served, Situation, rule
+
+
+@rule("convolution", "convolution_overrideable", "cudnn_convolution", "conv_depthwise2d",
+      "conv_depthwise3d", "slow_conv2d", "slow_conv3d", "slow_conv_dilated2d")  # fmt: skip
+def convolution(use: Situation) -> Served:
+    """y = conv(x, weight) + bias; the batch is the first dimension."""
+    served: Served = {}
+    g = use.g
+    if 2 in use.operands:
+        shape = (g.shape[1], *[1] * (g.dim() - 2))
+        bias = reduced(g, use.layout, shape, use.batch)
+        if bias is not None:
+            served[2] = type(bias)(bias.values.reshape(use.batch, *use.operands[2].shape))  # type: ignore[attr-defined]
+    rows = partition(use.layout, (0,), use.batch)
+    if 1 not in use.operands or rows is None or use.name != "convolution":
+        return served
+    x = use.saved("input")
+    transposed = bool(use.attr("transposed"))
+    shape = use.operands[1].shape
+    rank = g.dim() - 2
+    still, moving = (x, g) if transposed else (g, x)
+    factors: list[Factor] = []
+    for bucket in rows.buckets:
+        left, right = rows.gather(still, bucket), rows.gather(moving, bucket)
+        kernel, stride = shape[2:], _each(use, "stride", rank)
+        padding, dilation = _each(use, "padding", rank), _each(use, "dilation", rank)
+        if left.shape[1] == 1:
+            left, right = left[:, 0], right[:, 0]
+        else:  # several images of one example: one more dimension, in which the kernel is 1
+            left, right = left.transpose(1, 2), right.transpose(1, 2)
+            kernel, stride, dilation = (1, *kernel), (1, *stride), (1, *dilation)
+            padding = (0, *padding)
+        factors.append(
+            Correlation(left, right, kernel=kernel, stride=stride, padding=padding,
+                        dilation=dilation, groups=use.attr("groups"), shape=shape)
+        )  # fmt: skip
+    served[1] = rows.place(factors) if factors else None
+    return served
+
+
+def _each(use: Situation, field: str, rank: int) -> tuple[int, ...]:
+    value = tuple(use.attr(field))
+    return value if len(value) == rank else value * rank

@@ -1,0 +1,131 @@
+"""Matrix products: one rule for mm, addmm, bmm, baddbmm, mv, addmv.
+
+Owns: lowering a product to `Outer`, whichever operand is the weight.
+Does not know: modules. `nn.Linear`, `F.linear`, `x @ W` and einsum all arrive here.
+"""
+
+from torch import Tensor
+
+from pergrad.factors import Dense, Factor
+from pergrad.graph.layout import Layout
+from pergrad.rules.positions import outer, partition, reduced
+from pergrad.rules.registry import Operand, Served, Situation, rule
+
+
+@rule("mm", "addmm")
+def matrix(use: Situation) -> Served:
+    """out = beta * bias + alpha * left @ right, two matrices."""
+    names = ("self", "mat2") if use.name == "mm" else ("mat1", "mat2")
+    first = 0 if use.name == "mm" else 1
+    served = _bias(use) if first else {}
+    g, layout, scale = use.g, use.layout, _alpha(use)
+    if first + 1 in use.operands:  # (n, k) data, (k, m) weight: positions are rows
+        rows = partition(layout, (0,), use.batch)
+        if rows is not None:
+            a, right = use.saved(names[0])[:, None], (scale * g if scale != 1 else g)[:, None]
+            served[first + 1] = outer(a, right, rows, use.operands[first + 1].shape)
+    if first in use.operands:  # (n, k) weight, (k, m) data: positions are columns
+        columns = partition(layout, (1,), use.batch)
+        if columns is not None:
+            a, left = use.saved(names[1]).mT[:, None], (scale * g if scale != 1 else g).mT[:, None]
+            served[first] = outer(left, a, columns, use.operands[first].shape)
+    return served
+
+
+@rule("bmm", "baddbmm")
+def batched(use: Situation) -> Served:
+    """out[i] = left[i] @ right[i] over a batch of matrices, the weight expanded or its own."""
+    names = ("self", "mat2") if use.name == "bmm" else ("batch1", "batch2")
+    first = 0 if use.name == "bmm" else 1
+    served = _bias(use) if first else {}
+    scale = _alpha(use)
+    g = use.g if scale == 1 else scale * use.g
+    for slot, other in ((first, names[1]), (first + 1, names[0])):
+        if slot in use.operands:
+            data = use.saved(other)
+            weight_on_left = slot == first
+            if weight_on_left:  # positions are the columns of the output
+                factor = _batched(use, slot, g.mT, data.mT, swap=False, columns=True)
+            else:
+                factor = _batched(use, slot, g, data, swap=True, columns=False)
+            if factor is not False:
+                served[slot] = factor  # type: ignore[assignment]
+    return served
+
+
+def _batched(
+    use: Situation, slot: int, g: Tensor, a: Tensor, *, swap: bool, columns: bool
+) -> Factor | None | bool:
+    """Factor of an operand (…, k, m) from (b, n, ·) rows; False if the layout does not fit."""
+    operand: Operand = use.operands[slot]
+    lead = operand.lead or (g.shape[0],)
+    shared = operand.shared or (False,)
+    layout = use.layout
+    dims = list(range(len(lead)))
+    own = [d for d in dims if not shared[d]]
+    both = [d for d in dims if shared[d]]
+    spread = _split_lead(layout, lead)
+    if spread is None:
+        return False
+    position = len(lead) + (1 if columns else 0)
+    rows = partition(spread, (*both, position), use.batch)
+    if rows is None:
+        return False
+    order = [*both, len(lead), *own, len(lead) + 1]
+
+    def lay(x: Tensor) -> Tensor:
+        shaped = x.reshape(*lead, *x.shape[1:]).permute(order)
+        count = 1
+        for d in both:
+            count *= lead[d]
+        return shaped.reshape(count * x.shape[1], -1, x.shape[2])
+
+    left, right = lay(g), lay(a)
+    return outer(right, left, rows, operand.shape) if swap else outer(left, right, rows,
+                                                                       operand.shape)  # fmt: skip
+
+
+def _split_lead(layout: Layout, lead: tuple[int, ...]) -> Layout | None:
+    """The layout of (b, n, m) as (*lead, n, m)."""
+    from pergrad.graph.layout import reshape
+
+    return reshape(layout, (*lead, *layout.shape[1:]))
+
+
+@rule("mv", "addmv")
+def vector(use: Situation) -> Served:
+    """out = matrix @ vector."""
+    first = 0 if use.name == "mv" else 1
+    served = _bias(use) if first else {}
+    g, scale = use.g, _alpha(use)
+    g = g if scale == 1 else scale * g
+    rows = partition(use.layout, (0,), use.batch)
+    if first + 1 in use.operands and rows is not None:
+        matrix_ = use.saved("self" if first == 0 else "mat")
+        shape = use.operands[first + 1].shape
+        served[first + 1] = outer(g[:, None, None], matrix_[:, None], rows, shape)
+    return served
+
+
+def _alpha(use: Situation) -> float:
+    alpha = use.attr("alpha")
+    return 1 if alpha is None else alpha
+
+
+def _bias(use: Situation) -> Served:
+    """The summand of addmm and its kin: beta times the cotangent, summed over what it broadcasts."""
+    if 0 not in use.operands:
+        return {}
+    beta = use.attr("beta")
+    factor = reduced(use.g, use.layout, use.operands[0].shape, use.batch)
+    if factor is None:
+        return {}
+    return {0: factor if beta in (None, 1) else _scaled(factor, beta)}
+
+
+def _scaled(factor: Factor, by: float) -> Factor:
+    assert isinstance(factor, Dense)
+    return Dense(factor.values * by)
+
+
+

@@ -1,0 +1,151 @@
+"""Rows of a tensor, grouped by example.
+
+Owns: the step from a layout to arrays with a leading example dimension, which factors want.
+Does not know: ops.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pergrad.factors import Dense, Factor, Outer, Placed, Rows, Sum
+from pergrad.factors.numeric import result_dtype
+from pergrad.graph.layout import NOBODY, Layout, regular_pattern
+
+
+class Bucket(NamedTuple):
+    """Examples with about equally many rows, padded to the same number of positions."""
+
+    examples: Tensor | None  # their numbers, ascending; None: all examples in order
+    rows: Tensor | None  # (examples, positions) row numbers, -1 where padded
+    outer: int
+    inner: int
+
+
+class Partition:
+    """R rows, each of one example (or of none), as arrays (examples, positions, ...)."""
+
+    def __init__(self, owners: Tensor, batch: int) -> None:
+        self.batch = batch
+        pattern = regular_pattern(owners) if owners.numel() else None
+        if pattern is not None and int(owners.max()) + 1 == batch:
+            self.buckets = [Bucket(None, None, *pattern)]
+        else:
+            self.buckets = list(_buckets(owners))
+
+    def gather(self, rows: Tensor, bucket: Bucket, fill: float = 0) -> Tensor:
+        """(R, *rest) -> (n, positions, *rest) for the examples of one bucket."""
+        rest = rows.shape[1:]
+        if bucket.rows is None:
+            shaped = rows.reshape(bucket.outer, self.batch, bucket.inner, *rest)
+            if bucket.outer == 1:
+                return shaped[0]
+            return shaped.transpose(0, 1).reshape(self.batch, bucket.outer * bucket.inner, *rest)
+        index = bucket.rows.to(rows.device)
+        taken = rows[index.clamp_min(0)]
+        if bool((bucket.rows < 0).any()):
+            present = (index >= 0).reshape(*index.shape, *[1] * len(rest))
+            # where, not a product: padding must not carry another row's nan
+            taken = torch.where(present, taken, torch.full((), fill, dtype=taken.dtype,
+                                                           device=taken.device))  # fmt: skip
+        return taken
+
+    def place(self, factors: Sequence[Factor]) -> Factor:
+        """One factor for all examples from one per bucket."""
+        placed = [
+            factor if bucket.examples is None else Placed(factor, bucket.examples, self.batch)
+            for factor, bucket in zip(factors, self.buckets, strict=True)
+        ]
+        return placed[0] if len(placed) == 1 else Sum(placed)
+
+
+def _buckets(owners: Tensor) -> list[Bucket]:
+    """Examples of similar row counts together: padding at most doubles the work."""
+    rows = (owners != NOBODY).nonzero().reshape(-1)
+    order = rows[torch.argsort(owners[rows], stable=True)]
+    examples, counts = torch.unique_consecutive(owners[order], return_counts=True)
+    starts = counts.cumsum(0) - counts
+    size_class = torch.ceil(torch.log2(counts.double())).long()
+    buckets = []
+    for size in size_class.unique().tolist():
+        members = (size_class == size).nonzero().reshape(-1)
+        longest = int(counts[members].max())
+        steps = torch.arange(longest)
+        inside = steps < counts[members, None]
+        index = (starts[members, None] + steps).clamp_max(order.numel() - 1)
+        buckets.append(Bucket(examples[members], torch.where(inside, order[index], -1), 1, 1))
+    return buckets
+
+
+@lru_cache(maxsize=1024)
+def _partition(layout: Layout, dims: tuple[int, ...], batch: int) -> Partition | None:
+    """Rows that run over `dims` of the tensor, in that order; None if the owner varies elsewhere."""
+    if any(size != 1 for d, size in enumerate(layout.owner.shape) if d not in dims):
+        return None
+    rest = [d for d in range(len(layout.shape)) if d not in dims]
+    owner = layout.owner.permute(*dims, *rest).reshape([layout.owner.shape[d] for d in dims])
+    return Partition(owner.expand([layout.shape[d] for d in dims]).reshape(-1), batch)
+
+
+def partition(layout: Layout, dims: Sequence[int], batch: int) -> Partition | None:
+    """Cached by layout: a plan's layouts are the same objects at every call."""
+    return _partition(layout, tuple(dims), batch)
+
+
+def outer(g: Tensor, a: Tensor, groups: Partition, shape: Sequence[int]) -> Factor | None:
+    """`Outer` from (R, N, p) and (R, N, d) rows, grouped by example; None if no row has an owner."""
+    factors = []
+    for bucket in groups.buckets:
+        left = groups.gather(g, bucket).transpose(1, 2)  # (n, N, T, p)
+        right = groups.gather(a, bucket).transpose(1, 2)
+        factors.append(Outer(left, right, shape=tuple(shape)))
+    return groups.place(factors) if factors else None
+
+
+def rows_by_id(ids: Tensor, g: Tensor, groups: Partition, shape: Sequence[int]) -> Factor | None:
+    """`Rows` from (R,) ids and (R, *rest) gradients, grouped by example."""
+    factors = []
+    for bucket in groups.buckets:
+        factors.append(
+            Rows(groups.gather(ids, bucket, fill=-1), groups.gather(g, bucket), tuple(shape))
+        )
+    return groups.place(factors) if factors else None
+
+
+def reduced(values: Tensor, layout: Layout, shape: Sequence[int], batch: int) -> Factor | None:
+    """Sum a gradient over everything but the example and the operand's own dimensions.
+
+    `values` has the op's output shape; the operand was broadcast from `shape`. None if one
+    position of the operand's own dimensions varies in owner.
+    """
+    shape = tuple(shape)
+    lead = values.dim() - len(shape)
+    summed = [d for d in range(values.dim())
+              if d < lead or (shape[d - lead] == 1 and values.shape[d] != 1)]  # fmt: skip
+    varying = [d for d in layout.varying]
+    if any(d not in summed for d in varying):
+        return None
+    dtype = result_dtype(values)
+    plain = [d for d in summed if d not in varying]
+    if plain:
+        values = values.sum(plain, keepdim=True, dtype=dtype)
+    values = values.to(dtype)
+    kept = [d for d in range(values.dim()) if d not in varying]
+    owners = layout.owner.permute(*varying, *kept).reshape(-1) if varying else layout.owner.reshape(-1)
+    rows = values.permute(*varying, *kept)
+    rows = rows.reshape(owners.numel(), *rows.shape[len(varying) :])
+    total = by_owner(rows, owners, batch)
+    return Dense(total.reshape(batch, *shape))
+
+
+def by_owner(rows: Tensor, owners: Tensor, batch: int) -> Tensor:
+    """(R, *rest) -> (batch, *rest): the sum of each example's rows."""
+    if owners.numel() == batch and torch.equal(owners, torch.arange(batch)):
+        return rows
+    owners = owners.to(rows.device)
+    # Row `batch` collects what belongs to nobody.
+    total = rows.new_zeros(batch + 1, *rows.shape[1:])
+    return total.index_add(0, torch.where(owners < 0, batch, owners), rows)[:batch]
