@@ -162,22 +162,6 @@ class Factor(ABC):
         """The same rows without their graph."""
         return self._map(Tensor.detach)
 
-    def clone(self) -> "Factor":
-        """The same rows in memory of their own."""
-        return self._map(Tensor.clone)
-
-    def materialize(self) -> "Factor":
-        """The same rows without any `Pulled`: nothing outside the tensors held is needed later."""
-        return self
-
-    def norm_method(self) -> str:
-        """How `sq_norms` goes about it, in a word."""
-        return "dense"
-
-    def norm_cost(self) -> int:
-        """Multiply-adds of `sq_norms`."""
-        return self.batch * prod(self.shape)
-
     def __repr__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
         return f"{type(self).__name__}(B={self.batch}, shape={self.shape}, {kind})"

@@ -84,19 +84,6 @@ class Sum(Factor):
         rows = doubtful.nonzero()[:, 0]
         return total.index_copy(0, rows, Factor.sq_norms(self._select(rows)))
 
-    def materialize(self) -> "Sum":
-        """The parts, materialized."""
-        return self._each(lambda f: f.materialize())
-
-    def norm_method(self) -> str:
-        """Those of the parts."""
-        return " + ".join(dict.fromkeys(f.norm_method() for f in self.factors))
-
-    def norm_cost(self) -> int:
-        """Of the parts; a cross term costs about as much as its cheaper side."""
-        own = sorted(f.norm_cost() for f in self.factors)
-        return sum(own) + sum(x * (len(own) - 1 - i) for i, x in enumerate(own))
-
     def matvec(self, v: Tensor) -> Tensor:
         """The parts', added."""
         return self._total(lambda f: f.matvec(v))
@@ -174,7 +161,7 @@ def _joined(parts: list[Factor]) -> Factor:
         return Mapped(Sum([f.factor for f in parts if isinstance(f, Mapped)]), first.isometry)
     if isinstance(first, Embedded):
         inner = Sum([f.factor for f in parts if isinstance(f, Embedded)])
-        return Embedded(inner, first.shape, *first.index[:2])
+        return Embedded(inner, first.shape, first.index)
     total = first.dense()
     for part in parts[1:]:
         total = total + part.dense()
@@ -224,18 +211,6 @@ class Placed(Factor):
     def sq_norms(self) -> Tensor:
         """The inner norms, and zeros."""
         return self.spread(self.factor.sq_norms())
-
-    def materialize(self) -> "Placed":
-        """The inner rows, materialized."""
-        return self._inside(self.factor.materialize())
-
-    def norm_method(self) -> str:
-        """The inner factor's."""
-        return self.factor.norm_method()
-
-    def norm_cost(self) -> int:
-        """The inner factor's."""
-        return self.factor.norm_cost()
 
     def matvec(self, v: Tensor) -> Tensor:
         """The inner products, and zeros."""

@@ -104,14 +104,6 @@ class Zero(Factor):
         """0."""
         return self._zeros(self.batch)
 
-    def norm_method(self) -> str:
-        """Nothing to do."""
-        return "none"
-
-    def norm_cost(self) -> int:
-        """0."""
-        return 0
-
     def matvec(self, v: Tensor) -> Tensor:
         """0."""
         return self._zeros(self.batch)

@@ -6,7 +6,6 @@ Does not know: where a map comes from.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
@@ -50,14 +49,6 @@ class Scaled(Factor):
     @property
     def _matrix(self) -> Tensor:
         return self.diagonal.reshape(self.matrix_shape)
-
-    def materialize(self) -> Factor:
-        """The inner factor, materialized."""
-        return Scaled(self.factor.materialize(), self.diagonal)
-
-    def norm_cost(self) -> int:
-        """Form the inner rows, at about the cost of their norms, and square."""
-        return self.factor.norm_cost() + super().norm_cost()
 
     def matvec(self, v: Tensor) -> Tensor:
         """factor[b] · (diagonal * v)."""
@@ -135,14 +126,6 @@ class Pulled(Factor):
     def materialize(self) -> Dense:
         """The rows, formed once and for all."""
         return Dense(self.dense())
-
-    def norm_method(self) -> str:
-        """Through the map, row by row."""
-        return "pull"
-
-    def norm_cost(self) -> int:
-        """Of the two ends; what the map costs is not known."""
-        return super().norm_cost() + self.factor.batch * prod(self.factor.shape)
 
     def matvec(self, v: Tensor) -> Tensor:
         """pull(factor[b]) · v."""

@@ -123,18 +123,6 @@ class Mapped(Factor):
         """The inner norms."""
         return self.factor.sq_norms()
 
-    def materialize(self) -> "Mapped":
-        """The inner rows, materialized."""
-        return Mapped(self.factor.materialize(), self.isometry)
-
-    def norm_method(self) -> str:
-        """The inner factor's."""
-        return self.factor.norm_method()
-
-    def norm_cost(self) -> int:
-        """The inner factor's."""
-        return self.factor.norm_cost()
-
     def matvec(self, v: Tensor) -> Tensor:
         """The inner products with v brought back."""
         return self.factor.matvec(self.isometry.invert(v.reshape(1, *self.shape))[0])
@@ -174,19 +162,15 @@ class Embedded(Factor):
     Args:
         factor: the gradients of the slice.
         shape: the parameter's.
-        dim, lo: where it starts; hi = lo + factor.shape[dim].
+        index: (dim, lo, hi).
     """
 
-    def __init__(self, factor: Factor, shape: tuple[int, ...], dim: int, lo: int) -> None:
+    def __init__(self, factor: Factor, shape: tuple[int, ...], index: tuple[int, int, int]) -> None:
         shape = tuple(shape)
-        fits = 0 <= dim < len(shape) == len(factor.shape)
-        hi = lo + factor.shape[dim] if fits else lo
-        if (
-            not fits
-            or not 0 <= lo <= hi <= shape[dim]
-            or (factor.shape != (*shape[:dim], hi - lo, *shape[dim + 1 :]))
-        ):
-            raise ValueError(f"{factor} is no slice at {lo} along dimension {dim} of {shape}.")
+        dim, lo, hi = index
+        inside = 0 <= dim < len(shape) and 0 <= lo <= hi <= shape[dim]
+        if not inside or factor.shape != (*shape[:dim], hi - lo, *shape[dim + 1 :]):
+            raise ValueError(f"{factor} is not the slice {lo}:{hi} along {dim} of {shape}.")
         super().__init__(factor.batch, shape, factor.device, factor.dtype)
         self.factor = factor
         self.index = (dim, lo, hi)
@@ -233,18 +217,6 @@ class Embedded(Factor):
         """The inner norms."""
         return self.factor.sq_norms()
 
-    def materialize(self) -> "Embedded":
-        """The inner rows, materialized."""
-        return self._inside(self.factor.materialize())
-
-    def norm_method(self) -> str:
-        """The inner factor's."""
-        return self.factor.norm_method()
-
-    def norm_cost(self) -> int:
-        """The inner factor's."""
-        return self.factor.norm_cost()
-
     def matvec(self, v: Tensor) -> Tensor:
         """The inner products with the slice of v."""
         return self.factor.matvec(self.cut(v.reshape(self.shape)))
@@ -254,7 +226,7 @@ class Embedded(Factor):
         return self.fill(self.factor.weighted_sum(c))
 
     def _inside(self, factor: Factor) -> "Embedded":
-        return Embedded(factor, self.shape, *self.index[:2])
+        return Embedded(factor, self.shape, self.index)
 
     def scale(self, c: Tensor) -> "Embedded":
         """The inner rows, scaled."""

@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from pergrad.factors import costs, outer_norms
+from pergrad.factors import outer_norms
 from pergrad.factors.base import Factor
 from pergrad.factors.numeric import Index, columns, product, result_dtype, row_dots
 from pergrad.factors.workspace import by_chunks, chunks, limit
@@ -78,14 +78,6 @@ class Outer(Factor):
     def sq_norms(self) -> Tensor:
         """‖G[b]‖², by the method that `costs.outer_norm_method` chooses."""
         return outer_norms.sq_norms(self.g, self.a)
-
-    def norm_method(self) -> str:
-        """One of "rows", "gram", "direct"."""
-        return costs.outer_norm_method(*self.sizes[1:])
-
-    def norm_cost(self) -> int:
-        """Multiply-adds of that method."""
-        return self.batch * self.sizes[0] * costs.outer_norm_cost(*self.sizes[1:])
 
     def matvec(self, v: Tensor) -> Tensor:
         """Σ_t g_t · (V a_t): one matrix product as in a forward pass, no T²."""

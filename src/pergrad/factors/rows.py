@@ -107,14 +107,6 @@ class Rows(Factor):
 
         return by_chunks(self.batch, self.bytes_per_lookup_row, piece, like=self._zeros(0))
 
-    def norm_method(self) -> str:
-        """Sums over equal ids."""
-        return "segments"
-
-    def norm_cost(self) -> int:
-        """2 B T C."""
-        return 2 * self.ids.numel() * self.matrix_shape[1]
-
     def matvec(self, v: Tensor) -> Tensor:
         """Σ_t v[ids[b,t]] · g[b,t]."""
         v = v.to(self.device, self.dtype).reshape(self.matrix_shape)
