@@ -13,7 +13,7 @@ from pergrad.factors.combined import Placed, Sum
 from pergrad.factors.dense import Dense, Zero
 from pergrad.factors.lazy import Scaled
 from pergrad.factors.mapped import Embedded, Mapped
-from pergrad.factors.numeric import row_dots
+from pergrad.factors.numeric import flat, row_dots
 from pergrad.factors.outer import Outer
 from pergrad.factors.outer_norms import cancels
 from pergrad.factors.rows import Rows
@@ -180,11 +180,11 @@ def _general_gram(f: Factor, h: Factor) -> Tensor:
     bands = []
     budget = limit(f.device) // 2
     for here in chunks(f.batch, f.bytes_per_row, budget):
-        F = f.select(here).dense().flatten(1)
+        F = flat(f.select(here).dense())
         cells = []
         for there in chunks(h.batch, h.bytes_per_row, budget):
             same = h is f and there == here
-            H = F if same else h.select(there).dense().flatten(1)
+            H = F if same else flat(h.select(there).dense())
             cells.append(F @ H.mT)
         bands.append(torch.cat(cells, 1) if cells else f._zeros(len(F), 0))
     return torch.cat(bands) if bands else out

@@ -173,7 +173,8 @@ class _Spread:
             if found is not None:
                 return found
         if layouts or Why.MIXING in kinds or (open_question and self._carries_examples(slot)):
-            at_fault = [p for p, what in rest if what is Why.MIXING] or [p for p, _ in arrived]
+            at_fault = [p for p, what in rest if what is Why.MIXING]
+            at_fault = at_fault or [p for p, _ in rest] or [p for p, _ in arrived]
             self.mixes.append(Mix(max(at_fault), slot))
         return _MIXED
 

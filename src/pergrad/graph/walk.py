@@ -165,6 +165,10 @@ def _find_targets(params: Mapping[str, Tensor], index: dict[Any, int]) -> dict[S
     return targets
 
 
+# Their indices are data although they need no gradient: what they return is no longer a parameter.
+_LOOKUPS = {"embedding", "embedding_bag", "index", "index_select", "gather", "unsafe_index"}
+
+
 def _classify(
     ordered: list[Any], edges: list[tuple[tuple[int, int], ...]], targets: dict[Slot, str]
 ) -> tuple[list[bool], list[bool]]:
@@ -174,5 +178,9 @@ def _classify(
     for i in range(len(ordered) - 1, -1, -1):
         below = edges[i]
         leads[i] = i in at_node or any(c >= 0 and leads[c] for c, _ in below)
-        pure[i] = i in at_node or (bool(below) and all(c >= 0 and pure[c] for c, _ in below))
+        pure[i] = i in at_node or (
+            bool(below)
+            and all(c >= 0 and pure[c] for c, _ in below)
+            and nodes.op_name(ordered[i]) not in _LOOKUPS
+        )
     return leads, pure
