@@ -1,0 +1,734 @@
+"""One contract for all factors: the algebra of each is that of its dense()."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pergrad.factors import (
+    Dense,
+    Embedded,
+    Factor,
+    Isometry,
+    Mapped,
+    Outer,
+    Placed,
+    Pulled,
+    Rows,
+    Scaled,
+    Sum,
+    Zero,
+    costs,
+    mapped,
+    outer_norms,
+)
+from pergrad.factors.workspace import limit, workspace
+
+Cast = Callable[[Tensor], Tensor]
+CONTRACT = settings(max_examples=100, derandomize=True, deadline=None, database=None)
+
+
+def assert_agrees(got: Tensor, ref: Tensor, *, scale: Tensor, terms: int) -> None:
+    """|got - ref| <= 8 eps sqrt(terms) scale; `scale` bounds the sum before anything cancels.
+
+    8 leaves room for a product of sums (their errors add up) and for the order of a BLAS' sums.
+    """
+    assert got.shape == ref.shape, (got.shape, ref.shape)
+    bound = 8 * torch.finfo(got.dtype).eps * max(1, terms) ** 0.5 * scale
+    error = (got.double() - ref).abs()
+    assert (error <= bound).all(), (error.max(), bound.min(), got.dtype)
+
+
+# -- the zoo: every kind of factor of one parameter of shape (V, d) --------------------------------
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """B rows of one side and K of the other, T positions, a parameter (V, d)."""
+
+    B: int = 4
+    K: int = 3
+    T: int = 3
+    V: int = 6
+    d: int = 4
+
+
+class Source:
+    """Random tensors, always the same for one seed, seen through `cast`."""
+
+    def __init__(self, seed: int, cast: Cast, wide: Cast, poison: float | None = None) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.cast, self.wide, self.poison = cast, wide, poison
+        self.leaves: list[Tensor] = []
+
+    def rows(self, *shape: int) -> Tensor:
+        """Values of examples."""
+        x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+        if self.poison is not None:
+            x[1] = self.poison
+        self.leaves.append(self.cast(x))
+        return self.leaves[-1]
+
+    def ids(self, *shape: int, below: int) -> Tensor:
+        """Lookups, some of them of no row."""
+        return torch.randint(-1, max(0, below), shape, generator=self.generator)
+
+    def constant(self, *shape: int) -> Tensor:
+        """What belongs to no example: diagonals and maps."""
+        return self.wide(torch.randn(shape, generator=self.generator, dtype=torch.float64))
+
+
+def _outer(s: Source, B: int, n: Sizes) -> Factor:
+    return Outer(s.rows(B, n.T, n.V), s.rows(B, n.T, n.d))
+
+
+def _grouped(s: Source, B: int, n: Sizes) -> Factor:
+    N = 2 if n.V % 2 == 0 else 1
+    return Outer(s.rows(B, N, n.T, n.V // N), s.rows(B, N, n.T, n.d))
+
+
+def _experts(s: Source, B: int, n: Sizes) -> Factor:
+    """One matrix for each first index: (V, 1, d) seen as (V, d)."""
+    return Outer(s.rows(B, n.V, n.T, 1), s.rows(B, n.V, n.T, n.d), (n.V, n.d))
+
+
+def _misfit(s: Source, B: int, n: Sizes) -> Factor:
+    """The matrix of the Outer is not that of the parameter."""
+    return Outer(s.rows(B, n.T, n.d), s.rows(B, n.T, n.V), (n.V, n.d))
+
+
+def _rows(s: Source, B: int, n: Sizes) -> Factor:
+    return Rows(s.ids(B, n.T, below=n.V), s.rows(B, n.T, n.d), (n.V, n.d))
+
+
+def _dense(s: Source, B: int, n: Sizes) -> Factor:
+    return Dense(s.rows(B, n.V, n.d))
+
+
+def _zero(s: Source, B: int, n: Sizes) -> Factor:
+    return Zero(B, (n.V, n.d), dtype=s.wide(torch.zeros((), dtype=torch.float64)).dtype)
+
+
+def _sum(s: Source, B: int, n: Sizes) -> Factor:
+    parts = [make(s, B, n) for make in (_outer, _rows, _misfit, _rows, _transposed)]
+    return Sum([Sum(parts[:2]), *parts[2:]])
+
+
+def _placed(s: Source, B: int, n: Sizes) -> Factor:
+    index = torch.arange(B)[1::2] if B > 1 else torch.arange(B)
+    return Placed(_outer(s, B, n).select(index), index, B)
+
+
+def _mapped(s: Source, B: int, n: Sizes) -> Factor:
+    inner = Outer(s.rows(B, n.T, n.d), s.rows(B, n.T, n.V))
+    return mapped(inner, (("view", (n.d, n.V, 1)), ("permute", (1, 2, 0)), ("view", (n.V, n.d))))
+
+
+def _transposed(s: Source, B: int, n: Sizes) -> Factor:
+    return mapped(Outer(s.rows(B, n.T, n.d), s.rows(B, n.T, n.V)), (("permute", (1, 0)),))
+
+
+def _embedded(s: Source, B: int, n: Sizes) -> Factor:
+    lo, hi = n.V // 3, n.V - n.V // 4
+    inner = Outer(s.rows(B, n.T, hi - lo), s.rows(B, n.T, n.d))
+    return Embedded(inner, (n.V, n.d), (0, lo, hi))
+
+
+def _embedded_first(s: Source, B: int, n: Sizes) -> Factor:
+    """Overlaps `_embedded`, not `_embedded_last`."""
+    inner = Rows(s.ids(B, n.T, below=n.V // 2), s.rows(B, n.T, n.d), (n.V // 2, n.d))
+    return Embedded(inner, (n.V, n.d), (0, 0, n.V // 2))
+
+
+def _embedded_last(s: Source, B: int, n: Sizes) -> Factor:
+    """Disjoint from `_embedded`."""
+    inner = Outer(s.rows(B, n.T, n.V // 4), s.rows(B, n.T, n.d))
+    return Embedded(inner, (n.V, n.d), (0, n.V - n.V // 4, n.V))
+
+
+def _embedded_columns(s: Source, B: int, n: Sizes) -> Factor:
+    lo = n.d // 2
+    inner = Outer(s.rows(B, n.T, n.V), s.rows(B, n.T, n.d - lo))
+    return Embedded(inner, (n.V, n.d), (1, lo, n.d))
+
+
+def _pulled(s: Source, B: int, n: Sizes) -> Factor:
+    M = s.constant(3, n.V * n.d)
+    return Pulled(
+        Dense(s.rows(B, 3)),
+        lambda x: (x @ M.to(x.dtype)).reshape(len(x), n.V, n.d),
+        (n.V, n.d),
+    )
+
+
+def _scaled(s: Source, B: int, n: Sizes) -> Factor:
+    return Scaled(_outer(s, B, n), s.constant(n.V, n.d))
+
+
+ZOO = {
+    make.__name__[1:]: make
+    for make in (
+        _outer, _grouped, _experts, _misfit, _rows, _dense, _zero, _sum, _placed, _mapped,
+        _transposed, _embedded, _embedded_first, _embedded_last, _embedded_columns, _pulled,
+        _scaled,
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A factor, its rows in float64, and a bound on the sums that lead to each element."""
+
+    factor: Factor
+    G: Tensor
+    size: Tensor
+
+    @classmethod
+    def draw(cls, kind: str, B: int, n: Sizes, seed: int, dtype: torch.dtype) -> "Specimen":
+        wide = torch.promote_types(dtype, torch.float32)
+        narrowed: Cast = lambda x: x.to(dtype)  # noqa: E731
+        exact = Source(seed, lambda x: x.to(dtype).double(), lambda x: x.to(wide).double())
+        sizes = Source(
+            seed, lambda x: x.to(dtype).double().abs(), lambda x: x.to(wide).double().abs()
+        )
+        make = ZOO[kind]
+        return cls(
+            make(Source(seed, narrowed, lambda x: x.to(wide)), B, n),
+            make(exact, B, n).dense(),
+            make(sizes, B, n).dense(),
+        )
+
+
+@contextmanager
+def choices(method: str | None, budget: int | None) -> Iterator[None]:
+    """Every cost choice made one way, and a memory budget."""
+    with ExitStack() as stack:
+        stack.enter_context(workspace(budget))
+        if method is not None:
+            gram = method == "gram"
+            direct = "gram" if gram else "direct"
+            tiles = "gram" if gram else "tiles"
+            for name, chosen in (
+                ("outer_norm_method", lambda T, p, d: "rows" if T <= 1 else direct),
+                ("outer_dot_method", lambda T, S, p, d: direct),
+                ("outer_gram_method", lambda *sizes, same=False: tiles),
+                ("join_is_cheaper", lambda *sizes: gram),
+                ("gram_blocks", lambda T: 2 if T > 1 else 1),
+            ):
+                stack.enter_context(mock.patch.object(costs, name, chosen))
+        yield
+
+
+SIZES = st.builds(
+    Sizes,
+    B=st.integers(0, 4),
+    K=st.integers(0, 3),
+    T=st.integers(0, 4),
+    V=st.integers(0, 6),
+    d=st.integers(0, 4),
+)
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
+CHOICES = st.builds(
+    choices, st.sampled_from([None, "gram", "direct"]), st.sampled_from([None, 1, 300])
+)
+KINDS = pytest.mark.parametrize("kind", ZOO)
+
+
+# -- the contract ----------------------------------------------------------------------------------
+
+
+@KINDS
+@CONTRACT
+@given(n=SIZES, dtype=DTYPES, chosen=CHOICES, seed=st.integers(0, 99))
+def test_algebra_is_that_of_dense(kind, n, dtype, chosen, seed):
+    x = Specimen.draw(kind, n.B, n, seed, dtype)
+    f, G, size = x.factor, x.G, x.size
+    other = Source(seed + 1, lambda t: t, lambda t: t.to(f.dtype))
+    terms = 4 * n.B * n.T * n.V * n.d + n.V + n.d
+    c, v, D = other.constant(n.B), other.constant(n.V, n.d), other.constant(n.V, n.d)
+    A, S = other.constant(n.d, n.d), other.constant(n.V, n.V)
+    with chosen:
+        assert f.dtype == torch.promote_types(dtype, torch.float32)
+        assert (f.batch, f.shape) == (n.B, (n.V, n.d))
+        assert_agrees(f.dense(), G, scale=size, terms=terms)
+        assert_agrees(
+            f.sq_norms(), G.square().sum((1, 2)), scale=size.square().sum((1, 2)), terms=terms
+        )
+        assert_agrees(
+            f.matvec(v), (G * v).sum((1, 2)), scale=(size * v.abs()).sum((1, 2)), terms=terms
+        )
+        weigh = torch.einsum("b,bij->ij", c.double(), G)
+        assert_agrees(
+            f.weighted_sum(c),
+            weigh,
+            scale=torch.einsum("b,bij->ij", c.abs().double(), size),
+            terms=terms,
+        )
+        pairs = torch.einsum("bij,kij->bk", size, size)
+        products = torch.einsum("bij,kij->bk", G, G)
+        assert_agrees(f.gram(f), products, scale=pairs, terms=terms)
+        assert_agrees(
+            f.scale(c).dense(),
+            G * c.double()[:, None, None],
+            scale=size * c.double().abs()[:, None, None],
+            terms=terms,
+        )
+        assert_agrees(
+            f.times_diagonal(D).dense(), G * D.double(), scale=size * D.abs(), terms=terms
+        )
+        for right, left in ((A, S), (A[:, :1].reshape(-1), None), (2.0, S[:, :1].reshape(-1))):
+            if n.d == 0 or n.V == 0:
+                continue
+            want, bound = G, size
+            if isinstance(right, float):
+                want, bound = want * right, bound * right
+            else:
+                R = torch.diag(right) if right.dim() == 1 else right
+                want, bound = want @ R.double(), bound @ R.abs().double()
+            if left is not None:
+                L = torch.diag(left) if left.dim() == 1 else left
+                want, bound = L.double() @ want, L.abs().double() @ bound
+            changed = f.kronecker(right, left)
+            assert_agrees(changed.dense(), want, scale=bound, terms=terms)
+            assert_agrees(
+                changed.sq_norms(),
+                want.square().sum((1, 2)),
+                scale=bound.square().sum((1, 2)),
+                terms=terms * 4,
+            )
+        lo, hi = n.V // 3, n.V - n.V // 3
+        assert_agrees(
+            f.tile(lo, hi), G[:, lo:hi].flatten(1), scale=size[:, lo:hi].flatten(1), terms=terms
+        )
+        for index in (
+            slice(1, 3),
+            slice(None, None, 2),
+            torch.arange(n.B - 1, -1, -1),
+            torch.arange(n.B) % 2 == 0,
+            torch.tensor([-1, 0, -1][: 3 if n.B else 0], dtype=torch.long),
+        ):
+            chosen_rows = f.select(index)
+            assert chosen_rows.batch == len(G[index])
+            assert_agrees(chosen_rows.dense(), G[index], scale=size[index], terms=terms)
+            assert_agrees(
+                chosen_rows.sq_norms(),
+                G[index].square().sum((1, 2)),
+                scale=size[index].square().sum((1, 2)),
+                terms=terms,
+            )
+
+
+@KINDS
+@CONTRACT
+@given(
+    second=st.sampled_from(list(ZOO)),
+    n=SIZES,
+    dtype=DTYPES,
+    chosen=CHOICES,
+    seed=st.integers(0, 99),
+)
+def test_products_of_any_two_kinds(kind, second, n, dtype, chosen, seed):
+    x = Specimen.draw(kind, n.B, n, seed, dtype)
+    y = Specimen.draw(second, n.B, n, seed + 100, dtype)
+    z = Specimen.draw(second, n.K, n, seed + 200, dtype)
+    terms = 16 * (n.T + 1) * (n.V + 1) * (n.d + 1)
+    with chosen:
+        assert_agrees(
+            x.factor.dot(y.factor),
+            (x.G * y.G).sum((1, 2)),
+            scale=(x.size * y.size).sum((1, 2)),
+            terms=terms,
+        )
+        products = torch.einsum("bij,kij->bk", x.G, z.G)
+        scale = torch.einsum("bij,kij->bk", x.size, z.size)
+        assert_agrees(x.factor.gram(z.factor), products, scale=scale, terms=terms)
+        assert_agrees(z.factor.gram(x.factor), products.mT, scale=scale.mT, terms=terms)
+
+
+@pytest.mark.parametrize("second", ZOO)
+@KINDS
+def test_every_pair_at_one_size(kind, second):
+    n = Sizes()
+    x = Specimen.draw(kind, n.B, n, 1, torch.float64)
+    y = Specimen.draw(second, n.B, n, 2, torch.float64)
+    for method in (None, "gram", "direct"):
+        with choices(method, 500):
+            assert_agrees(
+                x.factor.gram(y.factor),
+                torch.einsum("bij,kij->bk", x.G, y.G),
+                scale=torch.einsum("bij,kij->bk", x.size, y.size),
+                terms=1000,
+            )
+            assert_agrees(
+                x.factor.dot(y.factor),
+                (x.G * y.G).sum((1, 2)),
+                scale=(x.size * y.size).sum((1, 2)),
+                terms=1000,
+            )
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (2, 3, 2)])
+def test_parameters_of_any_rank(shape):
+    size = torch.Size(shape).numel()
+    values = torch.randn(4, *shape, dtype=torch.float64, generator=torch.manual_seed(0))
+    g, a = values.reshape(4, 1, 1, size), torch.ones(4, 1, 1, 1, dtype=torch.float64)
+    S = torch.randn(shape[:1] * 2 or (1, 1), dtype=torch.float64)
+    factors = [
+        Dense(values),
+        Outer(g, a, shape),
+        Pulled(Dense(values), torch.neg, shape).scale(-torch.ones(4)),
+        Scaled(Dense(values), torch.ones(shape, dtype=torch.float64)),
+    ]
+    flat = values.reshape(4, size)
+    for f in factors:
+        torch.testing.assert_close(f.dense(), values)
+        torch.testing.assert_close(f.sq_norms(), flat.square().sum(1))
+        want = (S @ values.reshape(4, len(S), size // len(S))).reshape(values.shape)
+        torch.testing.assert_close(f.kronecker(None, S).dense(), want)
+        for h in factors:
+            torch.testing.assert_close(f.gram(h), flat @ flat.T)
+            torch.testing.assert_close(f.dot(h), flat.square().sum(1))
+
+
+def test_chunks_never_change_a_result():
+    n = Sizes(B=7, T=5)
+    for kind in ZOO:
+        x = Specimen.draw(kind, n.B, n, 3, torch.float32)
+        scale = torch.einsum("bij,kij->bk", x.size, x.size)
+        for budget in (1, 64, 1000, 10**7):
+            with workspace(budget):
+                assert limit() == budget
+                assert_agrees(
+                    x.factor.gram(x.factor),
+                    torch.einsum("bij,kij->bk", x.G, x.G),
+                    scale=scale,
+                    terms=200,
+                )
+                assert_agrees(
+                    x.factor.sq_norms(),
+                    x.G.square().sum((1, 2)),
+                    scale=scale.diagonal(),
+                    terms=200,
+                )
+    with pytest.raises(ValueError, match="must be positive"), workspace(0):
+        pass
+
+
+def test_gram_of_itself_is_symmetric():
+    for kind in ZOO:
+        f = Specimen.draw(kind, 9, Sizes(), 4, torch.float32).factor
+        for method in ("gram", "direct"):
+            with choices(method, None):
+                G = f.gram(f)
+                torch.testing.assert_close(G, G.mT, rtol=1e-5, atol=1e-5)
+
+
+# -- one example's trouble is its own --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@KINDS
+def test_a_bad_example_stays_alone(kind, value):
+    if kind == "zero":
+        return
+    n = Sizes()
+    same: Cast = lambda x: x  # noqa: E731
+    good = ZOO[kind](Source(5, same, same), n.B, n)
+    bad = ZOO[kind](Source(5, same, same, poison=value), n.B, n)
+    others = [0, 2, 3]
+    v = torch.ones(n.V, n.d, dtype=torch.float64)
+    for method in (None, "gram", "direct"):
+        with choices(method, None):
+            for ask in (
+                lambda f: f.sq_norms(),
+                lambda f: f.matvec(v),
+                lambda f: f.dense(),
+                lambda f: f.gram(f)[:, others],
+                lambda f: f.dot(f.scale(torch.ones(n.B))),
+            ):
+                torch.testing.assert_close(ask(bad)[others], ask(good)[others])
+                assert not ask(bad)[1].isfinite().all()
+            for second in ZOO:
+                h = ZOO[second](Source(6, same, same), n.B, n)
+                torch.testing.assert_close(bad.dot(h)[others], good.dot(h)[others])
+                torch.testing.assert_close(bad.gram(h)[others], good.gram(h)[others])
+                torch.testing.assert_close(h.gram(bad)[:, others], h.gram(good)[:, others])
+
+
+def test_a_lookup_of_no_row_is_not_read():
+    g = torch.randn(2, 3, 4, dtype=torch.float64)
+    g[:, 1] = float("nan")
+    ids = torch.tensor([[0, -1, 2], [2, -1, 2]])
+    f, clean = Rows(ids, g, (5, 4)), Rows(ids[:, ::2], g[:, ::2], (5, 4))
+    head = Outer(torch.randn(2, 2, 5, dtype=torch.float64), torch.ones(2, 2, 4).double())
+    D = torch.randn(5, 4, dtype=torch.float64)
+    for a, b in ((f, clean), (f.times_diagonal(D), clean.times_diagonal(D))):
+        torch.testing.assert_close(a.sq_norms(), b.sq_norms())
+        torch.testing.assert_close(a.weighted_sum(torch.ones(2)), b.weighted_sum(torch.ones(2)))
+        torch.testing.assert_close(a.matvec(D), b.matvec(D))
+        torch.testing.assert_close(a.dot(head), b.dot(head))
+        torch.testing.assert_close(a.gram(head), b.gram(head))
+
+
+# -- numerics --------------------------------------------------------------------------------------
+
+
+def _cancelling(mean: float) -> tuple[Tensor, Tensor]:
+    """Inputs that share a mean, cotangents that sum to zero: a key projection below softmax."""
+    torch.manual_seed(0)
+    g, a = torch.randn(2, 256, 48), torch.randn(2, 256, 64)
+    g[1], a[1] = torch.randn(256, 48), torch.randn(256, 64)  # this one stays as it is
+    a[0] += mean
+    g[0] -= g[0].mean(0)
+    return g, a
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gram_that_cancels_is_taken_directly(dtype):
+    g, a = _cancelling(300.0)
+    if dtype == torch.bfloat16:  # round, and restore the zero sum in pairs of opposite sign
+        g[:, 128:], a = -g[:, :128], a / 100
+    f = Outer(g.to(dtype), a.to(dtype))
+    exact = f.to(dtype=torch.float64).dense().square().sum((1, 2))
+    with choices("gram", None):
+        plain, sizes = outer_norms.gram(f.g, f.a)
+        assert outer_norms.cancels(plain, sizes)[0]
+        if dtype == torch.float32:
+            assert ((plain.double() - exact) / exact).abs().max() > 1e-4
+        assert ((f.sq_norms().double() - exact) / exact).abs().max() < 1e-4
+        assert ((f.gram(f).diagonal().double() - exact) / exact).abs().max() < 1e-4
+        again = Outer(f.g.clone(), f.a.clone())
+        assert ((f.dot(again).double() - exact) / exact).abs().max() < 1e-4
+        assert ((f.gram(again).diagonal().double() - exact) / exact).abs().max() < 1e-4
+
+
+def test_a_gram_that_overflows_is_taken_directly():
+    f = Outer(torch.full((1, 4, 3), 1e15), torch.tensor([1e10, -1e10, 1.0, 1.0]).view(1, 4, 1))
+    with choices("gram", None):
+        torch.testing.assert_close(f.sq_norms(), torch.tensor([1.2e31]))
+
+
+def test_parts_of_a_sum_that_cancel():
+    torch.manual_seed(0)
+    values = torch.randn(3, 6, 4)
+    small = 1e-4 * torch.randn(3, 6, 4)
+    eye = torch.eye(4).expand(3, 4, 4)
+    f = Sum([Dense(values + small), Outer(-values.mT.contiguous(), eye)])
+    exact = f.to(dtype=torch.float64).dense().square().sum((1, 2))
+    for got in (f.sq_norms(), f.gram(f).diagonal()):
+        assert ((got.double() - exact) / exact).abs().max() < 1e-5
+
+
+# -- autograd --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [None, "gram", "direct"])
+@KINDS
+def test_everything_can_be_differentiated(kind, method):
+    n = Sizes()
+    source = Source(7, lambda x: x.clone().requires_grad_(), lambda x: x)
+    f = ZOO[kind](source, n.B, n)
+    if not source.leaves:
+        return
+    h = ZOO["sum"](Source(8, lambda x: x, lambda x: x), n.B, n)
+    v, c = torch.randn(n.V, n.d).double(), torch.randn(n.B).double()
+    G, H = f.dense(), h.dense()
+    with choices(method, 700):
+        for got, want in (
+            (f.sq_norms(), G.square().sum((1, 2))),
+            (f.dot(h), (G * H).sum((1, 2))),
+            (f.gram(h), torch.einsum("bij,kij->bk", G, H)),
+            (f.gram(f), torch.einsum("bij,kij->bk", G, G)),
+            (f.matvec(v), (G * v).sum((1, 2))),
+            (f.weighted_sum(c), torch.einsum("b,bij->ij", c, G)),
+            (f.times_diagonal(v).sq_norms(), (G * v).square().sum((1, 2))),
+            (f.scale(c).dense(), G * c[:, None, None]),
+        ):
+            weights = torch.randn_like(want)
+            ours = torch.autograd.grad(
+                (got * weights).sum(), source.leaves, create_graph=True, materialize_grads=True
+            )
+            theirs = torch.autograd.grad(
+                (want * weights).sum(), source.leaves, retain_graph=True, materialize_grads=True
+            )
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("method", ["gram", "direct"])
+def test_norms_can_be_differentiated_twice(method):
+    torch.manual_seed(0)
+    g = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
+    a = torch.randn(2, 3, 2, dtype=torch.float64, requires_grad=True)
+    with choices(method, None):
+        assert torch.autograd.gradgradcheck(lambda g, a: Outer(g, a).sq_norms(), (g, a))
+
+
+def test_a_zero_gradient_has_a_finite_derivative():
+    g = torch.zeros(1, 2, 3, requires_grad=True)
+    for method in ("gram", "direct"):
+        with choices(method, None):
+            (slope,) = torch.autograd.grad(Outer(g, torch.ones(1, 2, 2)).sq_norms().sum(), g)
+            assert torch.equal(slope, torch.zeros_like(g))
+
+
+# -- moving, keeping -------------------------------------------------------------------------------
+
+
+@KINDS
+def test_moved_and_detached(kind):
+    n = Sizes()
+    source = Source(9, lambda x: x.clone().requires_grad_(), lambda x: x)
+    f = ZOO[kind](source, n.B, n)
+    assert f.to("cpu", torch.float32).dtype == torch.float32
+    assert not f.detach().dense().requires_grad
+    held = {t.data_ptr() for t in f.tensors() if t.is_floating_point()}
+    if kind not in ("sum", "placed"):  # these copy: parts that are joined, rows that are chosen
+        assert all(t.data_ptr() in held for t in source.leaves)
+    assert kind == "zero" or held
+    assert f"B={n.B}" in repr(f)
+    narrow = f.to(dtype=torch.float32).dense()
+    torch.testing.assert_close(narrow.double(), f.dense(), rtol=1e-4, atol=1e-4)
+    assert f.dot(f.to(dtype=torch.float32)).dtype == torch.float64
+
+
+# -- what becomes of what --------------------------------------------------------------------------
+
+
+def test_sums_join_parts_of_one_kind():
+    n = Sizes()
+    s = Source(0, lambda x: x, lambda x: x)
+    outer = Sum([_outer(s, 4, n), Sum([_outer(s, 4, n), _zero(s, 4, n)])])
+    assert [type(f) for f in outer.factors] == [Outer]
+    assert outer.factors[0].sizes == (1, 2 * n.T, n.V, n.d)
+    assert [type(f) for f in Sum([_rows(s, 4, n), _rows(s, 4, n)]).factors] == [Rows]
+    assert [type(f) for f in Sum([_dense(s, 4, n), _dense(s, 4, n)]).factors] == [Dense]
+    assert [type(f) for f in Sum([_mapped(s, 4, n), _mapped(s, 4, n)]).factors] == [Mapped]
+    assert [type(f) for f in Sum([_zero(s, 4, n), _zero(s, 4, n)]).factors] == [Zero]
+    assert len(Sum([_outer(s, 4, n), _misfit(s, 4, n), _rows(s, 4, n)]).factors) == 3
+
+
+def test_steps_are_absorbed():
+    s = Source(0, lambda x: x, lambda x: x)
+    outer = Outer(s.rows(2, 3, 6), s.rows(2, 3, 4))
+    assert mapped(outer, ()) is outer
+    assert mapped(outer, (("view", (6, 4)), ("permute", (0, 1)))) is outer
+    assert mapped(outer, (("permute", (1, 0)), ("permute", (1, 0)))) is outer
+    swapped = mapped(outer, (("permute", (1, 0)),))
+    assert isinstance(swapped, Outer)
+    assert swapped.g is outer.a
+    viewed = mapped(outer, (("view", (2, 3, -1)),))
+    assert isinstance(viewed, Outer)
+    assert viewed.shape == (2, 3, 4)
+    turned = mapped(viewed, (("permute", (2, 0, 1)),))
+    assert isinstance(turned, Mapped)
+    assert mapped(turned, (("permute", (1, 2, 0)),)).shape == viewed.shape
+    assert isinstance(mapped(turned, (("permute", (1, 2, 0)),)), Outer)
+    batched = Outer(s.rows(2, 5, 3, 6), s.rows(2, 5, 3, 4), (5, 6, 4))
+    assert isinstance(mapped(batched, (("permute", (0, 2, 1)),)), Outer)
+    dense = mapped(Dense(s.rows(2, 6, 4)), (("permute", (1, 0)),))
+    assert isinstance(dense, Dense)
+    for wrong in ((("permute", (0, 0)),), (("view", (5, 5)),), (("flip", (0, 1)),)):
+        with pytest.raises(ValueError, match=r"isometric|viewed"):
+            mapped(outer, wrong)
+
+
+@settings(derandomize=True, deadline=None, database=None)
+@given(seed=st.integers(0, 999))
+def test_steps_together_do_what_they_do_one_by_one(seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, 3, 2, 1), (6, 2), (2, 6), (12,), (3, 4), (4, 3), (1, 12), (2, 2, 3)]
+
+    def pick(count: int) -> int:
+        return int(torch.randint(count, (), generator=generator))
+
+    x = torch.randn(2, 3, 12, generator=generator, dtype=torch.float64)
+    f: Factor = Outer(x, torch.ones(2, 3, 1, dtype=torch.float64), (3, 4))
+    want, steps = f.dense(), []
+    for _ in range(pick(5)):
+        if pick(2):
+            steps.append(("view", shapes[pick(len(shapes))]))
+            want = want.reshape(2, *steps[-1][1])
+        else:
+            order = tuple(torch.randperm(want.dim() - 1, generator=generator).tolist())
+            steps.append(("permute", order))
+            want = want.permute(0, *(i + 1 for i in order))
+    got = mapped(f, steps)
+    assert torch.equal(got.dense(), want)
+    if isinstance(got, Mapped):
+        iso = got.isometry
+        assert torch.equal(iso.invert(want), got.factor.dense())
+        assert hash(iso) == hash(Isometry(iso.source, iso.steps))
+
+
+# -- costs -----------------------------------------------------------------------------------------
+
+
+def test_costs_choose_by_arithmetic():
+    assert costs.outer_norm_method(1, 10, 10) == "rows"
+    assert costs.outer_norm_cost(1, 10, 20) == 30
+    assert costs.outer_norm_method(16, 512, 512) == "gram"
+    assert costs.outer_norm_method(128, 3072, 768) == "gram"
+    assert costs.outer_norm_method(1024, 64, 64) == "direct"
+    assert costs.outer_norm_method(4096, 50257, 768) == "direct"  # storage would say "gram"
+    assert costs.outer_norm_cost(16, 512, 512) == 16 * 16 * 1024
+    assert costs.outer_norm_cost(1024, 64, 64) == 1025 * 64 * 64
+    assert costs.gram_norm_cost(512, 8, 8) == 512 * 512 * 16 * 5 // 8
+    assert costs.outer_dot_method(1, 1, 64, 64) == "rows"
+    assert costs.outer_dot_method(4, 4, 1024, 1024) == "gram"
+    assert costs.outer_dot_method(2048, 2048, 256, 256) == "direct"
+    assert costs.outer_gram_method(512, 512, 1, 1, 512, 512) == "rows"
+    assert costs.outer_gram_method(32, 32, 1024, 1024, 1024, 1024) == "tiles"
+    assert costs.outer_gram_method(8, 8, 4, 4, 1024, 1024) == "gram"
+    assert costs.join_is_cheaper(10, 100, 100, 100)
+    assert not costs.join_is_cheaper(1000, 10, 10, 10)
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused():
+    f = Dense(torch.zeros(2, 3, 4))
+    with pytest.raises(ValueError, match="do not meet"):
+        f.dot(Dense(torch.zeros(2, 4, 3)))
+    with pytest.raises(ValueError, match="do not meet"):
+        f.gram(Dense(torch.zeros(2, 12)))
+    with pytest.raises(ValueError, match="equally many rows"):
+        f.dot(Dense(torch.zeros(3, 3, 4)))
+    with pytest.raises(ValueError, match="do not fit"):
+        Outer(torch.zeros(2, 3, 4), torch.zeros(2, 2, 4))
+    with pytest.raises(ValueError, match="is no parameter of shape"):
+        Outer(torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), (4, 5))
+    with pytest.raises(ValueError, match="do not fit a table"):
+        Rows(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, 4), (5, 5))
+    with pytest.raises(ValueError, match="looked up in a table"):
+        Rows(torch.full((2, 3), 5), torch.zeros(2, 3, 4), (5, 4)).sq_norms()
+    with pytest.raises(ValueError, match="cannot be added"):
+        Sum([f, Dense(torch.zeros(2, 12))])
+    with pytest.raises(ValueError, match="no factors"):
+        Sum([])
+    with pytest.raises(ValueError, match="cannot go to"):
+        Placed(f, torch.arange(3), 5)
+    with pytest.raises(ValueError, match="is not the slice"):
+        Embedded(f, (3, 8), (1, 2, 7))
+    with pytest.raises(ValueError, match="cannot map"):
+        Mapped(f, Isometry((4, 3), ()))
+    with pytest.raises(ValueError, match="A diagonal for"):
+        f.times_diagonal(torch.ones(3))
+    with pytest.raises(ValueError, match="A diagonal for"):
+        Scaled(f, torch.ones(3))
+    with pytest.raises(ValueError, match="must be a number"):
+        f.kronecker(torch.ones(3, 3), None)
+    with pytest.raises(ValueError, match="returned"):
+        Pulled(f, lambda x: x, (12,)).dense()
+    with pytest.raises(ValueError, match="A mask over 2"):
+        f.select(torch.tensor([True]))
+    with pytest.raises(ValueError, match="1-D and integer"):
+        f.select(torch.tensor([0.5]))
+    with pytest.raises(IndexError, match="out of range"):
+        f.select(torch.tensor([2]))
