@@ -395,9 +395,9 @@ def explain(losses: Tensor, params: Params, **options: Any) -> Coverage:
         >>> import torch, pergrad
         >>> model = torch.nn.Linear(2, 1)
         >>> print(pergrad.explain(model(torch.ones(3, 2)).squeeze(1), model))
-        parameter  module  op     how   layout         method  cost
-        weight     weight  addmm  rule  example-major  rows       9
-        bias       bias    addmm  rule  example-major  sum        3
+        parameter  module   op     how   layout         method  cost
+        weight     (model)  addmm  rule  example-major  rows       9
+        bias       (model)  addmm  rule  example-major  sum        3
         2 parameters (3 numbers): 100.0 % by rule, 0.0 % by fallback, 0.0 % mixed
     """
     options = {**options, "retain_graph": True, "on_mixing": "exact"}

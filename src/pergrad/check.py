@@ -14,6 +14,7 @@ from torch import Tensor
 from pergrad import api, inputs
 from pergrad.errors import UsageError
 from pergrad.graph import nodes
+from pergrad.graph.walk import walk
 from pergrad.inputs import Params
 
 
@@ -162,8 +163,13 @@ def _note(errors: dict[str, float], what: str, error: float, scale: float) -> No
 
 
 def _noise(losses: Tensor, named: Mapping[str, Tensor]) -> float:
-    """A gradient through tens of ops in the narrowest dtype involved, with room for cancellation."""
-    dtypes = {losses.dtype, *(p.dtype for p in named.values())}
-    if torch.is_autocast_cpu_enabled() or torch.is_autocast_enabled():
-        dtypes.add(torch.bfloat16)
-    return 1e3 * max(torch.finfo(d).eps for d in dtypes)
+    """What rounding may do to a norm on its way through the graph, in its narrowest dtype.
+
+    Errors of n ops add up like sqrt(n) units in the last place. In single precision there is room
+    for cancellation; in half precision that much room would excuse anything.
+    """
+    graph = walk(losses, named)
+    inside = [i for i, leads in enumerate(graph.leads) if leads]
+    dtypes = {m.dtype for i in inside for m in graph.metas(i) if m.dtype.is_floating_point}
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
+    return (2 if eps > 1e-4 else 64) * eps * len(inside) ** 0.5

@@ -65,7 +65,7 @@ class Coverage:
     def __str__(self) -> str:
         head = ("parameter", "module", "op", "how", "layout", "method", "cost")
         table = [head] + [
-            (r.parameter, r.module, r.op, r.how, r.layout, r.method, f"{r.cost:,}")
+            (r.parameter, r.module or "(model)", r.op, r.how, r.layout, r.method, f"{r.cost:,}")
             for r in self.rows
         ]
         widths = [max(len(line[i]) for line in table) for i in range(len(head))]

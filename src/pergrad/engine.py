@@ -7,7 +7,7 @@ Does not know: what a caller makes of the factors.
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pergrad.errors import FallbackWarning, MixedExamplesError, UsageError
-from pergrad.factors import Embedded, Factor, Placed, Pulled, Sum, mapped
+from pergrad.factors import Embedded, Factor, Pulled, Sum, mapped
 from pergrad.graph import chain, nodes
 from pergrad.graph.layout import describe
 from pergrad.graph.plan import Plan, plan_for
@@ -43,6 +43,12 @@ class Options:
         if self.check_layout not in ("once", "always", "never"):
             raise UsageError(
                 f'check_layout is "once", "always" or "never", not {self.check_layout!r}.'
+            )
+        size = self.chunk_bytes
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise UsageError(
+                f"chunk_bytes is {size!r}; pass a positive number of bytes, or None for a sensible "
+                "share of free memory."
             )
 
 
@@ -106,6 +112,8 @@ class _Pass:
     def _report(self, site: Site, k: int, factor: Factor | None, how: str) -> None:
         end = self.plan.ends[site.node, k].slot
         if self.records is not None:
+            if any(mix.child == end for mix in self.plan.mixes):
+                how = "mixed"
             layout = next(layout for layout in site.layouts if layout is not None)
             for way in self.plan.routes[end]:
                 name = self.graph.targets[way.target]
@@ -184,13 +192,8 @@ def run(
     emit: Emit,
     *,
     records: list[Record] | None = None,
-    accumulate: bool = False,
-) -> tuple[Graph, Plan]:
-    """Call `emit(name, factor)` once for every parameter that the losses reach.
-
-    With `accumulate`, the pass is an ordinary backward that also adds the gradient of the sum of
-    the losses to `.grad`.
-    """
+) -> None:
+    """Call `emit(name, factor)` once for every parameter that the losses reach."""
     with _retained_untouched():
         graph, plan = plan_for(losses, params, options.check_layout)
         _policy(graph, plan, options)
@@ -199,8 +202,7 @@ def run(
         if options.create_graph:
             _at_once(losses, state)
         else:
-            _streaming(losses, params, state, options, accumulate)
-    return graph, plan
+            _streaming(losses, state, options)
 
 
 def _policy(graph: Graph, plan: Plan, options: Options) -> None:
@@ -224,20 +226,22 @@ def _policy(graph: Graph, plan: Plan, options: Options) -> None:
 
 def _place(graph: Graph, index: int) -> str:
     """Where an op is, in the names of the user's model."""
-    own = [
-        graph.targets[slot]
-        for slot in graph.edges[index]
-        if slot in graph.targets
-    ]  # fmt: skip
+    own = [graph.targets[slot] for slot in graph.edges[index] if slot in graph.targets]
     if own:
-        return f"of module `{module_of(own[0])}`"
+        return f"of {owner_of(own[0])}"
     below = graph.names_below(index, 1)
-    return f"after module `{module_of(below[0])}`" if below else "in the model"
+    return f"after {owner_of(below[0])}" if below else "in the model"
 
 
 def module_of(name: str) -> str:
-    """The module that owns a parameter, by the parameter's name."""
-    return name.rpartition(".")[0] or name
+    """The path of the module that owns a parameter, by the parameter's name; "" for the model."""
+    return name.rpartition(".")[0]
+
+
+def owner_of(name: str) -> str:
+    """The place of a parameter in words."""
+    module = module_of(name)
+    return f"module `{module}`" if module else f"parameter `{name}`"
 
 
 _STACK = 4  # warn -> _warn -> run -> verb -> the user's line
@@ -254,7 +258,7 @@ def _warn(graph: Graph, plan: Plan, batch: int) -> None:
             for way in plan.routes[plan.ends[site.node, k].slot]
         ]
         warnings.warn(
-            f"pergrad has no rule for the op `{name}` (module `{module_of(names[0])}`). Its "
+            f"pergrad has no rule for the op `{name}` (at {owner_of(names[0])}). Its "
             f"gradients are exact all the same, by one backward of that op for each of the {batch} "
             f"examples: about {batch} times the cost of the op's own backward.",
             FallbackWarning,
@@ -290,15 +294,10 @@ def _requests(graph: Graph, plan: Plan) -> tuple[list[Slot], list[Site], list[Si
     return list(wanted), streamed, returned
 
 
-def _streaming(
-    losses: Tensor, params: Mapping[str, Tensor], state: _Pass, options: Options, accumulate: bool
-) -> None:
+def _streaming(losses: Tensor, state: _Pass, options: Options) -> None:
     """Serve each use while the pass is at it; its cotangent is gone afterwards."""
     graph, plan = state.graph, state.plan
     wanted, streamed, returned = _requests(graph, plan)
-    if accumulate:
-        streamed, returned = plan.sites, []
-        wanted = list(plan.direct)
     handles = []
     inside = [False]
 
@@ -318,9 +317,9 @@ def _streaming(
     try:
         for site in streamed:
             handles.append(graph.nodes[site.node].register_prehook(hook_for(site)))
-        if not wanted and not accumulate:
+        if not wanted:
             return
-        grads = _torch_pass(losses, params, graph, wanted, options, accumulate, plan.pulls)
+        grads = _gradients(losses, graph, wanted, retain_graph=options.retain_graph)
     finally:
         for handle in handles:
             handle.remove()
@@ -335,25 +334,15 @@ def _streaming(
             state.serve_direct(target, by_slot.pop(target, None))
 
 
-def _torch_pass(
-    losses: Tensor,
-    params: Mapping[str, Tensor],
-    graph: Graph,
-    wanted: list[Slot],
-    options: Options,
-    accumulate: bool,
-    pulls: bool,
-) -> list[Tensor | None]:
-    seed = torch.ones_like(losses)
+def _gradients(
+    losses: Tensor, graph: Graph, wanted: Iterable[Slot], **how: bool
+) -> tuple[Tensor | None, ...]:
+    """torch's backward pass from losses seeded with ones."""
     try:
-        if not accumulate:
-            return list(
-                torch.autograd.grad(
-                    [losses], [graph.edge(slot) for slot in wanted], [seed],
-                    retain_graph=options.retain_graph, allow_unused=True,
-                )
-            )  # fmt: skip
-        raise NotImplementedError
+        return torch.autograd.grad(
+            [losses], [graph.edge(slot) for slot in wanted], [torch.ones_like(losses)],
+            allow_unused=True, **how,
+        )  # fmt: skip
     except RuntimeError as error:
         translated = nodes.translate(error)
         if translated is error:
@@ -372,16 +361,7 @@ def _at_once(losses: Tensor, state: _Pass) -> None:
     if not wanted:
         return
     with torch.enable_grad():
-        try:
-            grads = torch.autograd.grad(
-                [losses], [graph.edge(slot) for slot in wanted], [torch.ones_like(losses)],
-                create_graph=True, allow_unused=True,
-            )  # fmt: skip
-        except RuntimeError as error:
-            translated = nodes.translate(error)
-            if translated is error:
-                raise
-            raise translated from error
+        grads = _gradients(losses, graph, wanted, create_graph=True)
         by_slot = dict(zip(wanted, grads, strict=True))
         for site in plan.sites:
             state.serve(site, [by_slot.get((site.node, n)) for n in range(len(site.layouts))])
@@ -409,4 +389,3 @@ def _retained_untouched() -> Iterator[None]:
             tensor.grad = grad
 
 
-_ = Placed
