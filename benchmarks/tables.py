@@ -1,0 +1,161 @@
+"""Write the tables of benchmarks/README.md and README.md from benchmarks/results.
+
+python benchmarks/tables.py            # write, and fail if a claim does not hold
+python benchmarks/tables.py --check    # only say whether the files are up to date
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import harness
+
+ROOT = Path(__file__).parents[1]
+START, END = "<!-- costs: written by benchmarks/tables.py -->", "<!-- end of costs -->"
+WORDS = {"time": "time", "memory": "peak memory"}
+
+
+def read() -> dict[str, dict[str, Any]]:
+    """Records of the workloads by name, in the order in which `norms.py` registers them."""
+    paths = sorted(harness.RESULTS.glob("*.json"))
+    records = {path.stem: json.loads(path.read_text()) for path in paths}
+    return {name: r for name, r in records.items() if "workload" in r}
+
+
+def read_import() -> dict[str, Any] | None:
+    path = harness.RESULTS / "import_time.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _share(spread: dict[str, Any]) -> str:
+    low, high = spread["quartiles"]
+    return f"{spread['median']:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _machine(record: dict[str, Any]) -> str:
+    e = record["environment"]
+    return (
+        f"{e['cpu']}, {e['threads']} threads; {e['system']}; Python {e['python']}, "
+        f"torch {e['torch']}; {e['date']}, commit {e['commit']}"
+    )
+
+
+def summary(records: dict[str, dict[str, Any]]) -> str:
+    """For README.md: one row per model, the cost of every way as a share of a plain step."""
+    ways: dict[str, str] = {}
+    for record in records.values():
+        for name, row in record["contestants"].items():
+            if name != "plain":
+                ways.setdefault(name, row["title"])
+    rows = []
+    for record in records.values():
+        cells = [record["title"]]
+        for name in ways:
+            row = record["contestants"].get(name)
+            cells.append(f"{row['ratio']['median']:.2f}" if row else "")
+        memory = record["contestants"]["norms"].get("memory_ratio")
+        cells.append(f"{memory:.2f}" if memory else "")
+        rows.append(cells)
+    head = ["time, as a share of a plain forward and backward", *ways.values()]
+    table = _table([*head, "peak memory of `pergrad.norms`"], rows)
+    machines = sorted({_machine(record) for record in records.values()})
+    return f"{table}\n\nMedians. {'; '.join(machines)}."
+
+
+def full(records: dict[str, dict[str, Any]]) -> str:
+    """For benchmarks/README.md: everything that was measured."""
+    parts = []
+    for name, record in records.items():
+        rows = []
+        for row in record["contestants"].values():
+            peak = (
+                sorted(row["peak_bytes"])[len(row["peak_bytes"]) // 2]
+                if row.get("peak_bytes")
+                else 0
+            )
+            rows.append(
+                [
+                    row["title"],
+                    f"{row['milliseconds']['median']:.1f}",
+                    _share(row["ratio"]),
+                    f"{row['ratio']['runs']}",
+                    f"{peak / 1e6:.0f} MB" if peak else "",
+                    f"{row['memory_ratio']:.2f}" if row.get("memory_ratio") else "",
+                    f"{row['error']:.0e}" if row.get("error") is not None else "",
+                ]
+            )
+        head = ["", "ms", "share of plain", "runs", "peak memory", "share of plain", "error"]
+        claims = [
+            f"{WORDS[claim]} at most {record['claims'][claim]} of a plain step: "
+            + ("holds" if holds else "**does not hold**")
+            for claim, holds in harness.held(record).items()
+        ]
+        parts.append(
+            f"### {name}\n\n{record['title']}; {record['parameters']:,} parameters.\n\n"
+            f"{_table(head, rows)}\n\n"
+            + (f"Claims for `pergrad.norms`: {'; '.join(claims)}.\n\n" if claims else "")
+            + f"{_machine(record)}."
+        )
+    imported = read_import()
+    if imported:
+        parts.append(
+            "### import\n\n"
+            f"`import pergrad` adds {imported['pergrad_seconds']['median']:.3f} s to "
+            "`import torch` "
+            f"(claim: at most {imported['claims']['seconds']} s).\n\n{_machine(imported)}."
+        )
+    return "\n\n".join(parts)
+
+
+def _replaced(path: Path, text: str) -> str:
+    old = path.read_text()
+    if START not in old or END not in old:
+        raise SystemExit(f"{path} has no place for the table: {START} ... {END}")
+    before, rest = old.split(START, 1)
+    return f"{before}{START}\n{text}\n{END}{rest.split(END, 1)[1]}"
+
+
+def broken(records: dict[str, dict[str, Any]]) -> list[str]:
+    """The claims that do not hold."""
+    found = [
+        f"{name}: {WORDS[claim]}"
+        for name, record in records.items()
+        for claim, holds in harness.held(record).items()
+        if not holds
+    ]
+    imported = read_import()
+    if imported and imported["pergrad_seconds"]["median"] > imported["claims"]["seconds"]:
+        found.append("import time")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args()
+    records = read()
+    wanted = {
+        path: _replaced(path, text)
+        for path, text in (
+            (ROOT / "README.md", summary(records)),
+            (ROOT / "benchmarks" / "README.md", full(records)),
+        )
+    }
+    if args.check:
+        stale = [str(path) for path, text in wanted.items() if path.read_text() != text]
+        sys.exit(f"Run benchmarks/tables.py: out of date: {', '.join(stale)}" if stale else 0)
+    for path, text in wanted.items():
+        path.write_text(text)
+    failed = broken(records)
+    sys.exit(f"Claims that do not hold: {', '.join(failed)}." if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
