@@ -62,10 +62,14 @@ def outer_norm_cost(T: int, p: int, d: int) -> int:
 
 
 def outer_dot_method(T: int, S: int, p: int, d: int) -> str:
-    """Row b with row b of two Outers. "gram": T S (p + d). "direct": form one, T p d + S p d."""
+    """Row b with row b of two Outers.
+
+    "gram": T S (p + d), and its guard the norms of both, at most (T² + S²) (p + d).
+    "direct": form one and pass the other through it, T p d + S p d.
+    """
     if T <= 1 and S <= 1:
         return "rows"
-    gram = GRAM_OVERHEAD * T * S * (p + d + GRAM_ELEMENTWISE)
+    gram = GRAM_OVERHEAD * (T * S + T * T + S * S) * (p + d + GRAM_ELEMENTWISE)
     return "gram" if gram < (T + S) * p * d else "direct"
 
 

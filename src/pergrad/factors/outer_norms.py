@@ -92,6 +92,12 @@ def _sum_of_squares(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dim=3).square().flatten(1).sum(1)
 
 
+def outer_size(g: Tensor, a: Tensor) -> Tensor:
+    """(B,): Σ_n |G_n|² |A_n|², for guards alone: no derivative, no copy."""
+    G, A = (torch.linalg.vector_norm(x.detach(), dim=3).square().sum(2) for x in (g, a))
+    return (G * A).sum(1)
+
+
 def gram(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_ts (g_t·g_s)(a_t·a_s), half of it, and |A|²|G|², both (B,)."""
     dtype = result_dtype(g, a)
@@ -101,8 +107,8 @@ def gram(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     each = N * (T * (p + a.shape[3]) + 2 * T * block) * dtype.itemsize
 
     def piece(rows: slice) -> Tensor:
-        G = g[rows].to(dtype).reshape(-1, T, p)
-        A = a[rows].to(dtype).reshape(-1, T, a.shape[3])
+        here, there = g[rows].to(dtype), a[rows].to(dtype)
+        G, A = here.reshape(-1, T, p), there.reshape(-1, T, a.shape[3])
         total = A.new_zeros(len(A))
         for lo in range(0, T, block):
             hi = min(T, lo + block)
@@ -110,8 +116,7 @@ def gram(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
             total = total + both[:, :, lo:].sum((1, 2))
             if lo:  # the blocks left of the diagonal stand for those above it
                 total = total + 2 * both[:, :, :lo].sum((1, 2))
-        sizes = row_squares(G) * row_squares(A)
-        return torch.stack([total.view(-1, N).sum(1), sizes.view(-1, N).sum(1)], 1)
+        return torch.stack([total.view(-1, N).sum(1), outer_size(here, there)], 1)
 
     pair = by_chunks(
         B, each, piece, like=g.new_zeros(0, dtype=dtype), tail=(2,), budget=scratch(g.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from pergrad.factors import costs
 from pergrad.factors.numeric import product, row_dots, tracing
 from pergrad.factors.outer import Outer
-from pergrad.factors.outer_norms import KAPPA_LIMIT
+from pergrad.factors.outer_norms import KAPPA_LIMIT, outer_size
 from pergrad.factors.workspace import by_chunks, chunks, limit, scratch
 
 
@@ -23,9 +23,9 @@ def dot(f: Outer, h: Outer) -> Tensor:
     method = costs.outer_dot_method(T, S, p, d)
     if method == "direct":
         return _direct_dot(f, h)
-    products, sizes = _gram_dot(f, h)
     if method == "rows" and N == 1:
-        return products  # one term: nothing cancels
+        return _row_dot(f, h)
+    products, sizes = _gram_dot(f, h)
     # A small product of large gradients is as exact as they allow: only where the gradients
     # themselves are small against their Outers' sizes has the Gram lost digits.
     bound = KAPPA_LIMIT[f.dtype] ** 2
@@ -39,6 +39,17 @@ def dot(f: Outer, h: Outer) -> Tensor:
     return products
 
 
+def _row_dot(f: Outer, h: Outer) -> Tensor:
+    """(g·g')(a·a'), one position: one term, so nothing cancels. p + d multiply-adds."""
+
+    def piece(rows: slice) -> Tensor:
+        fg, fa, hg, ha = (x[rows].to(f.dtype) for x in (f.g, f.a, h.g, h.a))
+        return row_dots(fg, hg) * row_dots(fa, ha)
+
+    each = 3 * sum(f.sizes[2:]) * f.dtype.itemsize
+    return by_chunks(f.batch, each, piece, like=f._zeros(0))
+
+
 def _gram_dot(f: Outer, h: Outer) -> tuple[Tensor, Tensor]:
     """Σ_nts (g_t·g'_s)(a_t·a'_s), and the product of the Outers' sizes, both (B,)."""
     N, T, p, d = f.sizes
@@ -47,13 +58,8 @@ def _gram_dot(f: Outer, h: Outer) -> tuple[Tensor, Tensor]:
 
     def piece(rows: slice) -> Tensor:
         fg, fa, hg, ha = (x[rows].to(f.dtype) for x in (f.g, f.a, h.g, h.a))
-        if T == 1 and S == 1:
-            total = ((fg * hg).sum(3) * (fa * ha).sum(3)).flatten(1).sum(1)
-        else:
-            total = row_dots(torch.matmul(fg, hg.mT), torch.matmul(fa, ha.mT))
-        sizes = [(x.square().sum((2, 3)), y.square().sum((2, 3))) for x, y in ((fg, fa), (hg, ha))]
-        one, two = ((x * y).sum(1) for x, y in sizes)
-        return torch.stack([total, (one * two).sqrt().detach()], 1)
+        total = row_dots(torch.matmul(fg, hg.mT), torch.matmul(fa, ha.mT))
+        return torch.stack([total, (outer_size(fg, fa) * outer_size(hg, ha)).sqrt()], 1)
 
     pair = by_chunks(f.batch, each, piece, like=f._zeros(0), tail=(2,))
     return pair[:, 0], pair[:, 1].detach()
@@ -70,7 +76,7 @@ def _direct_dot(f: Outer, h: Outer) -> Tensor:
     step = max(1, budget // (widest * f.dtype.itemsize))
     buffer = None
     if not tracing(*f.tensors(), *h.tensors()):
-        buffer = f._zeros(min(step, f.batch) * widest)
+        buffer = f.g.new_empty(min(step, f.batch) * widest, dtype=f.dtype)
 
     def piece(rows: slice) -> Tensor:
         total = f._zeros(rows.stop - rows.start)
@@ -109,10 +115,7 @@ def _loses_digits(f: Outer) -> bool:
     sizes = by_chunks(
         f.batch,
         f.g[:1].numel() * f.dtype.itemsize,
-        lambda rows: (
-            f.g[rows].detach().to(f.dtype).square().sum((2, 3))
-            * f.a[rows].detach().to(f.dtype).square().sum((2, 3))
-        ).sum(1),
+        lambda rows: outer_size(f.g[rows].to(f.dtype), f.a[rows].to(f.dtype)),
         like=f._zeros(0),
     )
     # a NaN row stays NaN by any method; one that overflowed is worth the tiles
@@ -126,7 +129,8 @@ def _position_gram(f: Outer, h: Outer) -> Tensor:
     S, K = h.sizes[1], h.batch
     budget = limit(f.device)
     pair = N * T * S * 2 * f.dtype.itemsize
-    half = f is h and not tracing(*f.tensors())
+    # measured: without positions to sum over, mirroring costs more than the half it saves
+    half = f is h and N * T * S >= 4 and not tracing(*f.tensors())
     step = max(1, min(budget // pair, K, 4096))
     # half: four rows of blocks compute 5/8 of the matrix; more of them are slower again
     high = max(1, min(budget // (pair * step), -(-f.batch // 4) if half else f.batch))
@@ -167,7 +171,7 @@ def _tile_gram(f: Outer, h: Outer) -> Tensor:
     widest = min(N, max(1, budget // (column * p))) * spans[0].stop * d
     buffers: list[Tensor | None] = [None, None]
     if not tracing(*f.tensors(), *h.tensors()):
-        buffers = [f._zeros(B * widest), f._zeros(K * widest)]
+        buffers = [f.g.new_empty(rows * widest, dtype=f.dtype) for rows in (B, K)]
     out = f._zeros(B, h.batch)
     for group in groups:
         for span in spans:

@@ -80,7 +80,7 @@ def _buckets(owners: Tensor) -> list[Bucket]:
     return buckets
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def _partition(layout: Layout, dims: tuple[int, ...], batch: int) -> Partition | None:
     """Rows that run over `dims` of the tensor, in that order; None if the owner varies elsewhere."""
     if any(size != 1 for d, size in enumerate(layout.owner.shape) if d not in dims):
@@ -125,26 +125,41 @@ def reduced(values: Tensor, layout: Layout, shape: Sequence[int], batch: int) ->
     lead = values.dim() - len(shape)
     summed = [d for d in range(values.dim())
               if d < lead or (shape[d - lead] == 1 and values.shape[d] != 1)]  # fmt: skip
-    varying = [d for d in layout.varying]
+    varying = list(layout.varying)
     if any(d not in summed for d in varying):
         return None
     dtype = result_dtype(values)
+    if len(varying) == 1:
+        pattern = _pattern(layout, batch)
+        if pattern is not None:  # rows in a regular order: one plain sum, no scattering
+            outer, inner = pattern
+            (dim,) = varying
+            sizes = values.shape
+            folded = values.reshape(*sizes[:dim], outer, batch, inner, *sizes[dim + 1 :])
+            drop = [d if d < dim else d + 2 for d in summed if d != dim] + [dim, dim + 2]
+            drop = [d for d in drop if folded.shape[d] != 1]
+            total = folded.sum(drop, keepdim=True, dtype=dtype) if drop else folded.to(dtype)
+            return Dense(total.movedim(dim + 1, 0).reshape(batch, *shape))
     plain = [d for d in summed if d not in varying]
     if plain:
         values = values.sum(plain, keepdim=True, dtype=dtype)
-    values = values.to(dtype)
     kept = [d for d in range(values.dim()) if d not in varying]
-    owners = layout.owner.permute(*varying, *kept).reshape(-1) if varying else layout.owner.reshape(-1)
-    rows = values.permute(*varying, *kept)
-    rows = rows.reshape(owners.numel(), *rows.shape[len(varying) :])
-    total = by_owner(rows, owners, batch)
+    owners = layout.owner.permute(*varying, *kept).reshape(-1)
+    rows = values.to(dtype).permute(*varying, *kept)
+    total = by_owner(rows.reshape(owners.numel(), *rows.shape[len(varying) :]), owners, batch)
     return Dense(total.reshape(batch, *shape))
+
+
+@lru_cache(maxsize=256)
+def _pattern(layout: Layout, batch: int) -> tuple[int, int] | None:
+    """(outer, inner) of a layout along one dimension, if every example has its regular share."""
+    owners = layout.owner.reshape(-1)
+    pattern = regular_pattern(owners)
+    return pattern if pattern is not None and int(owners.max()) + 1 == batch else None
 
 
 def by_owner(rows: Tensor, owners: Tensor, batch: int) -> Tensor:
     """(R, *rest) -> (batch, *rest): the sum of each example's rows."""
-    if owners.numel() == batch and torch.equal(owners, torch.arange(batch)):
-        return rows
     owners = owners.to(rows.device)
     # Row `batch` collects what belongs to nobody.
     total = rows.new_zeros(batch + 1, *rows.shape[1:])
