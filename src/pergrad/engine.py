@@ -277,9 +277,10 @@ def _requests(graph: Graph, plan: Plan) -> tuple[list[Slot], list[Site], list[Si
         covered = any(c in reached for c, _ in graph.edges[i] if c >= 0)
         site = by_node.get(i)
         if site is not None:
-            if calls_node(graph.op(i)):
+            if calls_node(graph.op(i)) or nodes.is_checkpointed(graph.nodes[i]):
                 # torch computes an operand's gradient, also in a direct call during the pass,
-                # only if somebody asked for it.
+                # only if somebody asked for it. And what a checkpointed op saved is at hand only
+                # while the pass is at it.
                 wanted.update(dict.fromkeys(graph.edges[i][k] for k in site.slots))
                 reached.update(graph.edges[i][k][0] for k in site.slots)
                 covered = True

@@ -178,7 +178,7 @@ def _pass(losses: Tensor, graph: Graph, slots: list[Slot], seeds: Tensor,
                     visit((i, number), value)
             if i not in above:
                 continue
-            results = nodes.call(graph.nodes[i], here)
+            results = nodes.call(graph.nodes[i], here, last_read=True)
             for value, (child, out) in zip(results, graph.edges[i], strict=True):
                 if value is None or not (child in above or child in at_node):
                     continue

@@ -148,6 +148,7 @@ def saved(node: Node, field: str) -> Any:
         UsageError: the graph was freed by an earlier backward, or the tensor was changed in place.
         UnsupportedError: this release of torch saves something else.
     """
+    _allow_another_read(node, (field,))
     try:
         return getattr(node, "_saved_" + field)
     except AttributeError:
@@ -157,6 +158,45 @@ def saved(node: Node, field: str) -> Any:
         ) from None
     except RuntimeError as error:
         raise translate(error) from error
+
+
+class _Patient(dict):
+    """The handles of a checkpointed tensor, of which some reads do not use one up."""
+
+    free_reads = 0
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if value is None and self.free_reads > 0:
+            self.free_reads -= 1
+        else:
+            super().__setitem__(key, value)
+
+
+def _holders(node: Node, fields: Sequence[str]) -> list[Any]:
+    """The saved tensors of a node that a checkpointed block will recompute."""
+    found = []
+    for field in fields:
+        raw = getattr(node, "_raw_saved_" + field, None)
+        for one in raw if isinstance(raw, (tuple, list)) else (raw,):
+            data = getattr(one, "data", None)
+            if data is not None and type(data).__name__ == "_Holder" and hasattr(data, "handles"):
+                found.append(data)
+    return found
+
+
+def is_checkpointed(node: Node) -> bool:
+    """Whether a checkpointed block (use_reentrant=False) recomputes what the node saved."""
+    return bool(_holders(node, _fields(type(node))[1]))
+
+
+def _allow_another_read(node: Node, fields: Sequence[str]) -> None:
+    """A checkpointed tensor may be read once for each backward: leave the node its own read."""
+    if torch._C._current_graph_task_id() == -1:
+        return  # outside a pass every read recomputes anyway
+    for holder in _holders(node, fields):
+        if not isinstance(holder.handles, _Patient):
+            holder.handles = _Patient(holder.handles)
+        holder.handles.free_reads += 1
 
 
 _FREED = "The graph of the losses has been freed by an earlier backward"
@@ -179,24 +219,30 @@ def translate(error: RuntimeError) -> Exception:
     return error
 
 
-def call(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def call(
+    node: Node, cotangents: Sequence[Tensor | None], *, last_read: bool = False
+) -> tuple[Tensor | None, ...]:
     """Run one node's backward alone: no hooks fire, nothing is freed, nothing is accumulated.
 
     The results are brought to shape and dtype of the op's inputs where only the engine would
-    have done so (see `raw_call` for why).
+    have done so (see `raw_call` for why). `last_read`: nobody in this pass will run the node again.
     """
-    results = raw_call(node, cotangents)
+    results = raw_call(node, cotangents, last_read=last_read)
     return tuple(
         None if value is None or child is None else _fit(value, child, number)
         for value, (child, number) in zip(results, edges(node), strict=True)
     )
 
 
-def raw_call(node: Node, cotangents: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def raw_call(
+    node: Node, cotangents: Sequence[Tensor | None], *, last_read: bool = False
+) -> tuple[Tensor | None, ...]:
     """As `call`, but the gradient of a broadcast operand keeps the output's shape.
 
     torch's engine, not the node, sums such a gradient to the operand's shape.
     """
+    if not last_read:
+        _allow_another_read(node, _fields(type(node))[1])
     try:
         if is_python(node):
             # A Python Function gets None otherwise, where the engine would give it zeros.
