@@ -354,7 +354,7 @@ def clip(max_norm: float) -> Callable[[Tensor], Tensor]:
 
     Returns:
         A function norms (B,) -> weights (B,), for `pergrad.backward(..., weights=...)`. A norm that
-        is not a number gives weight 0, so that one bad example does not spoil the step.
+        is not a number gives a weight that is not a number.
 
     Raises:
         UsageError: max_norm is not a positive number.

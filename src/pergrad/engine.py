@@ -257,10 +257,16 @@ def _warn(graph: Graph, plan: Plan, batch: int) -> None:
             for k in site.slots
             for way in plan.routes[plan.ends[site.node, k].slot]
         ]
+        remedy = (
+            " A compiled region is one op to autograd. Compute the losses under "
+            '`with torch.compiler.set_stance("force_eager"):` to have its layers served by rules.'
+            if name.startswith("CompiledFunction")
+            else ""
+        )
         warnings.warn(
             f"pergrad has no rule for the op `{name}` (at {owner_of(names[0])}). Its "
             f"gradients are exact all the same, by one backward of that op for each of the {batch} "
-            f"examples: about {batch} times the cost of the op's own backward.",
+            f"examples: about {batch} times the cost of the op's own backward.{remedy}",
             FallbackWarning,
             stacklevel=_STACK,
         )
