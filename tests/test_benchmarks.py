@@ -1,0 +1,32 @@
+"""The benchmarks run, and the tables are those of the committed results."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_harness_measures_a_workload(tmp_path: Path) -> None:
+    subprocess.run(
+        [
+            *(sys.executable, ROOT / "benchmarks" / "norms.py", "mlp", "--only", "norms"),
+            *("--rounds", "2", "--memory", "1", "--out", tmp_path),
+        ],
+        check=True,
+        timeout=300,
+    )
+    record = json.loads((tmp_path / "mlp.json").read_text())
+    plain, norms = (record["contestants"][name] for name in ("plain", "norms"))
+    assert plain["ratio"]["median"] == 1
+    assert norms["ratio"]["median"] > 0
+    assert norms["peak_bytes"][0] > 0
+    assert norms["error"] < 1e-4
+    assert record["environment"]["torch"]
+
+
+def test_tables_are_those_of_the_results() -> None:
+    subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], check=True, timeout=120
+    )
