@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pergrad.factors.base import Factor
-from pergrad.factors.numeric import Index, columns, flat, result_dtype
+from pergrad.factors.numeric import Index, columns, flat, result_dtype, row_squares
 from pergrad.factors.workspace import by_chunks, chunks, limit
 
 
@@ -35,6 +35,12 @@ class Dense(Factor):
     def pick(self, rows: Tensor) -> Tensor | None:
         """(B, U, C)."""
         return self.values.reshape(self.batch, *self.matrix_shape)[:, rows].to(self.dtype)
+
+    def sq_norms(self) -> Tensor:
+        """‖G[b]‖²."""
+        if self.batch * self.bytes_per_row > limit(self.device):
+            return super().sq_norms()
+        return row_squares(self.values.to(self.dtype))
 
     def matvec(self, v: Tensor) -> Tensor:
         """G[b] · v."""

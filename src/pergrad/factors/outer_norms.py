@@ -49,10 +49,21 @@ def by_rows(g: Tensor, a: Tensor) -> Tensor:
     N, p, d = g.shape[1], g.shape[3], a.shape[3]
 
     def piece(rows: slice) -> Tensor:
-        left = g[rows, :, 0].to(dtype).square().sum(2)
-        return (left * a[rows, :, 0].to(dtype).square().sum(2)).sum(1)
+        left, right = _row_sizes(g[rows, :, 0], dtype), _row_sizes(a[rows, :, 0], dtype)
+        return (left * right).sum(1)
 
     return by_chunks(len(g), N * (p + d) * dtype.itemsize, piece, like=g.new_zeros(0, dtype=dtype))
+
+
+def _row_sizes(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum of squares along the last dimension."""
+    if tracing(x) or x.shape[-1] > LONG_ROW:
+        return x.to(dtype).square().sum(-1)
+    # one pass without a copy; but a single running sum, hence not for very long rows
+    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square()
+
+
+LONG_ROW = 2**15
 
 
 def direct(g: Tensor, a: Tensor) -> Tensor:
@@ -98,6 +109,11 @@ def outer_size(g: Tensor, a: Tensor) -> Tensor:
     return (G * A).sum(1)
 
 
+def _trace(x: Tensor) -> Tensor:
+    """(n,): of (n, T, T), for guards alone."""
+    return x.detach().diagonal(dim1=1, dim2=2).sum(1)
+
+
 def gram(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """Σ_ts (g_t·g_s)(a_t·a_s), half of it, and |A|²|G|², both (B,)."""
     dtype = result_dtype(g, a)
@@ -109,6 +125,11 @@ def gram(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     def piece(rows: slice) -> Tensor:
         here, there = g[rows].to(dtype), a[rows].to(dtype)
         G, A = here.reshape(-1, T, p), there.reshape(-1, T, a.shape[3])
+        if k == 1:
+            GG, AA = torch.bmm(G, G.mT), torch.bmm(A, A.mT)
+            size = _trace(GG) * _trace(AA)
+            both = torch.stack([(GG * AA).sum((1, 2)), size], 1)
+            return both if N == 1 else both.view(-1, N, 2).sum(1)
         total = A.new_zeros(len(A))
         for lo in range(0, T, block):
             hi = min(T, lo + block)

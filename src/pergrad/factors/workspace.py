@@ -27,7 +27,8 @@ def workspace(size: int | None) -> Iterator[None]:
     """Temporaries inside this block stay near `size` bytes; None is the default share."""
     if size is not None and size <= 0:
         raise ValueError(f"The budget for temporary buffers must be positive, not {size} bytes.")
-    token = _budget.set(size)
+    # asked for once, not for every temporary: the answer takes as long as a small matrix product
+    token = _budget.set(size if size is not None else limit())
     try:
         yield
     finally:

@@ -130,7 +130,7 @@ def reduced(values: Tensor, layout: Layout, shape: Sequence[int], batch: int) ->
         return None
     dtype = result_dtype(values)
     if len(varying) == 1:
-        pattern = _pattern(layout, batch)
+        pattern = regular(layout, batch)
         if pattern is not None:  # rows in a regular order: one plain sum, no scattering
             outer, inner = pattern
             (dim,) = varying
@@ -151,7 +151,7 @@ def reduced(values: Tensor, layout: Layout, shape: Sequence[int], batch: int) ->
 
 
 @lru_cache(maxsize=256)
-def _pattern(layout: Layout, batch: int) -> tuple[int, int] | None:
+def regular(layout: Layout, batch: int) -> tuple[int, int] | None:
     """(outer, inner) of a layout along one dimension, if every example has its regular share."""
     owners = layout.owner.reshape(-1)
     pattern = regular_pattern(owners)
