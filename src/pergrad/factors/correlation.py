@@ -84,16 +84,17 @@ class Correlation(Factor):
         n, channels = window.shape[:2]
         N = self.groups
         step = window.stride()
-        sizes = (n, N, *self.out, channels // N, *self.kernel)
+        sizes = (n, N, channels // N, *self.kernel, *self.out)
         strides = (
             step[0],
             step[1] * (channels // N),
-            *(s * t for s, t in zip(self.stride, step[2:], strict=True)),
             step[1],
             *(s * t for s, t in zip(self.dilation, step[2:], strict=True)),
+            *(s * t for s, t in zip(self.stride, step[2:], strict=True)),
         )
         view = window.as_strided(sizes, strides, window.storage_offset())
-        return view.reshape(n, N, *self.sizes[1::2])
+        # copied with the positions innermost, where whole lines of pixels lie side by side
+        return view.reshape(n, N, self.sizes[3], self.sizes[1]).transpose(2, 3)
 
     def outer(self, rows: Index) -> Outer:
         """The same gradients of some examples over explicit patches."""
