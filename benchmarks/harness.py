@@ -315,7 +315,8 @@ def measure(
             "error": found.get(c.name),
         }
         if c.memory and memory_repeats:
-            peaks = peak_memory(script, chosen.name, c.name, memory_repeats)
+            repeats = memory_repeats if c.rounds is None else 1
+            peaks = peak_memory(script, chosen.name, c.name, repeats)
             median = statistics.median(peaks)
             plain_memory = median if c.name == "plain" else plain_memory
             row["peak_bytes"] = peaks
