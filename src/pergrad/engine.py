@@ -345,11 +345,13 @@ def _gradients(
     losses: Tensor, graph: Graph, wanted: Iterable[Slot], **how: bool
 ) -> tuple[Tensor | None, ...]:
     """torch's backward pass from losses seeded with ones."""
+    with torch.enable_grad():
+        # A sum, not a vector of ones as grad_outputs: that would make torch import sympy, 35 MB.
+        total = losses.sum()
     try:
         return torch.autograd.grad(
-            [losses], [graph.edge(slot) for slot in wanted], [torch.ones_like(losses)],
-            allow_unused=True, **how,
-        )  # fmt: skip
+            total, [graph.edge(slot) for slot in wanted], allow_unused=True, **how
+        )
     except RuntimeError as error:
         translated = nodes.translate(error)
         if translated is error:

@@ -179,12 +179,15 @@ def _pass(losses: Tensor, graph: Graph, slots: list[Slot], seeds: Tensor,
             if i not in above:
                 continue
             results = nodes.call(graph.nodes[i], here, last_read=True)
+            del here
             for value, (child, out) in zip(results, graph.edges[i], strict=True):
                 if value is None or not (child in above or child in at_node):
                     continue
                 below = grads.setdefault(child, [None] * len(graph.metas(child)))
                 old = below[out]
                 below[out] = value if old is None else old + value
+                del value, old, below
+            del results
 
     with torch.no_grad():
         nodes.inside_pass(losses, [graph.edge(slot) for slot in slots], work)
@@ -235,7 +238,7 @@ def _unlike(losses: Tensor, graph: Graph, layouts: Mapping[Slot, Layout], seeds:
     def compare(slot: Slot, g: Tensor) -> None:
         owner = layouts[slot].owner
         back = torch.where(owner < 0, 0.0, 1.0 / seeds[owner.clamp_min(0)])
-        mine, first = _fingerprint(g * back.to(g)), prints.get(slot, 0.0)
+        mine, first = _fingerprint(g, back.to(g)), prints.get(slot, 0.0)
         exact = g.device.type == "cpu"
         if mine != first and (exact or abs(mine - first) > 1e-3 * max(abs(mine), abs(first))):
             wrong.append(slot)
@@ -244,21 +247,30 @@ def _unlike(losses: Tensor, graph: Graph, layouts: Mapping[Slot, Layout], seeds:
     return wrong
 
 
-_PIECE = 1 << 20
+_PIECE = 1 << 16  # elements at a time: the check should not need the memory of a step
 
 
-def _fingerprint(g: Tensor) -> float:
-    """A number that changes with any bit of g; on a GPU, where sums are not repeatable, a sum."""
-    g = torch.view_as_real(g).reshape(-1) if g.is_complex() else g.reshape(-1)
-    g = torch.nan_to_num(g, nan=0.0, posinf=0.0, neginf=0.0)
+def _fingerprint(g: Tensor, back: Tensor | None = None) -> float:
+    """A number that changes with any bit of g * back; on a GPU, where sums vary, a sum."""
+    if g.dim() == 0:
+        g, back = g[None], None if back is None else back[None]
+    rows = max(1, _PIECE * g.shape[0] // max(1, g.numel()))
+    total: float = 0
+    for start in range(0, g.shape[0], rows):
+        piece = g[start : start + rows]
+        if back is not None:
+            piece = piece * (back if back.shape[0] == 1 else back[start : start + rows])
+        total += _bits(piece, start * (g.numel() // g.shape[0]))
+    return total
+
+
+def _bits(g: Tensor, offset: int) -> float:
+    g = torch.view_as_real(g.resolve_conj()) if g.is_complex() else g
+    g = torch.nan_to_num(g.reshape(-1), nan=0.0, posinf=0.0, neginf=0.0)
     if g.device.type != "cpu":
         weights = torch.arange(g.numel(), device=g.device).remainder(97).add(1.0)
         return float((g.double().abs() * weights).sum())
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[g.element_size()]
-    total = 0
-    for start in range(0, g.numel(), _PIECE):
-        # + 0: minus zero and zero are the same gradient
-        bits = (g[start : start + _PIECE] + 0).view(whole).long()
-        places = torch.arange(start, start + bits.numel())
-        total += int((bits * (places * 0x9E3779B1 + 0x85EBCA6B)).sum())
-    return total
+    bits = (g + 0).view(whole).long()  # + 0: minus zero and zero are the same gradient
+    places = torch.arange(offset, offset + bits.numel())
+    return int((bits * (places * 0x9E3779B1 + 0x85EBCA6B)).sum())
