@@ -226,7 +226,10 @@ class GradientMatrix:
 
     def flat(self) -> Tensor:
         """The matrix itself, (B, P). Costs B times the model."""
-        parts = [part.flatten(1).to(self.dtype) for part in self.dense().values()]
+        parts = [
+            part.reshape(self._batch, _numel(self.shapes[name])).to(self.dtype)
+            for name, part in self.dense().items()
+        ]
         return torch.cat(parts, 1)
 
     def to(self, target: torch.device | torch.dtype | str) -> "GradientMatrix":

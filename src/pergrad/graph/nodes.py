@@ -250,7 +250,7 @@ def raw_call(
                 torch.zeros(m.shape, dtype=m.dtype, device=m.device) if c is None else c
                 for c, m in zip(cotangents, metas(node), strict=True)
             ]
-            results = node.apply(*filled)
+            return _of_tensors(node, node.apply(*filled))
         else:
             results = node(*cotangents)
     except RuntimeError as error:
@@ -298,6 +298,25 @@ def _fit(value: Tensor, child: Node, number: int) -> Tensor:
     if value.dtype != meta.dtype:
         value = value.to(meta.dtype)
     return value
+
+
+def _of_tensors(node: Node, results: Any) -> tuple[Tensor | None, ...]:
+    """What a Function's backward returned, by edge: arguments that are no tensors have no edge."""
+    if not isinstance(results, (tuple, list)):
+        results = (results,)
+    below = edges(node)
+    live = [k for k, (child, _) in enumerate(below) if child is not None]
+    needed = [i for i, needs in enumerate(node.needs_input_grad) if needs]
+    if len(live) != len(needed) or (needed and needed[-1] >= len(results)):
+        raise UnsupportedError(
+            f"The backward of the autograd.Function `{op_name(node)}` returns {len(results)} "
+            f"gradients for {len(node.needs_input_grad)} arguments, so pergrad cannot tell which "
+            "is whose. Return one gradient (or None) for each argument of forward."
+        )
+    found: list[Tensor | None] = [None] * len(below)
+    for k, i in zip(live, needed, strict=True):
+        found[k] = results[i]
+    return tuple(found)
 
 
 def reentrant_checkpoint(node: Node) -> bool:

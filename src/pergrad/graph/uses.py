@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from pergrad.graph.chain import expanded_weight
 from pergrad.graph.layout import Layout, along, merge
 from pergrad.graph.transfer import Op, Result, Why, transfer, understands
 from pergrad.graph.walk import Graph, Slot
@@ -123,10 +124,12 @@ class _Spread:
         for (child, number), result in zip(graph.edges[i], results, strict=True):
             if child < 0 or not graph.leads[child]:
                 continue
-            if op.name in ("bmm", "baddbmm") and graph.pure[child] and isinstance(result, Layout):
-                # An expanded weight: stop here, not below the expand, where the engine would
-                # have formed one gradient of the weight per example.
-                result = Why.CONTRACTED
+            if op.name in ("bmm", "baddbmm") and isinstance(result, Layout):
+                expanded = expanded_weight(graph, (child, number))
+                if expanded is not None and any(expanded.shared):
+                    # Stop here, not below the expand, where the engine would have formed one
+                    # gradient of the weight for each example.
+                    result = Why.CONTRACTED
             self._arrived.setdefault((child, number), []).append((i, result))
 
     def _op(self, i: int) -> Op:
@@ -172,19 +175,26 @@ class _Spread:
             found = self.measured[slot]
             if found is not None:
                 return found
-        if layouts or Why.MIXING in kinds or (open_question and self._carries_examples(slot)):
+        if layouts or Why.MIXING in kinds or (open_question and self._interacts(slot, rest)):
             at_fault = [p for p, what in rest if what is Why.MIXING]
             at_fault = at_fault or [p for p, _ in rest] or [p for p, _ in arrived]
             self.mixes.append(Mix(max(at_fault), slot))
         return _MIXED
 
-    def _carries_examples(self, slot: Slot) -> bool:
-        """Whether a tensor computed from data looks like a batch rather than a constant table."""
-        shape = self.graph.shape(slot)
-        batch = self.examples
-        return batch > 1 and self._data[slot[0]] and (
-            batch in shape or (len(shape) > 0 and shape[0] > 0 and shape[0] % batch == 0)
-        )  # fmt: skip
+    def _interacts(self, slot: Slot, rest: list[tuple[int, Result | _Mixed]]) -> bool:
+        """Whether what was computed from data looks like a batch rather than a constant table.
+
+        The graph cannot tell for sure; either way the numbers are exact.
+        """
+        graph, batch = self.graph, self.examples
+        if batch < 2 or not self._data[slot[0]]:
+            return False
+        if any(what is Why.UNKNOWN for _, what in rest):
+            shape = graph.shape(slot)
+            return len(shape) > 0 and shape[0] > 0 and shape[0] % batch == 0
+        # a product in which every example meets every example
+        products = [graph.shape((parent, 0)) for parent, what in rest if what is Why.CONTRACTED]
+        return any(s[-2:] == (batch, batch) and _numel(s) == batch**2 for s in products)
 
     def _postpone(self, i: int) -> None:
         """Below an open question: ask about unknown ops further down in the same round."""
@@ -224,6 +234,13 @@ class _Spread:
             if slot[0] not in self.below and isinstance(state := self.states.get(slot), Layout)
         }
         return Uses(sites, direct, self.mixes, False, self.read_data)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
 
 
 # Ops that read data through an input that needs no gradient; for all others (a mask, a scale)

@@ -33,11 +33,15 @@ def _serve(use: Situation, slots: list[int]) -> dict[int, Factor | None]:
         ]
         results = nodes.call(use.node, masked)
         for slot in slots:
-            shape = use.operands[slot].shape
+            operand = use.operands[slot]
             value = results[slot]
             if value is None:
                 g = next(g for g in use.cotangents if g is not None)
-                value = g.new_zeros(shape)
+                value = g.new_zeros(operand.shape)
+            elif operand.lead:  # the operand lies below an expand along batch dimensions
+                value = value.reshape(*operand.lead, *value.shape[1:])
+                dims = [d for d, shared in enumerate(operand.shared) if shared]
+                value = value.sum(dims, keepdim=True).reshape(operand.shape)
             collected[slot].append(value.to(result_dtype(value)))
     factors: dict[int, Factor | None] = {}
     for slot, rows in collected.items():
