@@ -146,7 +146,7 @@ lift_fresh log log10 log1p log2 log_sigmoid logaddexp logaddexp2 logit masked_fi
 minimum mish mse_loss mul nan_to_num neg neg_view pow prelu_kernel rad2deg reciprocal relu
 remainder rrelu_with_noise rsqrt rsub sgn sigmoid silu sin sinc sinh smooth_l1_loss
 soft_margin_loss softplus softshrink special_entr special_erfcx special_i0e special_i1e special_i1
-special_log_ndtr special_ndtri special_xlog1py sqrt sub tan tanh threshold to_copy tril triu
+special_log_ndtr special_ndtri special_xlog1py special_xlog1_py sqrt sub tan tanh threshold to_copy tril triu
 trunc where xlogy native_dropout fused_dropout complex real imag polar fill lazy_clone
 pin_memory
 """.split()
@@ -331,7 +331,8 @@ def _cat(op: Op, out: Layout) -> list[Result]:
     dim = _wrap(op.attr("dim"), len(out.shape))
     if out.owner.shape[dim] == 1:
         return [None if s is None else _as(out, s) for s in op.in_shapes]
-    sizes = [None if s is None else s[dim] for s in op.in_shapes]
+    rank = len(out.shape)  # torch still lets an empty vector be joined to anything
+    sizes = [None if s is None else s[dim] if len(s) == rank else 0 for s in op.in_shapes]
     starts: list[int | None] = [None] * len(sizes)
     position: int | None = 0
     for i, size in enumerate(sizes):
@@ -347,6 +348,8 @@ def _cat(op: Op, out: Layout) -> list[Result]:
     for shape, start in zip(op.in_shapes, starts, strict=True):
         if shape is None:
             results.append(None)
+        elif len(shape) != rank:
+            results.append(constant(shape, NOBODY))
         elif start is None:
             results.append(Why.UNKNOWN)
         else:
@@ -442,7 +445,8 @@ def _along_one(op: Op, out: Layout) -> list[Result]:
     assert shape is not None
     if not shape:
         return [out]
-    plain = smear(out, [_wrap(op.attr("dim"), len(shape))])
+    dim = op.attr("dim")
+    plain = smear(out, [_wrap(-1 if dim is None else dim, len(shape))])  # None: masked_softmax
     return [_as(plain, shape)]
 
 
@@ -602,10 +606,53 @@ def _batch_norm(op: Op, out: Layout) -> list[Result]:
     return results
 
 
-@_register("embedding", "embedding_bag")
+@_register("embedding")
 def _embedding(op: Op, out: Layout) -> list[Result]:
-    results: list[Result] = _weights(1, op.in_shapes)
-    return results + [None if s is None else Why.UNKNOWN for s in op.in_shapes[1:]]
+    return _weights(1, op.in_shapes)
+
+
+@_register("embedding_bag")
+def _embedding_bag(op: Op, out: Layout) -> list[Result]:
+    table, *rest = op.in_shapes
+    results: list[Result] = [None if table is None else Why.CONTRACTED]
+    for shape in rest:  # the weights of single entries
+        plain = None if shape is None else smear(out, [1])
+        if shape is None:
+            results.append(None)
+        elif plain is None:
+            results.append(Why.UNKNOWN)
+        else:
+            _, bag = bags(op.data("indices"), op.data("offsets"), out.shape[0])
+            owner = plain.owner[:, 0].expand(out.shape[0])[bag.clamp_min(0).cpu()]
+            results.append(along(shape, 0, torch.where(bag.cpu() < 0, NOBODY, owner)))
+    return results
+
+
+def bags(indices: Tensor, offsets: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(entries,) twice: the row that an entry looks up, and its bag; -1 behind the last one."""
+    places = torch.arange(indices.numel(), device=indices.device)
+    bag = torch.searchsorted(offsets.long(), places, right=True) - 1
+    return indices.reshape(-1).long(), torch.where(bag < count, bag, -1)
+
+
+@_register("trilinear")
+def _trilinear(op: Op, out: Layout) -> list[Result]:
+    """The product of three tensors, each expanded along some dimensions, some of them summed."""
+    owner = out.owner
+    for dim in sorted(op.attr("sumdim")):
+        owner = owner.unsqueeze(dim)
+    full = Layout(tuple(owner.shape), owner)
+    results: list[Result] = []
+    for shape, name in zip(op.in_shapes, ("expand1", "expand2", "expand3"), strict=True):
+        dims = list(op.attr(name))
+        lone = None if shape is None else smear(full, dims)
+        if shape is None or lone is None:
+            results.append(None if shape is None else Why.CONTRACTED)
+        else:
+            kept = [size for d, size in enumerate(lone.owner.shape) if d not in dims]
+            owner = lone.owner.reshape(kept)
+            results.append(_as(Layout(tuple(kept), owner), shape))
+    return results
 
 
 _ATTENTION = (
@@ -810,7 +857,9 @@ def _index(op: Op, out: Layout) -> list[Result]:
     if all(size == 1 for size in block):
         block = (1,) * len(lead)
         if 2 * positions.unique().numel() >= _product(lead):
-            owner = out.owner.reshape(*out.owner.shape[:start], *block, *out.owner.shape[start + count :])
+            owner = out.owner.reshape(
+                *out.owner.shape[:start], *block, *out.owner.shape[start + count :]
+            )
             return [_as(Layout(shape, owner), shape)]
     wide = list(out.owner.shape)
     wide[start : start + count] = out.shape[start : start + count]
@@ -895,7 +944,7 @@ def _index_put(op: Op, out: Layout) -> list[Result]:
 
 _WITH_WEIGHTS = {
     "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "addr", "linear", "grouped_mm", "embedding",
-    "embedding_bag", "convolution", "native_layer_norm", "fused_rms_norm", "native_group_norm",
+    "embedding_bag", "trilinear", "convolution", "native_layer_norm", "fused_rms_norm", "native_group_norm",
     "native_batch_norm", "native_batch_norm_legit", "native_batch_norm_legit_no_training",
     "cudnn_batch_norm", "mkldnn_rnn_layer", "index", "index_select",
 }  # fmt: skip
