@@ -148,7 +148,7 @@ def clip_weights(grads: Grads, max_norm: float) -> Tensor:
 
 
 def kronecker(G: Tensor, A: Tensor | float, S: Tensor | float) -> Tensor:
-    """S G A for every row, where G is (B, p, ...) and A acts on all but the first two dimensions."""
+    """S G A for every row of G (B, p, ...); A acts on all but the first two dimensions."""
     rows = G.flatten(2)
     if isinstance(A, Tensor):
         rows = rows @ (A if A.dim() == 2 else A.diag())

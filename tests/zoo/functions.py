@@ -34,9 +34,9 @@ def functions_of_weights(B: int):
 
 @case()
 def rearranged_weights(B: int):
-    """roll, flip, permute, repeat, cat, stack, index, pad and a cast of parameters."""
+    """roll, flip, permute, repeat, cat, stack, index, pad and a copy of parameters."""
     p = {"a": weights(4, 4), "b": weights(2, 4), "c": weights(2, 4), "d": weights(4, 2, 2)}
-    p["half"] = nn.Parameter(torch.randn(4, 4).float())
+    p["last"] = weights(4, 4)
 
     def forward(x: Tensor) -> Tensor:
         x = (x @ p["a"].roll(1, 0).flip(1)).tanh()
@@ -44,7 +44,7 @@ def rearranged_weights(B: int):
         x = F.linear(x, torch.stack([p["b"], p["c"]], 1).flatten(0, 1)[[3, 0, 0, 1]]).tanh()
         x = x @ p["d"].permute(2, 0, 1).reshape(4, 4)
         x = x @ p["c"].repeat(2, 1) + x @ F.pad(p["b"], (0, 0, 1, 1))
-        return loss(x @ p["half"].double().t())
+        return loss(x @ p["last"].t().contiguous())
 
     return p, forward, (torch.randn(B, 3, 4),)
 
