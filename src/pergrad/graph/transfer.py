@@ -650,8 +650,7 @@ def _trilinear(op: Op, out: Layout) -> list[Result]:
             results.append(None if shape is None else Why.CONTRACTED)
         else:
             kept = [size for d, size in enumerate(lone.owner.shape) if d not in dims]
-            owner = lone.owner.reshape(kept)
-            results.append(_as(Layout(tuple(kept), owner), shape))
+            results.append(_as(Layout(tuple(kept), lone.owner.reshape(kept)), shape))
     return results
 
 
@@ -944,7 +943,8 @@ def _index_put(op: Op, out: Layout) -> list[Result]:
 
 _WITH_WEIGHTS = {
     "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "addr", "linear", "grouped_mm", "embedding",
-    "embedding_bag", "trilinear", "convolution", "native_layer_norm", "fused_rms_norm", "native_group_norm",
-    "native_batch_norm", "native_batch_norm_legit", "native_batch_norm_legit_no_training",
-    "cudnn_batch_norm", "mkldnn_rnn_layer", "index", "index_select",
+    "embedding_bag", "trilinear", "convolution", "native_layer_norm", "fused_rms_norm",
+    "native_group_norm", "native_batch_norm", "native_batch_norm_legit",
+    "native_batch_norm_legit_no_training", "cudnn_batch_norm", "mkldnn_rnn_layer", "index",
+    "index_select",
 }  # fmt: skip

@@ -4,8 +4,8 @@ Owns: what the per-example gradient of each operand looks like.
 Does not know: how uses are found, what is computed from factors.
 """
 
-from pergrad.rules import broadcast, conv, embedding, linear, norm
+from pergrad.rules import bilinear, broadcast, conv, embedding, experts, linear, norm
 from pergrad.rules.registry import Operand, Served, Situation, calls_node, rule_for
 
 __all__ = ["Operand", "Served", "Situation", "calls_node", "rule_for"]
-_ = (broadcast, conv, embedding, linear, norm)
+_ = (bilinear, broadcast, conv, embedding, experts, linear, norm)

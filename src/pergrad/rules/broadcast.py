@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pergrad.factors import Dense
 from pergrad.graph import nodes
+from pergrad.graph.layout import reshape
 from pergrad.graph.transfer import ELEMENTWISE
 from pergrad.rules.positions import reduced
 from pergrad.rules.registry import Served, Situation, rule
@@ -16,9 +17,7 @@ from pergrad.rules.registry import Served, Situation, rule
 def _serve(use: Situation, local: dict[int, Tensor]) -> Served:
     served: Served = {}
     for slot, values in local.items():
-        factor = reduced(values, use.layout, use.operands[slot].shape, use.batch)
-        if factor is not None:
-            served[slot] = factor
+        served[slot] = reduced(values, use.layout, use.operands[slot].shape, use.batch)
     return served
 
 
@@ -44,9 +43,8 @@ def add(use: Situation) -> Served:
     served: Served = {}
     for slot in use.operands:
         factor = reduced(use.g, use.layout, use.operands[slot].shape, use.batch)
-        if factor is not None:
-            by = factors[slot]
-            served[slot] = factor if by == 1 else Dense(factor.values * by)  # type: ignore[attr-defined]
+        by = factors[slot]
+        served[slot] = factor if by == 1 else Dense(factor.values * by)
     return served
 
 
@@ -65,3 +63,16 @@ def mul(use: Situation) -> Served:
 def expand(use: Situation) -> Served:
     """A parameter copied to every example, such as a class token."""
     return _serve(use, {0: use.g})
+
+
+@rule("repeat")
+def repeat(use: Situation) -> Served:
+    """A parameter tiled, such as a normalisation's scale once for every example."""
+    shape, out = use.operands[0].shape, use.layout.shape
+    lead = len(out) - len(shape)
+    folded, kept = list(out[:lead]), [1] * lead
+    for size, total in zip(shape, out[lead:], strict=True):
+        folded += [total // size if size else 1, size]
+        kept += [1, size]
+    factor = reduced(use.g.reshape(folded), reshape(use.layout, folded), kept, use.batch)
+    return {0: Dense(factor.values.reshape(use.batch, *shape))}

@@ -4,7 +4,7 @@ Owns: lowering `aten.convolution` to `Correlation`; its bias.
 Does not know: patches (the factor forms them, a few examples at a time).
 """
 
-from pergrad.factors import Correlation, Factor
+from pergrad.factors import Correlation, Dense, Factor
 from pergrad.rules.positions import partition, reduced
 from pergrad.rules.registry import Served, Situation, rule
 
@@ -18,8 +18,7 @@ def convolution(use: Situation) -> Served:
     if 2 in use.operands:
         shape = (g.shape[1], *[1] * (g.dim() - 2))
         bias = reduced(g, use.layout, shape, use.batch)
-        if bias is not None:
-            served[2] = type(bias)(bias.values.reshape(use.batch, *use.operands[2].shape))  # type: ignore[attr-defined]
+        served[2] = Dense(bias.values.reshape(use.batch, *use.operands[2].shape))
     rows = partition(use.layout, (0,), use.batch)
     if 1 not in use.operands or rows is None or use.name != "convolution":
         return served

@@ -4,11 +4,12 @@ Owns: lowering a product to `Outer`, whichever operand is the weight.
 Does not know: modules. `nn.Linear`, `F.linear`, `x @ W` and einsum all arrive here.
 """
 
+import torch
 from torch import Tensor
 
 from pergrad.factors import Dense, Factor
 from pergrad.graph.layout import Layout
-from pergrad.rules.positions import outer, partition, reduced
+from pergrad.rules.positions import outer, partition, reduced, rows_by_id
 from pergrad.rules.registry import Operand, Served, Situation, rule
 
 
@@ -55,7 +56,7 @@ def batched(use: Situation) -> Served:
 
 def _batched(
     use: Situation, slot: int, g: Tensor, a: Tensor, *, swap: bool, columns: bool
-) -> Factor | None | bool:
+) -> Factor | bool | None:
     """Factor of an operand (…, k, m) from (b, n, ·) rows; False if the layout does not fit."""
     operand: Operand = use.operands[slot]
     lead = operand.lead or (g.shape[0],)
@@ -70,7 +71,7 @@ def _batched(
     position = len(lead) + (1 if columns else 0)
     rows = partition(spread, (*both, position), use.batch)
     if rows is None:
-        return False
+        return False if both else _matrix_by_matrix(use, slot, g, a, swap=swap)
     order = [*both, len(lead), *own, len(lead) + 1]
 
     def lay(x: Tensor) -> Tensor:
@@ -83,6 +84,18 @@ def _batched(
     left, right = lay(g), lay(a)
     return outer(right, left, rows, operand.shape) if swap else outer(left, right, rows,
                                                                        operand.shape)  # fmt: skip
+
+
+def _matrix_by_matrix(
+    use: Situation, slot: int, g: Tensor, a: Tensor, *, swap: bool
+) -> Factor | bool | None:
+    """Each matrix of the operand meets one example: it was tiled to the size of the batch."""
+    rows = partition(use.layout, (0,), use.batch)
+    if rows is None:
+        return False
+    products = a.mT @ g if swap else g.mT @ a
+    ids = torch.arange(len(products), device=g.device)
+    return rows_by_id(ids, products, rows, use.operands[slot].shape)
 
 
 def _split_lead(layout: Layout, lead: tuple[int, ...]) -> Layout | None:
@@ -113,19 +126,9 @@ def _alpha(use: Situation) -> float:
 
 
 def _bias(use: Situation) -> Served:
-    """The summand of addmm and its kin: beta times the cotangent, summed over what it broadcasts."""
+    """The summand of addmm and its kin: beta times the cotangent, summed where it broadcasts."""
     if 0 not in use.operands:
         return {}
     beta = use.attr("beta")
     factor = reduced(use.g, use.layout, use.operands[0].shape, use.batch)
-    if factor is None:
-        return {}
-    return {0: factor if beta in (None, 1) else _scaled(factor, beta)}
-
-
-def _scaled(factor: Factor, by: float) -> Factor:
-    assert isinstance(factor, Dense)
-    return Dense(factor.values * by)
-
-
-
+    return {0: factor if beta in (None, 1) else Dense(factor.values * beta)}

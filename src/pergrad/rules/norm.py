@@ -26,13 +26,8 @@ def _scale_and_shift(use: Situation, normalised: Tensor | None, shape: tuple[int
         if slot in use.operands:
             assert values is not None
             factor = reduced(g * values if slot == slots[0] else g, layout, shape, use.batch)
-            if factor is not None:
-                served[slot] = _shaped(factor, use.operands[slot].shape)
+            served[slot] = Dense(factor.values.reshape(use.batch, *use.operands[slot].shape))
     return served
-
-
-def _shaped(factor, shape):  # type: ignore[no-untyped-def]
-    return type(factor)(factor.values.reshape(factor.batch, *shape))
 
 
 @rule("native_layer_norm")
@@ -147,4 +142,3 @@ def batch_norm(use: Situation) -> Served:
         if normalised is None:
             normalised = (x - _wide(mean).reshape(shape)) * _wide(rstd).reshape(shape)
     return _scale_and_shift(use, normalised, _per_channel(g), (1, 2))
-

@@ -6,6 +6,7 @@ Does not know: ops.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from pergrad.factors import Dense, Factor, Outer, Placed, Rows, Sum
 from pergrad.factors.numeric import result_dtype
-from pergrad.graph.layout import NOBODY, Layout, regular_pattern
+from pergrad.graph.layout import NOBODY, Layout, regular_pattern, smear
 
 
 class Bucket(NamedTuple):
@@ -82,12 +83,20 @@ def _buckets(owners: Tensor) -> list[Bucket]:
 
 @lru_cache(maxsize=256)
 def _partition(layout: Layout, dims: tuple[int, ...], batch: int) -> Partition | None:
-    """Rows that run over `dims` of the tensor, in that order; None if the owner varies elsewhere."""
-    if any(size != 1 for d, size in enumerate(layout.owner.shape) if d not in dims):
-        return None
+    """Rows that run over `dims` of the tensor, in that order; None if a row has several owners."""
+    owners = row_owners(layout, dims)
+    return None if owners is None else Partition(owners, batch)
+
+
+def row_owners(layout: Layout, dims: Sequence[int]) -> Tensor | None:
+    """(R,): the owner of each row that runs over `dims`; None if a row has several."""
     rest = [d for d in range(len(layout.shape)) if d not in dims]
-    owner = layout.owner.permute(*dims, *rest).reshape([layout.owner.shape[d] for d in dims])
-    return Partition(owner.expand([layout.shape[d] for d in dims]).reshape(-1), batch)
+    # Where nobody's gradient arrives the cotangent is zero, so the row's lone owner may have it.
+    whole = smear(layout, rest)
+    if whole is None:
+        return None
+    owner = whole.owner.permute(*dims, *rest).reshape([whole.owner.shape[d] for d in dims])
+    return owner.expand([layout.shape[d] for d in dims]).reshape(-1)
 
 
 def partition(layout: Layout, dims: Sequence[int], batch: int) -> Partition | None:
@@ -96,13 +105,38 @@ def partition(layout: Layout, dims: Sequence[int], batch: int) -> Partition | No
 
 
 def outer(g: Tensor, a: Tensor, groups: Partition, shape: Sequence[int]) -> Factor | None:
-    """`Outer` from (R, N, p) and (R, N, d) rows, grouped by example; None if no row has an owner."""
+    """`Outer` from (R, N, p) and (R, N, d) rows, by example; None if no row has an owner."""
     factors = []
     for bucket in groups.buckets:
         left = groups.gather(g, bucket).transpose(1, 2)  # (n, N, T, p)
         right = groups.gather(a, bucket).transpose(1, 2)
         factors.append(Outer(left, right, shape=tuple(shape)))
     return groups.place(factors) if factors else None
+
+
+def outer_by_group(
+    g: Tensor, a: Tensor, owners: Tensor, groups: Tensor, count: int, batch: int,
+    shape: Sequence[int],
+) -> Factor:  # fmt: skip
+    """`Outer` from (R, p) and (R, d) rows, each of one example and of one of `count` groups.
+
+    The rows of an example and group may lie anywhere; a group of -1 belongs to none.
+    """
+    owners, groups = owners.to(g.device), groups.to(g.device)
+    inside = ((owners >= 0) & (groups >= 0)).nonzero()[:, 0]
+    keys = owners[inside] * count + groups[inside]
+    order = torch.argsort(keys, stable=True)
+    keys, rows = keys[order], inside[order]
+    counts = torch.bincount(keys, minlength=batch * count)
+    place = torch.arange(len(keys), device=g.device) - (counts.cumsum(0) - counts)[keys]
+    longest = int(counts.max()) if len(keys) else 0
+
+    def lay(values: Tensor) -> Tensor:
+        padded = values.new_zeros(batch * count, longest, values.shape[1])
+        padded = padded.index_put((keys, place), values[rows])
+        return padded.reshape(batch, count, longest, values.shape[1])
+
+    return Outer(lay(g), lay(a), shape=tuple(shape))
 
 
 def rows_by_id(ids: Tensor, g: Tensor, groups: Partition, shape: Sequence[int]) -> Factor | None:
@@ -115,21 +149,19 @@ def rows_by_id(ids: Tensor, g: Tensor, groups: Partition, shape: Sequence[int]) 
     return groups.place(factors) if factors else None
 
 
-def reduced(values: Tensor, layout: Layout, shape: Sequence[int], batch: int) -> Factor | None:
+def reduced(values: Tensor, layout: Layout, shape: Sequence[int], batch: int) -> Dense:
     """Sum a gradient over everything but the example and the operand's own dimensions.
 
-    `values` has the op's output shape; the operand was broadcast from `shape`. None if one
-    position of the operand's own dimensions varies in owner.
+    `values` has the op's output shape; the operand was broadcast from `shape`.
     """
     shape = tuple(shape)
     lead = values.dim() - len(shape)
     summed = [d for d in range(values.dim())
               if d < lead or (shape[d - lead] == 1 and values.shape[d] != 1)]  # fmt: skip
+    layout = smear(layout, [d for d in range(values.dim()) if d not in summed]) or layout
     varying = list(layout.varying)
-    if any(d not in summed for d in varying):
-        return None
     dtype = result_dtype(values)
-    if len(varying) == 1:
+    if len(varying) == 1 and varying[0] in summed:
         pattern = regular(layout, batch)
         if pattern is not None:  # rows in a regular order: one plain sum, no scattering
             outer, inner = pattern
@@ -143,11 +175,20 @@ def reduced(values: Tensor, layout: Layout, shape: Sequence[int], batch: int) ->
     plain = [d for d in summed if d not in varying]
     if plain:
         values = values.sum(plain, keepdim=True, dtype=dtype)
-    kept = [d for d in range(values.dim()) if d not in varying]
-    owners = layout.owner.permute(*varying, *kept).reshape(-1)
-    rows = values.to(dtype).permute(*varying, *kept)
-    total = by_owner(rows.reshape(owners.numel(), *rows.shape[len(varying) :]), owners, batch)
-    return Dense(total.reshape(batch, *shape))
+    own = [d for d in varying if d not in summed]  # one position of the operand, several owners
+    order = [d for d in varying if d in summed] + own
+    rest = [d for d in range(values.dim()) if d not in varying]
+    counts = [values.shape[d] for d in own]
+    cells = prod(counts)
+    owners = layout.owner.permute(*order, *rest).reshape(-1, cells)
+    keys = torch.where(owners < 0, -1, owners * cells + torch.arange(cells)).reshape(-1)
+    rows = values.to(dtype).permute(*order, *rest)
+    rows = rows.reshape(len(keys), *rows.shape[len(order) :])
+    total = by_owner(rows, keys, batch * cells).reshape(batch, *counts, *rows.shape[1:])
+    dims = own + rest
+    return Dense(
+        total.permute(0, *[1 + dims.index(d) for d in sorted(dims)]).reshape(batch, *shape)
+    )
 
 
 @lru_cache(maxsize=256)
