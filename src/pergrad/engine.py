@@ -272,39 +272,65 @@ def _warn(graph: Graph, plan: Plan, batch: int) -> None:
         )
 
 
-def _requests(graph: Graph, plan: Plan) -> tuple[list[Slot], list[Site], list[Site]]:
-    """(gradients to ask torch for, uses served on the way, uses served from what it returns)."""
+@dataclass(frozen=True, slots=True)
+class _Requests:
+    """What to ask of torch's pass, and what happens on its way."""
+
+    wanted: list[Slot]
+    streamed: list[Site]  # uses served when the pass comes by
+    returned: list[Site]  # uses served from what the pass returns
+    keep: bool  # whether the pass would free what a vector-Jacobian product still needs
+
+
+def _requests(graph: Graph, plan: Plan) -> _Requests:
     wanted: dict[Slot, None] = dict.fromkeys(plan.direct)
+    for site in plan.sites:
+        if calls_node(graph.op(site.node)) or nodes.is_checkpointed(graph.nodes[site.node]):
+            # torch computes an operand's gradient, also in a direct call during the pass, only if
+            # somebody asked for it. And what a checkpointed op saved is at hand only while the
+            # pass is at it.
+            wanted.update(dict.fromkeys(graph.edges[site.node][k] for k in site.slots))
     reached = {slot[0] for slot in wanted}
     by_node = {site.node: site for site in plan.sites}
     streamed: list[Site] = []
     returned: list[Site] = []
+    run: set[int] = set()
     for i in range(len(graph.nodes) - 1, -1, -1):
-        covered = any(c in reached for c, _ in graph.edges[i] if c >= 0)
+        # What leads to something wanted is executed, and its saved tensors may be freed: it has to
+        # be served on the way. What is merely wanted itself is not executed.
+        executed = any(c in reached for c, _ in graph.edges[i] if c >= 0)
         site = by_node.get(i)
-        if site is not None:
-            if calls_node(graph.op(i)) or nodes.is_checkpointed(graph.nodes[i]):
-                # torch computes an operand's gradient, also in a direct call during the pass,
-                # only if somebody asked for it. And what a checkpointed op saved is at hand only
-                # while the pass is at it.
-                wanted.update(dict.fromkeys(graph.edges[i][k] for k in site.slots))
-                reached.update(graph.edges[i][k][0] for k in site.slots)
-                covered = True
-            if covered:
-                streamed.append(site)
-            else:
-                returned.append(site)
-                wanted.update(dict.fromkeys(
-                    (i, n) for n, layout in enumerate(site.layouts) if layout is not None))  # fmt: skip
-        if covered or site is not None:
+        if site is not None and executed:
+            streamed.append(site)
+        elif site is not None:
+            returned.append(site)
+            wanted.update(
+                dict.fromkeys((i, n) for n, lay in enumerate(site.layouts) if lay is not None)
+            )
+        if executed or site is not None:
             reached.add(i)
-    return list(wanted), streamed, returned
+        if executed:
+            run.add(i)
+    return _Requests(list(wanted), streamed, returned, bool(run & _pulled(graph, plan)))
+
+
+def _pulled(graph: Graph, plan: Plan) -> set[int]:
+    """The nodes that vector-Jacobian products go through."""
+    stack = [way.start[0] for ways in plan.routes.values() for way in ways if way.steps is None]
+    found = set(stack)
+    while stack:
+        for child in graph.children(stack.pop()):
+            if child not in found:
+                found.add(child)
+                stack.append(child)
+    return found
 
 
 def _streaming(losses: Tensor, state: _Pass, options: Options) -> None:
     """Serve each use while the pass is at it; its cotangent is gone afterwards."""
     graph, plan = state.graph, state.plan
-    wanted, streamed, returned = _requests(graph, plan)
+    requests = _requests(graph, plan)
+    wanted = requests.wanted
     handles = []
     inside = [False]
 
@@ -322,18 +348,19 @@ def _streaming(losses: Tensor, state: _Pass, options: Options) -> None:
         return hook
 
     try:
-        for site in streamed:
+        for site in requests.streamed:
             handles.append(graph.nodes[site.node].register_prehook(hook_for(site)))
         if not wanted:
             return
-        grads = _gradients(losses, graph, wanted, retain_graph=options.retain_graph)
+        keep = options.retain_graph or requests.keep
+        grads = _gradients(losses, graph, wanted, retain_graph=keep)
     finally:
         for handle in handles:
             handle.remove()
     with torch.no_grad():
         by_slot = dict(zip(wanted, grads, strict=True))
         del grads
-        for site in returned:
+        for site in requests.returned:
             cotangents = [by_slot.pop((site.node, n), None) for n in range(len(site.layouts))]
             state.serve(site, cotangents)
             del cotangents

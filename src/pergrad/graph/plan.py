@@ -40,11 +40,6 @@ class Plan:
     mixes: list[Mix]
     known_mixed: frozenset[Slot]
 
-    @property
-    def pulls(self) -> bool:
-        """Whether some route needs a vector-Jacobian product."""
-        return any(r.steps is None for rs in self.routes.values() for r in rs)
-
 
 _CACHE: OrderedDict[object, Plan] = OrderedDict()
 _MIXED: OrderedDict[object, frozenset[Slot]] = OrderedDict()
