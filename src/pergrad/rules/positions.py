@@ -180,9 +180,9 @@ def reduced(values: Tensor, layout: Layout, shape: Sequence[int], batch: int) ->
     rest = [d for d in range(values.dim()) if d not in varying]
     counts = [values.shape[d] for d in own]
     cells = prod(counts)
-    owners = layout.owner.permute(*order, *rest).reshape(-1, cells)
+    owners = layout.owner.permute((*order, *rest)).reshape(-1, cells)
     keys = torch.where(owners < 0, -1, owners * cells + torch.arange(cells)).reshape(-1)
-    rows = values.to(dtype).permute(*order, *rest)
+    rows = values.to(dtype).permute((*order, *rest))  # no dimension at all for a scalar
     rows = rows.reshape(len(keys), *rows.shape[len(order) :])
     total = by_owner(rows, keys, batch * cells).reshape(batch, *counts, *rows.shape[1:])
     dims = own + rest
