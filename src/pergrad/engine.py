@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pergrad.errors import FallbackWarning, MixedExamplesError, UsageError
-from pergrad.factors import Embedded, Factor, Pulled, Sum, mapped
+from pergrad.factors import Embedded, Factor, Pulled, Sum, inspect, mapped
 from pergrad.graph import chain, nodes
 from pergrad.graph.layout import describe
 from pergrad.graph.plan import Plan, plan_for
@@ -120,9 +120,11 @@ class _Pass:
                 self.records.append(
                     Record(name, self.graph.op(site.node), how, describe(layout), factor)
                 )
-        if factor is not None:
-            self.parts.setdefault(end, []).append(factor)
         self.waiting[end] -= 1
+        if factor is not None:
+            # What the node saved is at hand now, and may be gone when the other uses have reported.
+            factor = factor if self.waiting[end] == 0 else inspect.materialized(factor)
+            self.parts.setdefault(end, []).append(factor)
         if self.waiting[end] == 0:
             parts = self.parts.pop(end, [])
             self._descend(end, _total(parts))
@@ -131,7 +133,10 @@ class _Pass:
         """From the operand down to each parameter below it."""
         for way in self.plan.routes[start]:
             if factor is not None:
-                self.found.setdefault(way.target, []).append(self._route(way, factor))
+                part = self._route(way, factor)
+                if self.missing[way.target] != {start}:
+                    part = inspect.materialized(part)
+                self.found.setdefault(way.target, []).append(part)
             self._arrived(way.target, start)
 
     def _route(self, way: chain.Route, factor: Factor) -> Factor:

@@ -9,13 +9,14 @@ from pergrad.factors.base import Factor
 from pergrad.factors.combined import Placed, Sum
 from pergrad.factors.correlation import Correlation
 from pergrad.factors.dense import Dense, Zero
-from pergrad.factors.lazy import Pulled, Scaled
+from pergrad.factors.lazy import Computed, Pulled, Scaled
 from pergrad.factors.mapped import Embedded, Isometry, Mapped
 from pergrad.factors.outer import Outer
 from pergrad.factors.rows import Rows
 from pergrad.factors.simplify import mapped
 
 __all__ = [
+    "Computed",
     "Correlation",
     "Dense",
     "Embedded",

@@ -12,16 +12,16 @@ from pergrad.factors import costs
 from pergrad.factors.base import Factor
 from pergrad.factors.combined import Placed, Sum
 from pergrad.factors.correlation import Correlation
-from pergrad.factors.dense import Dense, Zero
-from pergrad.factors.lazy import Pulled, Scaled
+from pergrad.factors.dense import Zero
+from pergrad.factors.lazy import Computed, Pulled, Scaled
 from pergrad.factors.mapped import Embedded, Mapped
 from pergrad.factors.outer import Outer
 from pergrad.factors.rows import Rows
 
 
 def materialized(factor: Factor) -> Factor:
-    """The same factor with every `Pulled` formed: what it pulls through may soon be gone."""
-    if isinstance(factor, Pulled):
+    """The same factor with all that is lazy formed: what it needs may soon be gone."""
+    if isinstance(factor, (Pulled, Computed)):
         return factor.materialize()
     if isinstance(factor, Sum):
         return Sum([materialized(part) for part in factor.factors])
@@ -50,6 +50,8 @@ def method(factor: Factor) -> str:
         return factor.norm_method
     if isinstance(factor, Rows):
         return "segments"
+    if isinstance(factor, Computed):
+        return "loop"
     if isinstance(factor, Pulled):
         return "pull"
     if isinstance(factor, Sum):
@@ -75,4 +77,4 @@ def cost(factor: Factor) -> int:
         return sum(parts) * len(parts)
     if isinstance(factor, (Placed, Mapped, Embedded, Scaled)):
         return cost(factor.factor)
-    return factor.batch * prod(factor.shape) if isinstance(factor, Dense) else 0
+    return 0 if isinstance(factor, Zero) else factor.batch * prod(factor.shape)

@@ -1,7 +1,8 @@
-"""`Scaled` and `Pulled`: another factor seen through a linear map, evaluated when asked.
+"""`Scaled`, `Pulled` and `Computed`: gradients that are evaluated when asked, a chunk at a time.
 
-Owns: the two classes; diagonal and Kronecker maps of factors that have no formula for them.
-Does not know: where a map comes from.
+Owns: another factor seen through a linear map, and rows that a function computes; diagonal and
+Kronecker maps of factors that have no formula for them.
+Does not know: where a map or a function comes from.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from pergrad.factors.base import Factor, over_tiles
 from pergrad.factors.dense import Dense, sandwich
-from pergrad.factors.numeric import Index, flat
-from pergrad.factors.workspace import by_chunks
+from pergrad.factors.numeric import Index, columns, flat, result_dtype, row_squares
+from pergrad.factors.workspace import by_chunks, chunks, limit
 
 
 class Scaled(Factor):
@@ -160,6 +161,84 @@ class Pulled(Factor):
     def tensors(self) -> tuple[Tensor, ...]:
         """Those of the factor; what the map holds is its own."""
         return self.factor.tensors()
+
+
+class Computed(Factor):
+    """G[b] = rows([b])[0], whatever that takes; a chunk of examples at a time.
+
+    Args:
+        batch: how many examples there are.
+        shape: the parameter's.
+        rows: example numbers (n,) -> (n, *shape).
+        like: a tensor of the results' device and dtype.
+    """
+
+    tiles = False
+
+    def __init__(
+        self,
+        batch: int,
+        shape: tuple[int, ...],
+        rows: Callable[[Tensor], Tensor],
+        like: Tensor,
+        index: Tensor | None = None,
+    ) -> None:
+        super().__init__(batch, shape, like.device, result_dtype(like))
+        self.rows = rows
+        self.index = torch.arange(batch) if index is None else index
+
+    def dense(self) -> Tensor:
+        """(B, *shape)."""
+        return self._chunked(lambda part: part)
+
+    def _chunked(self, of: Callable[[Tensor], Tensor], tail: tuple[int, ...] | None = None) -> Tensor:
+        tail = self.shape if tail is None else tail
+        return by_chunks(self.batch, 2 * self.bytes_per_row,
+                         lambda rows: of(self.rows(self.index[rows]).to(self.dtype)),
+                         like=self._zeros(0), tail=tail)  # fmt: skip
+
+    def materialize(self) -> Dense:
+        """The rows, computed once and for all."""
+        return Dense(self.dense())
+
+    def sq_norms(self) -> Tensor:
+        """(B,)."""
+        return self._chunked(row_squares, ())
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """(B,)."""
+        v = v.to(self.device, self.dtype).reshape(-1)
+        return self._chunked(lambda part: torch.mv(flat(part), v), ())
+
+    def weighted_sum(self, c: Tensor) -> Tensor:
+        """Σ_b c[b] G[b]."""
+        total = self._zeros(*self.shape)
+        c = c.to(self.device, self.dtype)
+        for rows in chunks(self.batch, 2 * self.bytes_per_row, limit(self.device)):
+            part = self.rows(self.index[rows]).to(self.dtype)
+            total = total + (columns(c[rows], part) * part).sum(0)
+        return total
+
+    def scale(self, c: Tensor) -> Factor:
+        """Formed first."""
+        return self.materialize().scale(c)
+
+    def _select(self, index: Index) -> "Computed":
+        picked = self.index[index.cpu() if isinstance(index, Tensor) else index]
+        return Computed(len(picked), self.shape, self.rows, self._zeros(0), picked)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Factor:
+        return self.materialize()._map(change)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Factor:
+        """Formed first."""
+        return self.materialize().to(device, dtype)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the function holds is its own."""
+        return ()
 
 
 @dataclass(frozen=True, eq=False, slots=True)

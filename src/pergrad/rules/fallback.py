@@ -7,51 +7,80 @@ Does not know: ops. It is what remains when no rule serves an operand.
 import torch
 from torch import Tensor
 
-from pergrad.factors import Dense, Factor, Placed
+from pergrad.factors import Computed, Dense, Factor, Placed
 from pergrad.factors.numeric import result_dtype
 from pergrad.graph import nodes
 from pergrad.graph.layout import Layout
-from pergrad.rules.registry import Situation
+from pergrad.rules.registry import Operand, Situation
 
 
 def fallback(use: Situation, slots: list[int], *, wanted: bool) -> dict[int, Factor | None]:
     """The gradient of each operand for every example that reaches the op, one call each.
 
     `wanted`: the backward pass under way computes these gradients too, so a call inside it will.
+    The factors are lazy and good for as long as the node's saved tensors are.
     """
-    return _serve(use, slots) if wanted else nodes.outside_pass(lambda: _serve(use, slots))
-
-
-def _serve(use: Situation, slots: list[int]) -> dict[int, Factor | None]:
     present = [layout.examples() for layout in use.layouts if layout is not None]
     examples = torch.cat(present).unique() if present else torch.zeros(0, dtype=torch.int64)
-    collected: dict[int, list[Tensor]] = {slot: [] for slot in slots}
-    for example in examples.tolist():
-        masked = [
-            None if g is None or layout is None else _only(g, layout, example)
-            for g, layout in zip(use.cotangents, use.layouts, strict=True)
-        ]
-        results = nodes.call(use.node, masked)
-        for slot in slots:
-            operand = use.operands[slot]
-            value = results[slot]
-            if value is None:
-                g = next(g for g in use.cotangents if g is not None)
-                value = g.new_zeros(operand.shape)
-            elif operand.lead:  # the operand lies below an expand along batch dimensions
-                value = value.reshape(*operand.lead, *value.shape[1:])
-                dims = [d for d, shared in enumerate(operand.shared) if shared]
-                value = value.sum(dims, keepdim=True).reshape(operand.shape)
-            collected[slot].append(value.to(result_dtype(value)))
+    if examples.numel() == 0:
+        return dict.fromkeys(slots)
+    calls = _Calls(use, slots, examples, wanted)
+    like = next(g for g in use.cotangents if g is not None)
     factors: dict[int, Factor | None] = {}
-    for slot, rows in collected.items():
-        if not rows:
-            factors[slot] = None
-            continue
-        dense = Dense(torch.stack(rows))
-        whole = len(rows) == use.batch
-        factors[slot] = dense if whole else Placed(dense, examples, use.batch)
+    for slot in slots:
+        shape = use.operands[slot].shape
+        rows = Computed(len(examples), shape, calls.of(slot), like.new_empty(0))
+        whole = len(examples) == use.batch
+        factors[slot] = rows if whole else Placed(rows, examples, use.batch)
     return factors
+
+
+class _Calls:
+    """Masked calls of one node. A call serves all operands, so the last chunk's are kept."""
+
+    def __init__(self, use: Situation, slots: list[int], examples: Tensor, wanted: bool) -> None:
+        self.use, self.slots, self.examples, self.wanted = use, slots, examples, wanted
+        self.index: Tensor | None = None
+        self.rows: dict[int, Tensor] = {}
+
+    def of(self, slot: int):  # noqa: ANN202
+        """The function from positions in `examples` to rows of one operand's gradient."""
+
+        def rows(index: Tensor) -> Tensor:
+            if self.index is None or not torch.equal(self.index, index):
+                if self.wanted:
+                    self.rows = self._run(index)
+                else:
+                    self.rows = nodes.outside_pass(lambda: self._run(index))
+                self.index = index
+            return self.rows[slot]
+
+        return rows
+
+    def _run(self, index: Tensor) -> dict[int, Tensor]:
+        use = self.use
+        found: dict[int, list[Tensor]] = {slot: [] for slot in self.slots}
+        for example in self.examples[index].tolist():
+            masked = [
+                None if g is None or layout is None else _only(g, layout, example)
+                for g, layout in zip(use.cotangents, use.layouts, strict=True)
+            ]
+            results = nodes.call(use.node, masked)
+            like = next(g for g in masked if g is not None)
+            for slot in self.slots:
+                value = _of_operand(results[slot], use.operands[slot], like)
+                found[slot].append(value.to(result_dtype(value)))
+        return {slot: torch.stack(rows) for slot, rows in found.items()}
+
+
+def _of_operand(value: Tensor | None, operand: Operand, like: Tensor) -> Tensor:
+    if value is None:
+        return like.new_zeros(operand.shape)
+    if operand.lead:  # the operand lies below an expand along batch dimensions
+        value = value.reshape(*operand.lead, *value.shape[1:])
+        dims = [d for d, shared in enumerate(operand.shared) if shared]
+        value = value.sum(dims, keepdim=True)
+    return value.reshape(operand.shape)
 
 
 def _only(g: Tensor, layout: Layout, example: int) -> Tensor:
