@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pergrad.factors import (
+    Computed,
+    Correlation,
     Dense,
     Embedded,
     Factor,
@@ -171,12 +173,34 @@ def _scaled(s: Source, B: int, n: Sizes) -> Factor:
     return Scaled(_outer(s, B, n), s.constant(n.V, n.d))
 
 
+def _convolution(s: Source, B: int, n: Sizes) -> Factor:
+    """A strided line of T positions; kernel d, one channel of x, V channels of g."""
+    T, d = max(1, n.T), n.d
+    x = s.rows(B, min(1, d), 2 * T + d)
+    return Correlation(s.rows(B, n.V, T), x, kernel=(max(1, d),), stride=(2,),
+                       padding=(1,), dilation=(1,), shape=(n.V, d))  # fmt: skip
+
+
+def _image(s: Source, B: int, n: Sizes) -> Factor:
+    """A picture, a group for each channel of g, kernel (1, d)."""
+    T, d = max(1, n.T), n.d
+    x = s.rows(B, n.V * min(1, d), T, d + 1)
+    return Correlation(s.rows(B, n.V, T, 2), x, kernel=(1, max(1, d)),
+                       stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=max(1, n.V),
+                       shape=(n.V, d))  # fmt: skip
+
+
+def _computed(s: Source, B: int, n: Sizes) -> Factor:
+    values = s.rows(B, n.V, n.d)
+    return Computed(B, (n.V, n.d), lambda index: values[index], values)
+
+
 ZOO = {
     make.__name__[1:]: make
     for make in (
         _outer, _grouped, _experts, _misfit, _rows, _dense, _zero, _sum, _placed, _mapped,
         _transposed, _embedded, _embedded_first, _embedded_last, _embedded_columns, _pulled,
-        _scaled,
+        _scaled, _convolution, _image, _computed,
     )
 }  # fmt: skip
 
@@ -588,9 +612,9 @@ def test_moved_and_detached(kind):
     assert f.to("cpu", torch.float32).dtype == torch.float32
     assert not f.detach().dense().requires_grad
     held = {t.data_ptr() for t in f.tensors() if t.is_floating_point()}
-    if kind not in ("sum", "placed"):  # these copy: parts that are joined, rows that are chosen
+    if kind not in ("sum", "placed", "computed"):  # these copy, or leave it to a function to hold
         assert all(t.data_ptr() in held for t in source.leaves)
-    assert kind == "zero" or held
+    assert kind in ("zero", "computed") or held
     assert f"B={n.B}" in repr(f)
     narrow = f.to(dtype=torch.float32).dense()
     torch.testing.assert_close(narrow.double(), f.dense(), rtol=1e-4, atol=1e-4)

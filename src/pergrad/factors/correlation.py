@@ -105,12 +105,19 @@ class Correlation(Factor):
         return Outer(left, self._patches(self._window(rows)), self.shape)
 
     @property
+    def _empty(self) -> bool:
+        """Whether there is nothing to correlate."""
+        return self.g.numel() == 0 or self.x.numel() == 0
+
+    @property
     def _patch_bytes(self) -> int:
         N, T, p, d = self.sizes
         return N * T * (p + d) * self.dtype.itemsize
 
     def dense(self) -> Tensor:
         """(B, *shape)."""
+        if self._empty:
+            return self._zeros(self.batch, *self.shape)
         each = self._patch_bytes + self.bytes_per_row
         return by_chunks(self.batch, each, lambda rows: self.outer(rows).dense(),
                          like=self._zeros(0), tail=self.shape)  # fmt: skip
@@ -118,6 +125,8 @@ class Correlation(Factor):
     def tile(self, lo: int, hi: int) -> Tensor:
         """(B, (hi - lo) * C)."""
         wide = self.matrix_shape[1]
+        if self._empty:
+            return self._zeros(self.batch, (hi - lo) * wide)
         return by_chunks(self.batch, self._patch_bytes,
                          lambda rows: self.outer(rows).tile(lo, hi),
                          like=self._zeros(0), tail=((hi - lo) * wide,))  # fmt: skip
@@ -147,7 +156,7 @@ class Correlation(Factor):
 
     def sq_norms(self) -> Tensor:
         """‖G[b]‖², by the method that `costs.correlation_norm_method` chooses."""
-        if self.g.numel() == 0 or self.x.numel() == 0:
+        if self._empty:
             return self._zeros(self.batch)
         if self.norm_method == "shift":
             norms, sizes = self._by_shifts()
@@ -204,8 +213,12 @@ class Correlation(Factor):
 
     def matvec(self, v: Tensor) -> Tensor:
         """g · (x convolved with v): one convolution as in a forward pass."""
-        N, T, p, d = self.sizes
-        kernel = v.to(self.device, self.dtype).reshape(self.g.shape[1], -1, *self.kernel)
+        N, T, p, _ = self.sizes
+        if self._empty:
+            return self._zeros(self.batch)
+        kernel = v.to(self.device, self.dtype).reshape(
+            self.g.shape[1], self.x.shape[1] // N, *self.kernel
+        )
         if len(self.out) > 3:
             return by_chunks(self.batch, self._patch_bytes,
                              lambda rows: self.outer(rows).matvec(v), like=self._zeros(0))  # fmt: skip
@@ -221,6 +234,8 @@ class Correlation(Factor):
     def weighted_sum(self, c: Tensor) -> Tensor:
         """One weight gradient as in a plain backward pass, of c[b] g[b]."""
         c = c.to(self.device, self.dtype)
+        if self._empty:
+            return self._zeros(*self.shape)
         if len(self.out) > 3:
             parts = chunks(self.batch, self._patch_bytes, limit(self.device))
             return sum((self.outer(rows).weighted_sum(c[rows]) for rows in parts),
