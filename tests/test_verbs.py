@@ -209,7 +209,6 @@ def test_preconditioned(case: zoo.Case, B: int) -> None:
         if g.dim() >= 3 and g.shape[1:].numel():
             p, d = g.shape[1], g.shape[2:].numel()
             A, S = torch.rand(d, d, dtype=torch.float64), torch.rand(p, p, dtype=torch.float64)
-            A, S = A + A.T, S + S.T
             forms[n] = [(A, S), (A.diag(), S), (A, 0.5), (2.0, S.diag())][len(forms) % 4]
     if forms:
         P = J.precondition(Kronecker(forms))
