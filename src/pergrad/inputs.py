@@ -80,6 +80,11 @@ def check_losses(losses: object, params: Mapping[str, Tensor]) -> Tensor:
         )
     if not losses.is_floating_point():
         raise UsageError(f"`losses` has dtype {losses.dtype}; a loss is a real number.")
+    if losses.device.type == "meta":
+        raise UsageError(
+            "`losses` is on the meta device, which holds shapes but no numbers. Compute the losses "
+            "on a device with memory."
+        )
     if not losses.requires_grad:
         raise UsageError(
             "`losses` has no graph: it was computed under torch.no_grad() or detached, or no "
@@ -118,11 +123,19 @@ def check_weights(weights: Tensor, losses: Tensor) -> Tensor:
             f"`weights` has dtype {weights.dtype}. Weights multiply gradients: pass floating point "
             "numbers, for instance `weights.float()`."
         )
-    return weights.detach().to(losses.device)
+    if weights.device != losses.device:
+        raise UsageError(
+            f"`weights` is on device {weights.device}, the losses on {losses.device}: pass "
+            f"`weights.to(losses.device)`."
+        )
+    return weights.detach()
 
 
 def direction(
-    v: Direction, shapes: Mapping[str, tuple[int, ...]], what: str = "against"
+    v: Direction,
+    shapes: Mapping[str, tuple[int, ...]],
+    devices: Mapping[str, torch.device],
+    what: str = "against",
 ) -> dict[str, Tensor]:
     """A direction in parameter space, by name, from any of its three forms.
 
@@ -136,6 +149,11 @@ def direction(
                 f"The direction `{what}` has shape {tuple(v.shape)}; the parameters have {total} "
                 f"elements. Pass a flat tensor ({total},), a mapping from names to tensors, or a "
                 "sequence of tensors shaped as the parameters."
+            )
+        if v.device not in devices.values():
+            raise UsageError(
+                f"The direction `{what}` is on device {v.device}, the parameters are not: move it "
+                f"with `.to({str(next(iter(devices.values())))!r})`."
             )
         parts = torch.split(v, [_numel(shape) for shape in shapes.values()])
         found = {n: p.reshape(s) for p, (n, s) in zip(parts, shapes.items(), strict=True)}
@@ -168,6 +186,11 @@ def direction(
         if not part.is_floating_point():
             raise UsageError(
                 f"The direction `{what}` has dtype {part.dtype} for `{name}`; pass floating point."
+            )
+        if part.device != devices[name] and not isinstance(v, Tensor):
+            raise UsageError(
+                f"The direction `{what}` is on device {part.device} for `{name}`, which is on "
+                f"{devices[name]}: move it with `.to({str(devices[name])!r})`."
             )
     return found
 

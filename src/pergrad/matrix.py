@@ -122,10 +122,11 @@ class GradientMatrix:
             raise UsageError(
                 "J @ K multiplies (B, P) by (K, P). Write J @ K.T for the inner products of rows."
             )
-        v = inputs.direction(other, self.shapes, "v")
+        devices = {name: f.device for name, f in self._factors.items()}
+        v = inputs.direction(other, self.shapes, devices, "v")
         with self._working():
             return self._sum(
-                lambda name, f: f.matvec(v[name].to(self.device, self.dtype)), (self._batch,)
+                lambda name, f: f.matvec(v[name].to(f.device, self.dtype)), (self._batch,)
             )
 
     def _inner(self, other: "GradientMatrix") -> Tensor:
