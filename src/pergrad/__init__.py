@@ -1,9 +1,9 @@
 """Exact per-example gradient norms and inner products, for any PyTorch model, unchanged.
 
-    losses = F.cross_entropy(model(x), y, reduction="none")     # (B,)
-    pergrad.norms(losses, model)                                # (B,)
-    J = pergrad.gradients(losses, model)                        # lazy (B, P)
-    J @ K.T                                                     # inner products
+losses = F.cross_entropy(model(x), y, reduction="none")     # (B,)
+pergrad.norms(losses, model)                                # (B,)
+J = pergrad.gradients(losses, model)                        # lazy (B, P)
+J @ K.T                                                     # inner products
 """
 
 from pergrad import precondition

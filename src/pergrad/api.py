@@ -262,7 +262,8 @@ def _kept(factor: Factor, owned: set[int], live: bool) -> Factor:
     if live:
         return factor
     if any(t.untyped_storage().data_ptr() in owned for t in factor.tensors()):
-        factor = inspect.cloned(factor)  # an optimizer step must not change what was computed before
+        # An optimizer step must not change what was computed before it.
+        factor = inspect.cloned(factor)
     return factor.detach()
 
 
@@ -422,5 +423,3 @@ class _Total:
 
 def _result(value: Tensor, options: Options) -> Tensor:
     return value if options.create_graph else value.detach()
-
-

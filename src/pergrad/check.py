@@ -52,9 +52,7 @@ class Check:
         lines = [f"{'compared with the loop'.ljust(width)}  largest relative error"]
         lines += [f"{what.ljust(width)}  {error}" for what, error in rows]
         verdict = "ok" if self.ok else "NOT explained by rounding"
-        lines.append(
-            f"{self.examples} examples, rounding explains {self.noise:.1e}: {verdict}"
-        )
+        lines.append(f"{self.examples} examples, rounding explains {self.noise:.1e}: {verdict}")
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -95,7 +93,7 @@ def check(
         >>> assert pergrad.check(model(x).squeeze(1), model).ok
     """
     if not isinstance(examples, int) or examples < 1:
-        raise UsageError(f"examples is {examples!r}; pass how many examples to loop over, 1 or more.")
+        raise UsageError(f"examples is {examples!r}; pass how many to loop over, 1 or more.")
     named = inputs.named(params)
     losses = inputs.check_losses(losses, named)
     batch = losses.shape[0]

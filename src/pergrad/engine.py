@@ -304,15 +304,15 @@ def _requests(graph: Graph, plan: Plan) -> _Requests:
         # What leads to something wanted is executed, and its saved tensors may be freed: it has to
         # be served on the way. What is merely wanted itself is not executed.
         executed = any(c in reached for c, _ in graph.edges[i] if c >= 0)
-        site = by_node.get(i)
-        if site is not None and executed:
-            streamed.append(site)
-        elif site is not None:
-            returned.append(site)
+        use = by_node.get(i)
+        if use is not None and executed:
+            streamed.append(use)
+        elif use is not None:
+            returned.append(use)
             wanted.update(
-                dict.fromkeys((i, n) for n, lay in enumerate(site.layouts) if lay is not None)
+                dict.fromkeys((i, n) for n, lay in enumerate(use.layouts) if lay is not None)
             )
-        if executed or site is not None:
+        if executed or use is not None:
             reached.add(i)
         if executed:
             run.add(i)
@@ -374,7 +374,12 @@ def _streaming(losses: Tensor, state: _Pass, options: Options) -> None:
 
 
 def _gradients(
-    losses: Tensor, graph: Graph, wanted: Iterable[Slot], **how: bool
+    losses: Tensor,
+    graph: Graph,
+    wanted: Iterable[Slot],
+    *,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """torch's backward pass from losses seeded with ones."""
     with torch.enable_grad():
@@ -382,8 +387,9 @@ def _gradients(
         total = losses.sum()
     try:
         return torch.autograd.grad(
-            total, [graph.edge(slot) for slot in wanted], allow_unused=True, **how
-        )
+            total, [graph.edge(slot) for slot in wanted], allow_unused=True,
+            retain_graph=retain_graph, create_graph=create_graph,
+        )  # fmt: skip
     except RuntimeError as error:
         translated = nodes.translate(error)
         if translated is error:
@@ -428,5 +434,3 @@ def _retained_untouched() -> Iterator[None]:
     finally:
         for tensor, grad in young:
             tensor.grad = grad
-
-

@@ -203,5 +203,6 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 def names_list(names: Sequence[str], most: int = 5) -> str:
+    """The first few names, in backticks."""
     shown = ", ".join(f"`{n}`" for n in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -141,7 +141,7 @@ class Correlation(Factor):
 
     @property
     def norm_method(self) -> str:
-        """ "rows", "direct", "gram" or "shift"."""
+        """One of rows, direct, gram and shift."""
         _, T, p, d = self.sizes
         return costs.correlation_norm_method(T, self._window_size, p, d, prod(self.kernel))
 
@@ -220,8 +220,12 @@ class Correlation(Factor):
             self.g.shape[1], self.x.shape[1] // N, *self.kernel
         )
         if len(self.out) > 3:
-            return by_chunks(self.batch, self._patch_bytes,
-                             lambda rows: self.outer(rows).matvec(v), like=self._zeros(0))  # fmt: skip
+            return by_chunks(
+                self.batch,
+                self._patch_bytes,
+                lambda rows: self.outer(rows).matvec(v),
+                like=self._zeros(0),
+            )
         convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(self.out) - 1]
 
         def piece(rows: slice) -> Tensor:
@@ -254,8 +258,16 @@ class Correlation(Factor):
         return total.reshape(self.shape)
 
     def _like(self, g: Tensor, x: Tensor) -> "Correlation":
-        return Correlation(g, x, kernel=self.kernel, stride=self.stride, padding=self.padding,
-                           dilation=self.dilation, groups=self.groups, shape=self.shape)  # fmt: skip
+        return Correlation(
+            g,
+            x,
+            kernel=self.kernel,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            shape=self.shape,
+        )
 
     def scale(self, c: Tensor) -> "Correlation":
         """The smaller of g and x times c[b]."""

@@ -191,7 +191,9 @@ class Computed(Factor):
         """(B, *shape)."""
         return self._chunked(lambda part: part)
 
-    def _chunked(self, of: Callable[[Tensor], Tensor], tail: tuple[int, ...] | None = None) -> Tensor:
+    def _chunked(
+        self, of: Callable[[Tensor], Tensor], tail: tuple[int, ...] | None = None
+    ) -> Tensor:
         tail = self.shape if tail is None else tail
         return by_chunks(self.batch, 2 * self.bytes_per_row,
                          lambda rows: of(self.rows(self.index[rows]).to(self.dtype)),

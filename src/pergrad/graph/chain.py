@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from pergrad.graph import nodes
 from pergrad.graph.walk import Graph, Slot
@@ -201,7 +202,7 @@ def pull(
     return many
 
 
-def _batched(source: nodes.GradientEdge, sink: nodes.GradientEdge, rows: Tensor) -> Tensor | None:
+def _batched(source: GradientEdge, sink: GradientEdge, rows: Tensor) -> Tensor | None:
     import warnings
 
     try:

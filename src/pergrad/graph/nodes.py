@@ -20,15 +20,21 @@ from pergrad.errors import UnsupportedError, UsageError
 __all__ = [
     "GradientEdge",
     "Meta",
+    "attribute",
     "attributes",
     "call",
     "edges",
     "get_gradient_edge",
+    "inside_pass",
+    "is_checkpointed",
     "leaf_variable",
     "metas",
     "op_name",
+    "outside_pass",
+    "raw_call",
+    "reentrant_checkpoint",
     "saved",
-    "saved_version_safe",
+    "translate",
 ]
 
 Result = TypeVar("Result")
@@ -59,7 +65,7 @@ _OVERLOADS = {
 
 @lru_cache(maxsize=4096)
 def _op_of_type_name(name: str) -> str:
-    """ "AddmmBackward0" -> "addmm"; "torch::autograd::CopySlices" -> "copy_slices"."""
+    """AddmmBackward0 -> addmm; torch::autograd::CopySlices -> copy_slices."""
     if name in _OVERLOADS:
         return _OVERLOADS[name]
     short = name.rsplit("::", 1)[-1]
@@ -95,13 +101,21 @@ def leaf_variable(node: Node) -> Tensor | None:
     return getattr(node, "variable", None)
 
 
-@lru_cache(maxsize=4096)
+_FIELDS: dict[type, tuple[tuple[str, ...], tuple[str, ...]]] = {}  # one entry per kind of node
+
+
 def _fields(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(plain attributes, tensors) that a node class saves, without their prefixes."""
-    names = dir(cls)
-    tensors = {n.removeprefix("_raw_saved_") for n in names if n.startswith("_raw_saved_")}
-    plain = [n.removeprefix("_saved_") for n in names if n.startswith("_saved_")]
-    return tuple(n for n in plain if n not in tensors), tuple(sorted(tensors))
+    known = _FIELDS.get(cls)
+    if known is None:
+        names = dir(cls)
+        tensors = {n.removeprefix("_raw_saved_") for n in names if n.startswith("_raw_saved_")}
+        plain = [n.removeprefix("_saved_") for n in names if n.startswith("_saved_")]
+        known = tuple(n for n in plain if n not in tensors), tuple(sorted(tensors))
+        if issubclass(cls, torch.autograd.function.BackwardCFunction):
+            return known  # a Function's class may be made anew for every model
+        _FIELDS[cls] = known
+    return known
 
 
 def _signed(value: Any) -> Any:
@@ -350,6 +364,7 @@ def inside_pass(losses: Tensor, wanted: Sequence[GradientEdge], work: Any) -> No
 
     with torch.enable_grad():
         total = losses.sum()
+    assert total.grad_fn is not None
     handle = total.grad_fn.register_prehook(run)
     try:
         torch.autograd.grad(total, list(wanted), retain_graph=True, allow_unused=True)

@@ -140,15 +140,15 @@ def _as(layout: Layout | None, shape: Sequence[int], why: Why = Why.UNKNOWN) -> 
 ELEMENTWISE = """
 abs acos acosh add addcdiv addcmul alias angle asin asinh atan atan2 atanh binary_cross_entropy
 binary_cross_entropy_with_logits celu clamp clamp_max clamp_min clone conj conj_physical copysign
-cos cosh deg2rad deg2_rad rad2_deg digamma div elu erf erfc erfinv exp exp2 expm1 fmax fmin fmod frac gelu
+cos cosh deg2_rad rad2_deg digamma div elu erf erfc erfinv exp exp2 expm1 fmax fmin fmod frac gelu
 hardshrink hardsigmoid hardswish hardtanh huber_loss hypot i0 kl_div leaky_relu lerp lgamma lift
 lift_fresh log log10 log1p log2 log_sigmoid logaddexp logaddexp2 logit masked_fill maximum
-minimum mish mse_loss mul nan_to_num neg neg_view pow prelu_kernel rad2deg reciprocal relu
+minimum mish mse_loss mul nan_to_num neg neg_view pow prelu_kernel reciprocal relu
 remainder rrelu_with_noise rsqrt rsub sgn sigmoid silu sin sinc sinh smooth_l1_loss
 soft_margin_loss softplus softshrink special_entr special_erfcx special_i0e special_i1e special_i1
-special_log_ndtr special_ndtri special_xlog1py special_xlog1_py sqrt sub tan tanh threshold to_copy tril triu
-trunc where xlogy native_dropout fused_dropout complex real imag polar fill lazy_clone
-pin_memory
+special_log_ndtr special_ndtri special_xlog1py special_xlog1_py sqrt sub tan tanh threshold
+to_copy tril triu trunc where xlogy native_dropout fused_dropout complex real imag polar fill
+lazy_clone pin_memory
 """.split()
 
 
@@ -850,7 +850,7 @@ def _index(op: Op, out: Layout) -> list[Result]:
     lead, positions, start, count = placed
     # Dimensions before `start` and after the indexed block pass through untouched.
     rank_out, tail = len(out.shape), len(shape) - start - len(lead)
-    block = out.owner.shape[start : start + count]
+    block = tuple(out.owner.shape[start : start + count])
     if rank_out != start + count + tail:
         return [Why.UNKNOWN]
     if all(size == 1 for size in block):

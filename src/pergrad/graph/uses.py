@@ -151,7 +151,9 @@ class _Spread:
             return None
         pure = self.graph.pure[slot[0]]
         layouts = [what for _, what in arrived if isinstance(what, Layout)]
-        rest = [(parent, what) for parent, what in arrived if not isinstance(what, Layout)]
+        rest: list[tuple[int, Result | _Mixed]] = [
+            (parent, what) for parent, what in arrived if not isinstance(what, Layout)
+        ]
         if not rest:
             total: Layout | None = layouts[0]
             for layout in layouts[1:]:
@@ -259,12 +261,11 @@ def _reads_data(graph: Graph) -> list[bool]:
             continue
         op = graph.op(i)
         missing = any(c < 0 or not graph.leads[c] for c, _ in graph.edges[i])
+        opaque = not understands(op) and op not in ("weight_norm_interface", "accumulate_grad")
         found[i] = (
             op == "embedding"
             or (op in _READERS and missing)
-            or not understands(op)
-            and (missing or op not in ("weight_norm_interface", "accumulate_grad"))
-            and not graph.pure[i]
+            or (opaque and not graph.pure[i])
             or any(found[c] for c in graph.children(i))
         )
     return found

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from pergrad.errors import UnsupportedError, UsageError
 from pergrad.graph import nodes
@@ -46,8 +47,8 @@ class Graph:
     def shape(self, slot: Slot) -> tuple[int, ...]:
         return self.metas(slot[0])[slot[1]].shape
 
-    def edge(self, slot: Slot) -> nodes.GradientEdge:
-        return nodes.GradientEdge(self.nodes[slot[0]], slot[1])
+    def edge(self, slot: Slot) -> GradientEdge:
+        return GradientEdge(self.nodes[slot[0]], slot[1])
 
     def children(self, index: int) -> list[int]:
         """The nodes below that lead to a parameter."""
@@ -55,7 +56,7 @@ class Graph:
 
     def key(self) -> tuple[Any, ...]:
         """Equal for two graphs only if every op, edge, shape, dtype and saved number is."""
-        rows = []
+        rows: list[tuple[Any, ...]] = []
         for i, node in enumerate(self.nodes):
             if self.leads[i]:
                 rows.append((self.op(i), self.metas(i), self.edges[i], nodes.attributes(node)))

@@ -4,6 +4,8 @@ Owns: the masked calls of one node.
 Does not know: ops. It is what remains when no rule serves an operand.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,7 @@ class _Calls:
         self.index: Tensor | None = None
         self.rows: dict[int, Tensor] = {}
 
-    def of(self, slot: int):  # noqa: ANN202
+    def of(self, slot: int) -> Callable[[Tensor], Tensor]:
         """The function from positions in `examples` to rows of one operand's gradient."""
 
         def rows(index: Tensor) -> Tensor:
