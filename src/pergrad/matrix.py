@@ -14,6 +14,7 @@ from pergrad import inputs
 from pergrad.errors import UsageError
 from pergrad.factors import Factor, Zero
 from pergrad.factors.workspace import workspace
+from pergrad.graph import nodes
 from pergrad.inputs import Direction
 from pergrad.precondition import Preconditioner
 
@@ -47,7 +48,7 @@ class GradientMatrix:
         self._batch = batch
         self._chunk_bytes = chunk_bytes
         self._versions = [
-            (name, tensor, tensor._version)
+            (name, tensor, nodes.version(tensor))
             for name, factor in self._factors.items()
             for tensor in factor.tensors()
         ]
@@ -262,7 +263,7 @@ class GradientMatrix:
 
     def _check_versions(self) -> None:
         for name, tensor, version in self._versions:
-            if tensor._version != version:
+            if nodes.version(tensor) != version:
                 raise UsageError(
                     f"A tensor that the gradients of `{name}` are kept in was changed in place "
                     "after pergrad.gradients (an optimizer step, a re-used input buffer?). Compute "

@@ -35,6 +35,7 @@ __all__ = [
     "reentrant_checkpoint",
     "saved",
     "translate",
+    "version",
 ]
 
 Result = TypeVar("Result")
@@ -331,6 +332,11 @@ def _of_tensors(node: Node, results: Any) -> tuple[Tensor | None, ...]:
     for k, i in zip(live, needed, strict=True):
         found[k] = results[i]
     return tuple(found)
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor's memory has been written in place; shared by its views."""
+    return tensor._version
 
 
 def reentrant_checkpoint(node: Node) -> bool:
