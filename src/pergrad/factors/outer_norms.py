@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pergrad.factors import costs
-from pergrad.factors.numeric import product, result_dtype, row_squares, tracing
+from pergrad.factors.numeric import last_squares, product, result_dtype, row_squares, tracing
 from pergrad.factors.workspace import by_chunks, chunks, scratch
 
 # κ² = |A|²|G|² / |AᵀG|². A Gram's terms are of size |A|²|G|² and cancel down to |AᵀG|², so its
@@ -49,21 +49,10 @@ def by_rows(g: Tensor, a: Tensor) -> Tensor:
     N, p, d = g.shape[1], g.shape[3], a.shape[3]
 
     def piece(rows: slice) -> Tensor:
-        left, right = _row_sizes(g[rows, :, 0], dtype), _row_sizes(a[rows, :, 0], dtype)
+        left, right = last_squares(g[rows, :, 0], dtype), last_squares(a[rows, :, 0], dtype)
         return (left * right).sum(1)
 
     return by_chunks(len(g), N * (p + d) * dtype.itemsize, piece, like=g.new_zeros(0, dtype=dtype))
-
-
-def _row_sizes(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum of squares along the last dimension."""
-    if tracing(x) or x.shape[-1] > LONG_ROW:
-        return x.to(dtype).square().sum(-1)
-    # one pass without a copy; but a single running sum, hence not for very long rows
-    return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square()
-
-
-LONG_ROW = 2**15
 
 
 def direct(g: Tensor, a: Tensor) -> Tensor:
