@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from pergrad.errors import UsageError
+from pergrad.errors import UnsupportedError, UsageError
 
 Params = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
 Direction = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
@@ -46,6 +46,11 @@ def named(params: Params) -> dict[str, Tensor]:
         if not isinstance(p, Tensor):
             raise UsageError(f"`params` holds a {type(p).__name__} under {name!r}, not a tensor.")
         if p.requires_grad and id(p) not in seen:
+            if p.is_complex():
+                raise UnsupportedError(
+                    f"The parameter `{name}` is complex. Keep its parts in a real tensor of one more "
+                    "dimension, use it through torch.view_as_complex, and pass that tensor."
+                )
             seen.add(id(p))
             found[str(name)] = p
     if not found:
@@ -98,8 +103,6 @@ def check_losses(losses: object, params: Mapping[str, Tensor]) -> Tensor:
 
 
 def _refuse_subclass(name: str, p: Tensor) -> None:
-    from pergrad.errors import UnsupportedError
-
     raise UnsupportedError(
         f"Parameter `{name}` is a {type(p).__name__}, a tensor subclass whose gradients pergrad "
         "cannot read. Convert the parameter to an ordinary tensor for this call."

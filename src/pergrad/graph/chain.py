@@ -167,7 +167,10 @@ def expanded_weight(graph: Graph, slot: Slot) -> Expanded | None:
 def pull(
     graph: Graph, start: Slot, target: Slot, *, create_graph: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """The linear map from gradients (n, *start shape) to (n, *target shape)."""
+    """The linear map from gradients (n, *start shape) to (n, *target shape).
+
+    Those at a complex start are real, (n, *start shape, 2).
+    """
     source, sink = graph.edge(start), graph.edge(target)
     shape = graph.shape(target)
     meta = graph.metas(start[0])[start[1]]
@@ -187,6 +190,8 @@ def pull(
 
     def many(rows: Tensor) -> Tensor:
         wide = rows.dtype
+        if meta.dtype.is_complex:
+            rows = torch.view_as_complex(rows.contiguous())
         rows = rows.to(meta.dtype)
         if rows.shape[0] == 0:
             return rows.new_zeros(0, *shape, dtype=wide)

@@ -20,7 +20,8 @@ def fallback(use: Situation, slots: list[int], *, wanted: bool) -> dict[int, Fac
     """The gradient of each operand for every example that reaches the op, one call each.
 
     `wanted`: the backward pass under way computes these gradients too, so a call inside it will.
-    The factors are lazy and good for as long as the node's saved tensors are.
+    The factors are lazy and good for as long as the node's saved tensors are. They are real: the
+    gradient of a complex operand has one more dimension, of its real and imaginary parts.
     """
     present = [layout.examples() for layout in use.layouts if layout is not None]
     examples = torch.cat(present).unique() if present else torch.zeros(0, dtype=torch.int64)
@@ -28,9 +29,13 @@ def fallback(use: Situation, slots: list[int], *, wanted: bool) -> dict[int, Fac
         return dict.fromkeys(slots)
     calls = _Calls(use, slots, examples, wanted)
     like = next(g for g in use.cotangents if g is not None)
+    like = like.real if like.is_complex() else like
     factors: dict[int, Factor | None] = {}
     for slot in slots:
         shape = use.operands[slot].shape
+        child, number = nodes.edges(use.node)[slot]
+        if nodes.metas(child)[number].dtype.is_complex:
+            shape = (*shape, 2)
         rows = Computed(len(examples), shape, calls.of(slot), like.new_empty(0))
         whole = len(examples) == use.batch
         factors[slot] = rows if whole else Placed(rows, examples, use.batch)
@@ -71,6 +76,7 @@ class _Calls:
             like = next(g for g in masked if g is not None)
             for slot in self.slots:
                 value = _of_operand(results[slot], use.operands[slot], like)
+                value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
                 found[slot].append(value.to(result_dtype(value)))
         return {slot: torch.stack(rows) for slot, rows in found.items()}
 

@@ -10,6 +10,7 @@ operand it does not mention goes to the fallback.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -79,11 +80,21 @@ _CALLS_NODE: set[str] = set()
 
 
 def rule(*names: str, calls_node: bool = False) -> Callable[[Rule], Rule]:
-    """Register a rule for the named ops; `calls_node` if it runs the node's own backward."""
+    """Register a rule for the named ops; `calls_node` if it runs the node's own backward.
+
+    Complex cotangents go to the fallback: torch's own backward knows when to conjugate, and when
+    to take the real part.
+    """
 
     def add(function: Rule) -> Rule:
+        @wraps(function)
+        def real_only(use: Situation) -> Served:
+            if any(g is not None and g.is_complex() for g in use.cotangents):
+                return {}
+            return function(use)
+
         for name in names:
-            _RULES[name] = function
+            _RULES[name] = real_only
             if calls_node:
                 _CALLS_NODE.add(name)
         return function
