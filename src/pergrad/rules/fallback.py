@@ -27,7 +27,9 @@ def fallback(use: Situation, slots: list[int], *, wanted: bool) -> dict[int, Fac
     examples = torch.cat(present).unique() if present else torch.zeros(0, dtype=torch.int64)
     if examples.numel() == 0:
         return dict.fromkeys(slots)
-    calls = _Calls(use, slots, examples, wanted)
+    # What an in-place slice saved cannot be seen from outside: if a checkpointed block recomputes
+    # it, a pass may read it once, but a call outside the pass as often as it likes.
+    calls = _Calls(use, slots, examples, wanted and use.name != "copy_slices")
     like = next(g for g in use.cotangents if g is not None)
     like = like.real if like.is_complex() else like
     factors: dict[int, Factor | None] = {}
