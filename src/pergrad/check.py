@@ -16,6 +16,7 @@ from pergrad.errors import UsageError
 from pergrad.graph import nodes
 from pergrad.graph.walk import walk
 from pergrad.inputs import Params
+from pergrad.retained import retained_untouched
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,8 @@ def check(
     norms = api.norms(losses, named, **options).double()
     parts = api.norms_by_parameter(losses, named, **options)
     gram = api.gram(losses, named, **options).double()
-    rows = [_loop(losses[int(i)], named, retain=True) for i in chosen]
+    with torch.enable_grad(), retained_untouched():
+        rows = [_loop(losses[int(i)], named, retain=True) for i in chosen]
     errors: dict[str, float] = {}
     by_parameter: dict[str, float] = dict.fromkeys(named, 0.0)
     for n, i in enumerate(chosen):
@@ -117,7 +119,8 @@ def check(
             inner = sum(float((row[k] * rows[m][k]).sum()) for k in named)
             _note(errors, "gram", abs(float(gram[i, j]) - inner), scale * _norm(rows[m]))
         if rerun is not None:
-            alone = _alone(rerun, int(i), named)
+            with torch.enable_grad(), retained_untouched():
+                alone = _alone(rerun, int(i), named)
             difference = {k: alone[k] - row[k] for k in named}
             _note(errors, "loop against each example alone", _norm(difference), scale)
     return Check(errors, by_parameter, _noise(losses, named), len(chosen))

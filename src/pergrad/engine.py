@@ -5,22 +5,21 @@ rule or fallback for each use, routes down to the parameters, and early release 
 Does not know: what a caller makes of the factors.
 """
 
-import gc
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pergrad.errors import FallbackWarning, MixedExamplesError, UsageError
-from pergrad.factors import Embedded, Factor, Pulled, Sum, inspect, mapped
+from pergrad.factors import Computed, Embedded, Factor, Pulled, Sum, inspect, mapped
 from pergrad.graph import chain, nodes
 from pergrad.graph.layout import describe
 from pergrad.graph.plan import Plan, plan_for
 from pergrad.graph.uses import Site
 from pergrad.graph.walk import Graph, Slot
+from pergrad.retained import retained_untouched
 from pergrad.rules import Operand, Situation, calls_node, rule_for
 from pergrad.rules.fallback import direct, fallback
 
@@ -199,15 +198,51 @@ def run(
     records: list[Record] | None = None,
 ) -> None:
     """Call `emit(name, factor)` once for every parameter that the losses reach."""
-    with _retained_untouched():
+    with retained_untouched(), nodes.hooks_aside(params) as hooks:
         graph, plan = plan_for(losses, params, options.check_layout)
         _policy(graph, plan, options)
         _warn(graph, plan, losses.shape[0])
-        state = _Pass(graph, plan, losses.shape[0], emit, options.create_graph, records)
+        state = _Pass(
+            graph,
+            plan,
+            losses.shape[0],
+            _through(hooks, params, emit),
+            options.create_graph,
+            records,
+        )
         if options.create_graph:
             _at_once(losses, state)
         else:
             _streaming(losses, state, options)
+
+
+def _through(
+    hooks: Mapping[str, list[Callable[..., Tensor | None]]],
+    params: Mapping[str, Tensor],
+    emit: Emit,
+) -> Emit:
+    """Pass each example's gradient through the user's tensor hooks on the parameter, as a loop of
+    `torch.autograd.grad` would: such a hook may mask or scale it.
+    """
+
+    def hooked(name: str, factor: Factor) -> None:
+        chain_ = hooks.get(name)
+        if chain_:
+            dtype, inner = params[name].dtype, factor
+
+            def rows(index: Tensor) -> Tensor:
+                found = []
+                for row in inner.select(index.to(inner.device)).dense().to(dtype):
+                    for hook in chain_:
+                        changed = hook(row)
+                        row = row if changed is None else changed
+                    found.append(row)
+                return torch.stack(found)
+
+            factor = Computed(factor.batch, factor.shape, rows, factor._zeros(0))
+        emit(name, factor)
+
+    return hooked if hooks else emit
 
 
 def _policy(graph: Graph, plan: Plan, options: Options) -> None:
@@ -414,23 +449,3 @@ def _at_once(losses: Tensor, state: _Pass) -> None:
             state.serve(site, [by_slot.get((site.node, n)) for n in range(len(site.layouts))])
         for target in plan.direct:
             state.serve_direct(target, by_slot[target])
-
-
-@contextmanager
-def _retained_untouched() -> Iterator[None]:
-    """torch adds to `.grad` of tensors with retain_grad() in every pass; put it back.
-
-    Such tensors cannot be found through the graph. Those of the latest forward pass are among
-    the objects that Python's collector has not yet moved to its oldest generation.
-    """
-    young = [
-        (tensor, tensor.grad)
-        for generation in (0, 1)
-        for tensor in gc.get_objects(generation)
-        if type(tensor) is Tensor and tensor.retains_grad
-    ]
-    try:
-        yield
-    finally:
-        for tensor, grad in young:
-            tensor.grad = grad

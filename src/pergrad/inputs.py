@@ -48,8 +48,8 @@ def named(params: Params) -> dict[str, Tensor]:
         if p.requires_grad and id(p) not in seen:
             if p.is_complex():
                 raise UnsupportedError(
-                    f"The parameter `{name}` is complex. Keep its parts in a real tensor of one more "
-                    "dimension, use it through torch.view_as_complex, and pass that tensor."
+                    f"The parameter `{name}` is complex. Keep its parts in a real tensor of one "
+                    "more dimension, use it through torch.view_as_complex, and pass that tensor."
                 )
             seen.add(id(p))
             found[str(name)] = p

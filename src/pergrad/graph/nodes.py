@@ -7,7 +7,8 @@ Does not know: examples, layouts, parameters' names, rules.
 
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,6 +26,7 @@ __all__ = [
     "call",
     "edges",
     "get_gradient_edge",
+    "hooks_aside",
     "inside_pass",
     "is_checkpointed",
     "leaf_variable",
@@ -332,6 +334,26 @@ def _of_tensors(node: Node, results: Any) -> tuple[Tensor | None, ...]:
     for k, i in zip(live, needed, strict=True):
         found[k] = results[i]
     return tuple(found)
+
+
+@contextmanager
+def hooks_aside(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, list[Callable[..., Any]]]]:
+    """The tensor hooks of leaves, by name; they do not fire inside this block."""
+    taken = {name: t._backward_hooks for name, t in tensors.items() if t._backward_hooks}
+    before = {name: list(hooks.items()) for name, hooks in taken.items()}
+    for name, hooks in taken.items():
+        if tensors[name].is_leaf:
+            hooks.clear()
+    try:
+        yield {
+            name: [hook for _, hook in items]
+            for name, items in before.items()
+            if tensors[name].is_leaf
+        }
+    finally:
+        for name, hooks in taken.items():
+            if tensors[name].is_leaf:
+                hooks.update(before[name])
 
 
 def version(tensor: Tensor) -> int:

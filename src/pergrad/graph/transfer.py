@@ -74,6 +74,8 @@ _MULTI: dict[str, Callable[[Op, list[Layout | None]], list[Result]]] = {}
 
 def transfer(op: Op, outs: list[Layout | None]) -> list[Result]:
     """Owners of the gradient at each input of `op`, from those of the cotangents at its outputs."""
+    if all(shape is None for shape in op.in_shapes):
+        return [None] * len(op.in_shapes)  # a requested tensor that was computed from others
     used = [out for out in outs if out is not None]
     constants = {int(out.owner) for out in used if out.is_constant}
     if len(constants) == 1 and all(out.is_constant for out in used):
