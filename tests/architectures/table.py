@@ -24,6 +24,8 @@ product of norms).
   parameter.
 - **by rule**: share of the parameters, by count, that a rule serves; the rest is as exact, by the
   fallback, at the cost of one backward of the op named for each example.
+- Some models compute parts in float32 whatever their weights' type (the norms of Gemma and Cohere,
+  the recurrences of Mamba and Jamba, routers): their errors are float32's.
 - **refused**: examples interact, which pergrad refuses by default; the errors are those of
   `on_mixing="exact"`.
 
