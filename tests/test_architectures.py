@@ -1,10 +1,15 @@
 """Real architectures against the loop: the small ones always, all that are installed if slow."""
 
+from collections.abc import Mapping
+
 import pytest
+import torch
+from architectures import compare as module
 from architectures.compare import Result, compare
 from architectures.models import ARCHITECTURES
 from architectures.processes import in_a_process
-from architectures.registry import Architecture
+from architectures.registry import Architecture, Problem
+from torch import Tensor
 
 QUICK = [case for case in ARCHITECTURES.values() if case.quick]
 SLOW = [case for case in ARCHITECTURES.values() if not case.quick]
@@ -37,3 +42,31 @@ def test_every_refusal_names_a_module() -> None:
     result = compare(ARCHITECTURES["resnet-batch-norm-training"])
     assert "batch_norm" in result.refused
     assert "module `0.1`" in result.refused or "module `1.1`" in result.refused
+
+
+def test_the_comparison_sees_a_wrong_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient of one small parameter that is off, and one that is missing."""
+    case = ARCHITECTURES["lora-by-hand"]
+    honest = module.loop
+
+    def wrong(losses: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rows = honest(losses, params)
+        rows["1.up"] = rows["1.up"] * (1 + 1e-4)
+        return rows
+
+    monkeypatch.setattr(module, "loop", wrong)
+    result = compare(case)
+    assert not result.ok
+    assert min(result.norms, result.gram, result.gradients, result.by_parameter) > 1e-6
+
+    def more(losses: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        rows = honest(losses, {n: p for n, p in params.items() if n != "unused"})
+        return rows | {"unused": torch.full((len(losses), 1), 1e-9)}
+
+    problem = case.problem()
+    params = dict(module.named(problem.params)) | {"unused": torch.zeros(1, requires_grad=True)}
+    monkeypatch.setattr(module, "loop", more)
+    monkeypatch.setattr(Architecture, "problem", lambda self: Problem(params, problem.losses))
+    result = compare(case)
+    assert result.missing == ["unused"]
+    assert not result.ok
