@@ -89,7 +89,7 @@ def _of_operand(value: Tensor | None, operand: Operand, like: Tensor) -> Tensor:
     if operand.lead:  # the operand lies below an expand along batch dimensions
         value = value.reshape(*operand.lead, *value.shape[1:])
         dims = [d for d, shared in enumerate(operand.shared) if shared]
-        value = value.sum(dims, keepdim=True)
+        value = value.sum(dims, keepdim=True) if dims else value  # without dims: the sum of all
     return value.reshape(operand.shape)
 
 
