@@ -31,7 +31,7 @@ def _prepare(losses: Tensor, params: Params, options: dict[str, Any]) -> tuple:
         wrong = ", ".join(name for name in options if name not in Options.__dataclass_fields__)
         raise UsageError(f"Unknown option {wrong}. The options are: {known}.") from None
     named = inputs.named(params)
-    losses = inputs.check_losses(losses, named)
+    losses = inputs.check_losses(losses)
     return named, losses, chosen
 
 

@@ -96,7 +96,7 @@ def check(
     if not isinstance(examples, int) or examples < 1:
         raise UsageError(f"examples is {examples!r}; pass how many to loop over, 1 or more.")
     named = inputs.named(params)
-    losses = inputs.check_losses(losses, named)
+    losses = inputs.check_losses(losses)
     batch = losses.shape[0]
     count = min(examples, batch)
     chosen = torch.linspace(0, batch - 1, count).round().long().unique() if count else []

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pergrad.errors import FallbackWarning, MixedExamplesError, UsageError
+from pergrad.errors import FallbackWarning, MixedExamplesError, UnsupportedError, UsageError
 from pergrad.factors import Computed, Embedded, Factor, Pulled, Sum, inspect, mapped
 from pergrad.graph import chain, nodes
 from pergrad.graph.layout import describe
@@ -175,6 +175,17 @@ class _Pass:
             if factor is not None:
                 self.emit(self.graph.targets[target], factor)
 
+    def check_complete(self) -> None:
+        """No number without every use of every parameter in it."""
+        left = [target for target, starts in self.missing.items() if starts]
+        if left:
+            names = ", ".join(f"`{self.graph.targets[target]}`" for target in left[:5])
+            raise UnsupportedError(
+                f"The backward pass did not come by every use of {names}, so its gradients would be "
+                "incomplete and no number is returned. This is a defect of pergrad; please report "
+                "it with this model."
+            )
+
 
 def _numel(shape: tuple[int, ...]) -> int:
     total = 1
@@ -214,6 +225,7 @@ def run(
             _at_once(losses, state)
         else:
             _streaming(losses, state, options)
+        state.check_complete()
 
 
 def _through(

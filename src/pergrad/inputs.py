@@ -61,7 +61,7 @@ def named(params: Params) -> dict[str, Tensor]:
     return found
 
 
-def check_losses(losses: object, params: Mapping[str, Tensor]) -> Tensor:
+def check_losses(losses: object) -> Tensor:
     """A vector of losses that is attached to its graph.
 
     Raises:
@@ -96,17 +96,7 @@ def check_losses(losses: object, params: Mapping[str, Tensor]) -> Tensor:
             "parameter required grad at that time. Run the forward pass with grad enabled and pass "
             "its result unchanged."
         )
-    for name, p in params.items():
-        if type(p) is not Tensor and not isinstance(p, nn.Parameter):
-            _refuse_subclass(name, p)
     return losses
-
-
-def _refuse_subclass(name: str, p: Tensor) -> None:
-    raise UnsupportedError(
-        f"Parameter `{name}` is a {type(p).__name__}, a tensor subclass whose gradients pergrad "
-        "cannot read. Convert the parameter to an ordinary tensor for this call."
-    )
 
 
 def check_weights(weights: Tensor, losses: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pergrad.errors import UnsupportedError, UsageError
 
@@ -38,6 +39,7 @@ __all__ = [
     "saved",
     "translate",
     "version",
+    "wraps_tensors",
 ]
 
 Result = TypeVar("Result")
@@ -354,6 +356,11 @@ def hooks_aside(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, list[Callab
         for name, hooks in taken.items():
             if tensors[name].is_leaf:
                 hooks.update(before[name])
+
+
+def wraps_tensors(tensor: Tensor) -> bool:
+    """Whether a tensor is a shell around others (DTensor, quantised, nested)."""
+    return is_traceable_wrapper_subclass(tensor)
 
 
 def version(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from pergrad.errors import UnsupportedError, UsageError
+from pergrad.errors import UnsupportedError
 from pergrad.graph import nodes
 from pergrad.graph.nodes import Meta
 
@@ -91,8 +91,16 @@ def walk(losses: Tensor, params: Mapping[str, Tensor]) -> Graph:
     """Read the graph of `losses` down to every leaf.
 
     Raises:
-        UnsupportedError: a re-entrant checkpoint hides the parameters inside it.
+        UnsupportedError: a re-entrant checkpoint hides the parameters inside it, or a parameter is a
+            shell around other tensors.
     """
+    for name, p in params.items():
+        if nodes.wraps_tensors(p):
+            raise UnsupportedError(
+                f"Parameter `{name}` is a {type(p).__name__}, a shell around other tensors, whose "
+                "gradients pergrad cannot read. Pass ordinary tensors: gather or dequantise the "
+                "parameter for this call."
+            )
     root = nodes.get_gradient_edge(losses)
     ordered = _topological(root.node)
     index = {node: i for i, node in enumerate(ordered)}
@@ -156,13 +164,7 @@ def _find_targets(params: Mapping[str, Tensor], index: dict[Any, int]) -> dict[S
         if p.grad_fn is not None:  # a tensor in the middle of the graph
             i = index.get(p.grad_fn, -1)
             if i >= 0:
-                slot = (i, p.output_nr)
-                if slot in targets:
-                    raise UsageError(
-                        f"Parameters `{targets[slot]}` and `{name}` are the same tensor. "
-                        "Pass it once."
-                    )
-                targets[slot] = name
+                targets.setdefault((i, p.output_nr), name)
     return targets
 
 

@@ -1,0 +1,108 @@
+"""What cannot be had raises, names the place and says what to do: never a partial number."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
+
+import pergrad
+from pergrad import engine
+from pergrad.graph import nodes, plan, transfer
+from pergrad.graph.layout import Layout
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+
+
+def losses(model: nn.Module) -> Tensor:
+    return model(torch.ones(5, 3) + torch.arange(5.0)[:, None]).square().sum(1)
+
+
+def test_reentrant_checkpoint(model: nn.Module) -> None:
+    x = torch.ones(5, 3, requires_grad=True)
+    values = checkpoint(model, x, use_reentrant=True).square().sum(1)
+    with pytest.raises(pergrad.UnsupportedError, match=r"re-entrant(.|\n)*use_reentrant=False"):
+        pergrad.norms(values, model)
+
+
+def test_parameters_that_are_shells(model: nn.Module) -> None:
+    shell = nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)))
+    with pytest.raises(pergrad.UnsupportedError, match=r"`shell` is a(.|\n)*ordinary tensors"):
+        pergrad.norms(losses(model), {"shell": shell})
+
+
+class TooFew(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale, w):
+        ctx.save_for_backward(w)
+        return x * w
+
+    @staticmethod
+    def backward(ctx, g):
+        (w,) = ctx.saved_tensors
+        return g * w
+
+
+def test_a_function_that_returns_too_few_gradients() -> None:
+    x, w = torch.ones(4, 3), nn.Parameter(torch.ones(3))
+    with (
+        pytest.warns(pergrad.FallbackWarning),
+        pytest.raises((pergrad.UnsupportedError, RuntimeError), match=r"TooFew(.|\n)*gradient"),
+    ):
+        pergrad.norms(TooFew.apply(x, 2.0, w).sum(1), [w])
+
+
+def test_a_field_that_this_torch_does_not_save(model: nn.Module) -> None:
+    with pytest.raises(pergrad.UnsupportedError, match=r"does not save `strange`(.|\n)*version"):
+        nodes.saved(losses(model).grad_fn, "strange")
+
+
+def test_a_use_that_the_pass_misses(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve = engine._Pass.serve
+
+    def forgetful(self, site, cotangents):
+        if site is not self.plan.sites[0]:
+            serve(self, site, cotangents)
+
+    monkeypatch.setattr(engine._Pass, "serve", forgetful)
+    with pytest.raises(pergrad.UnsupportedError, match=r"did not come by(.|\n)*`2\.weight`"):
+        pergrad.norms(losses(model), model)
+
+
+@pytest.mark.parametrize("when", ["once", "always"])
+def test_a_derived_layout_that_does_not_hold(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Were a transfer function wrong, no number would come of it."""
+
+    def wrong(op: transfer.Op, out: Layout) -> list:
+        return [Layout(out.shape, out.owner.flip(0))]
+
+    monkeypatch.setitem(transfer._TRANSFERS, "relu", wrong)
+    plan.clear()
+    with pytest.raises(
+        pergrad.UnsupportedError, match=r"does not follow the examples(.|\n)*report"
+    ):
+        pergrad.norms(losses(model), model, check_layout=when)
+    plan.clear()
+
+
+class Same(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def test_an_unknown_layout_that_may_not_be_measured(model: nn.Module) -> None:
+    x = torch.randn(5, 3)
+    values = model[2](Same.apply(model[0](x))).sum(1)
+    with pytest.raises(pergrad.UsageError, match=r"`0\.(weight|bias)`(.|\n)*check_layout=\"once\""):
+        pergrad.norms(values, model, check_layout="never")
+    assert pergrad.norms(model(x).sum(1), model, check_layout="never").shape == (5,)
