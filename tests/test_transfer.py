@@ -101,7 +101,7 @@ case("fill", lambda x, v: x.clone().fill_(v), (3, 4), ())
 
 for _old, _new in [((3, 4), (12,)), ((12,), (3, 4)), ((3, 2, 2), (6, 2)), ((6, 2), (3, 4)),
                    ((2, 3, 3), (3, 6)), ((3, 4), (4, 3)), ((1, 3, 1, 2), (3, 1, 2)),
-                   ((3, 2), (3, 1, 2, 1)), ((2, 3), (3, 2)), ((3, 3), (9, 1)), ((1, 1), (1,))]:  # fmt: skip
+                   ((3, 2), (3, 1, 2, 1)), ((2, 3), (3, 2)), ((3, 3), (9, 1)), ((1, 1), (1,))]:  # fmt: skip  # noqa: E501
     case("view", method("view", *_new), _old)
     case("reshape", lambda x, n=_new: x.mT.reshape(n), _old) if len(_old) > 1 else None
 case("unflatten", method("unflatten", 0, (2, 3)), (6, 3))
@@ -156,7 +156,12 @@ for _dim in (0, 1, -1):
     case("cat", lambda *xs, d=_dim: torch.cat(xs, d), (3, 3), (3, 3))
     case("cat", lambda *xs, d=_dim: torch.cat([xs[0], torch.ones(3, 3), xs[1]], d), (3, 3), (3, 3))
     case("stack", lambda *xs, d=_dim: torch.stack(xs, d), (3, 3), (3, 3), (3, 3))
-    case("stack", lambda *xs, d=_dim: torch.stack([xs[0], torch.ones(3, 2), xs[1]], d), (3, 2), (3, 2))
+    case(
+        "stack",
+        lambda *xs, d=_dim: torch.stack([xs[0], torch.ones(3, 2), xs[1]], d),
+        (3, 2),
+        (3, 2),
+    )
     case("unbind", lambda x, d=_dim: x.unbind(d), (3, 2, 3))
     case("split", lambda x, d=_dim: x.split(2, d), (3, 4, 3))
     case("split_sizes", lambda x, d=_dim: x.split([1, 2, 1], d), (4, 4, 4))
@@ -183,8 +188,12 @@ for _dims, _keep in itertools.product(([0], [1], [-1], [0, 2], [0, -2], [0, 1, 2
     case("norm", lambda x, d=_dims, k=_keep: torch.ops.aten.norm.ScalarOpt_dim(
         x, 3, d, bool(k)), (3, 2, 3))  # fmt: skip
     if _dims:
-        case("var_mean", lambda x, d=_dims, k=_keep: torch.var_mean(x, d, keepdim=bool(k)), (3, 2, 3))
-        case("std_mean", lambda x, d=_dims, k=_keep: torch.std_mean(x, d, keepdim=bool(k)), (3, 2, 3))
+        case(
+            "var_mean", lambda x, d=_dims, k=_keep: torch.var_mean(x, d, keepdim=bool(k)), (3, 2, 3)
+        )
+        case(
+            "std_mean", lambda x, d=_dims, k=_keep: torch.std_mean(x, d, keepdim=bool(k)), (3, 2, 3)
+        )
     if len(_dims) == 1:
         for _name in ("max", "min", "median", "nanmedian", "mode", "prod", "logcumsumexp"):
             if _name != "logcumsumexp":
@@ -255,7 +264,7 @@ for _bias in ((3, 4), (4,), (3, 1)):
     case("addr", lambda b, x, y: torch.addr(b, x, y), _bias, (3,), (4,))
 case("ger", torch.outer, (3,), (3,))
 for _one, _two in (((3, 2, 4), (4, 3)), ((3, 4), (3, 4, 2)), ((2, 3, 2, 2), (2, 1, 2, 3)),
-                   ((3, 2, 3), (3,)), ((3,), (3, 3, 2)), ((3,), (3,)), ((1, 3, 2), (3, 2, 3))):  # fmt: skip
+                   ((3, 2, 3), (3,)), ((3,), (3, 3, 2)), ((3,), (3,)), ((1, 3, 2), (3, 2, 3))):  # fmt: skip  # noqa: E501
     case("matmul", torch.matmul, _one, _two)
 for _x in ((3, 4), (2, 3, 4), (4,), (2, 2, 3, 4)):
     case("linear", F.linear, _x, (3, 4), (3,))
@@ -278,7 +287,7 @@ for _groups in (1, 2):
         case("conv_transpose1d", partial(F.conv_transpose1d, groups=_groups, stride=2), _x,
              (4, 4 // _groups, 3), (4,))  # fmt: skip
     for _x in ((3, 4, 4, 3), (4, 4, 3)):
-        case("conv2d", partial(F.conv2d, groups=_groups, stride=(1, 2)), _x, (2, 4 // _groups, 2, 2),
+        case("conv2d", partial(F.conv2d, groups=_groups, stride=(1, 2)), _x, (2, 4 // _groups, 2, 2),  # noqa: E501
              (2,))  # fmt: skip
         case("conv2d", partial(F.conv2d, groups=_groups, dilation=2), _x, (4, 4 // _groups, 2, 1))
 case("conv3d", F.conv3d, (3, 2, 3, 3, 2), (2, 2, 2, 2, 2), (2,))
@@ -297,11 +306,18 @@ for _x in ((3, 3, 2), (3, 4), (1, 3, 3), (3, 3, 2, 2)):
     _c = (_x[1],)
     case("batch_norm_train", lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True),
          _x, _c, _c)  # fmt: skip
-    case("batch_norm_eval", lambda x, w, b: F.batch_norm(
-        x, torch.zeros(x.shape[1]).double(), torch.ones(x.shape[1]).double(), w, b), _x, _c, _c)
+    case(
+        "batch_norm_eval",
+        lambda x, w, b: F.batch_norm(
+            x, torch.zeros(x.shape[1]).double(), torch.ones(x.shape[1]).double(), w, b
+        ),
+        _x,
+        _c,
+        _c,
+    )
     case("batch_norm_legit", lambda x, w, b: torch.ops.aten._native_batch_norm_legit.no_stats(
         x, w, b, True, 0.1, 1e-5)[0], _x, _c, _c)  # fmt: skip
-    case("batch_norm_legit_eval", lambda x, w, b: torch.ops.aten._native_batch_norm_legit_no_training(
+    case("batch_norm_legit_eval", lambda x, w, b: torch.ops.aten._native_batch_norm_legit_no_training(  # noqa: E501
         x, w, b, torch.zeros(x.shape[1]).double(), torch.ones(x.shape[1]).double(), 0.1, 1e-5)[0],
         _x, _c, _c)  # fmt: skip
     if len(_x) > 2:
@@ -311,7 +327,7 @@ case("embedding", lambda w: F.embedding(torch.tensor([0, 1, 1]), w, padding_idx=
 case("embedding_bag", lambda w: F.embedding_bag(
     torch.tensor([0, 1, 1, 2]), w, torch.tensor([0, 2, 3])), (3, 3))  # fmt: skip
 case("embedding_bag", lambda w, p: F.embedding_bag(
-    torch.tensor([[0, 1], [1, 2]]), w, mode="sum", per_sample_weights=p), (3, 3), (2, 2))  # fmt: skip
+    torch.tensor([[0, 1], [1, 2]]), w, mode="sum", per_sample_weights=p), (3, 3), (2, 2))  # fmt: skip  # noqa: E501
 
 _qkv = ((3, 2, 4, 2), (3, 2, 3, 2), (3, 2, 3, 2))
 case("sdpa", F.scaled_dot_product_attention, *_qkv)
@@ -385,9 +401,9 @@ for _how in ("none", "mean", "sum"):
     case("nll_loss2d", lambda x, h=_how: F.nll_loss(
         x, torch.tensor([[[0], [2], [1]]] * 3), reduction=h), (3, 3, 3, 1))  # fmt: skip
     case("cross_entropy", lambda x, h=_how: F.cross_entropy(x, torch.tensor([0, 2, 1]), reduction=h,
-                                                            label_smoothing=0.1), (3, 3))  # fmt: skip
+                                                            label_smoothing=0.1), (3, 3))  # fmt: skip  # noqa: E501
     case("ctc", lambda x, h=_how: F.ctc_loss(x, torch.ones(3, 2).long(), torch.tensor([3, 3, 2]),
-                                             torch.tensor([1, 2, 1]), reduction=h), (3, 3, 3))  # fmt: skip
+                                             torch.tensor([1, 2, 1]), reduction=h), (3, 3, 3))  # fmt: skip  # noqa: E501
 
 
 def _ids(high: int, *shape: int, unique: bool = False) -> Tensor:
@@ -440,7 +456,9 @@ for _index in INDICES:
     for _shape in ((3, 3, 3), (3, 3, 3, 2)):
         case("index", lambda x, i=_index: x[i()], _shape)
         for _accumulate in (True, False):
-            case("index_put", lambda x, v, i=_index, a=_accumulate: _put(x, i(), v, a), _shape, (3,))
+            case(
+                "index_put", lambda x, v, i=_index, a=_accumulate: _put(x, i(), v, a), _shape, (3,)
+            )
             case("index_put", lambda x, v, i=_index, a=_accumulate: _put(x, i(), v, a), _shape, ())
             case("index_put", lambda x, v, i=_index, a=_accumulate: _put(x, i(), x[i()] * v, a),
                  _shape, ())  # fmt: skip
@@ -488,8 +506,14 @@ case("put", lambda x, v: x.put(_ids(9, 4), v, True), (3, 3), (4,))
 case("trilinear", lambda a, b: torch.tensordot(a, b, ([0], [1])), (3, 2), (2, 3))
 case("scatter_reduce", lambda x, v: x.scatter_reduce(0, _ids(3, 3, 3), v, "amax"), (3, 3), (3, 3))
 case("segment", lambda x: torch.segment_reduce(x, "sum", lengths=torch.tensor([1, 2])), (3, 3))
-case("grouped_mm", lambda x, w: F.grouped_mm(
-    x.bfloat16(), w.bfloat16(), offs=torch.tensor([8, 16], dtype=torch.int32)), (16, 16), (2, 16, 16))
+case(
+    "grouped_mm",
+    lambda x, w: F.grouped_mm(
+        x.bfloat16(), w.bfloat16(), offs=torch.tensor([8, 16], dtype=torch.int32)
+    ),
+    (16, 16),
+    (2, 16, 16),
+)
 case("lstm", lambda x: _lstm()(x.float())[0], (4, 3, 2))
 case("lstm", lambda x: _lstm(batch_first=True)(x.float())[0], (3, 4, 2))
 case("lstm", lambda x: _lstm(bidirectional=True)(x.float())[1][0], (3, 3, 2))
@@ -497,13 +521,20 @@ aten = torch.ops.aten
 case("clamp_max", lambda x: x.clamp_max(0.5), (3, 4))
 case("norm_scalar", lambda x: aten.norm.Scalar(x, 3), (3, 4))
 case("native_dropout", lambda x: torch.native_dropout(x, 0.5, True)[0], (3, 4))
-case("fft_c2c", lambda x: torch.view_as_real(torch.fft.fft2(torch.view_as_complex(x))), (3, 3, 3, 2))
+case(
+    "fft_c2c", lambda x: torch.view_as_real(torch.fft.fft2(torch.view_as_complex(x))), (3, 3, 3, 2)
+)
 case("fft_c2c", lambda x: torch.view_as_real(torch.fft.ifft(torch.view_as_complex(x), dim=0)),
      (3, 3, 2))  # fmt: skip
 case("xlog1py", torch.special.xlog1py, (3, 1), (3,))
 case("index_put_impl", lambda x, v: aten._index_put_impl(x, [_ids(3, 4)], v, True), (3, 3), (4, 3))
 case("unsafe_index", lambda x: aten._unsafe_index(x, [None, _ids(3, 4)]), (3, 3))
-case("unsafe_index_put", lambda x, v: aten._unsafe_index_put(x, [_ids(3, 4)], v, True), (3, 3), (4, 3))
+case(
+    "unsafe_index_put",
+    lambda x, v: aten._unsafe_index_put(x, [_ids(3, 4)], v, True),
+    (3, 3),
+    (4, 3),
+)
 case("reshape_copy", lambda x: aten._reshape_copy(x, (6, 2)), (3, 4))
 case("narrow_copy", lambda x: torch.narrow_copy(x, 1, 1, 2), (3, 4))
 for _name in ("thnn_conv2d", "slow_conv_dilated2d", "slow_conv_transpose2d"):
@@ -602,7 +633,9 @@ def check_node(node: object, rng: random.Random, seen: dict) -> None:
                       for m, layout in zip(metas, layouts, strict=True)]  # fmt: skip
         with torch.no_grad():
             truth = [contributions(node, cotangents, layouts, e) for e in range(EXAMPLES)]
-            if name in transfer._MULTI or any(isinstance(t, Tensor) and t.is_sparse for t in truth[0]):
+            if name in transfer._MULTI or any(
+                isinstance(t, Tensor) and t.is_sparse for t in truth[0]
+            ):
                 truth = [[t if t is None else t.to_dense() for t in row] for row in truth]
         hidden = [rng.random() < 0.15 for _ in shapes]
         for parameter in (False, True) if name in transfer._WITH_WEIGHTS else (False,):
@@ -617,7 +650,9 @@ def check_node(node: object, rng: random.Random, seen: dict) -> None:
                 if shape is None:
                     assert result is None
                     continue
-                reached = [torch.zeros(shape) if t[k] is None else t[k].expand(shape) for t in truth]
+                reached = [
+                    torch.zeros(shape) if t[k] is None else t[k].expand(shape) for t in truth
+                ]
                 touched = torch.stack(reached) != 0
                 stats = seen.setdefault(name, {"layout": 0, "separable": 0})
                 if not isinstance(result, Layout):
@@ -633,7 +668,7 @@ def check_node(node: object, rng: random.Random, seen: dict) -> None:
                 each = torch.arange(EXAMPLES).reshape(-1, *[1] * len(shape))
                 wrong = touched & (result.owner != each)
                 assert not wrong.any(), (
-                    f"{name} of {visible} -> {[m.shape for m in metas]}, input {k}: elements given to "
+                    f"{name} of {visible} -> {[m.shape for m in metas]}, input {k}: elements given to "  # noqa: E501
                     f"one example and reached by another\nout {[x and x.owner for x in layouts]}\n"
                     f"derived {result.owner}\nexample, element {wrong.nonzero().tolist()[:6]}"
                 )
@@ -675,7 +710,7 @@ mkldnn_max_pool3d mkldnn_reshape neg_view nnpack_spatial_convolution pin_memory 
 scaled_dot_product_cudnn_attention scaled_dot_product_efficient_attention
 scaled_dot_product_flash_attention scaled_dot_product_fused_attention_overrideable slow_conv_dilated3d
 special_xlog1py take_along_dim upsample_lanczos2d_aa
-""".split()
+""".split()  # noqa: E501
 
 
 def test_every_op_that_the_cpu_makes_was_tried(request: pytest.FixtureRequest) -> None:

@@ -6,7 +6,6 @@ import warnings
 from collections import Counter
 
 import torch
-
 from tests.fuzz.judge import describe, judge, smallest
 
 
@@ -27,18 +26,18 @@ def main() -> int:
         counts[verdict.kind] += 1
         fallbacks += verdict.fallbacks > 0
         if verdict.kind in ("refused", "torch", "unsupported"):
-            print(f"seed {seed}: {verdict.kind}: {verdict.detail[:160]}", flush=True)
+            print(f"seed {seed}: {verdict.kind}: {verdict.detail[:160]}", flush=True)  # noqa: T201
         if verdict.failed:
             failed.append(seed)
-            print(f"seed {seed}: {verdict.kind}: {verdict.detail[:300]}", flush=True)
+            print(f"seed {seed}: {verdict.kind}: {verdict.detail[:300]}", flush=True)  # noqa: T201
             if chosen.report:
                 before = time.perf_counter()
                 skip, small = smallest(seed, verdict.kind)
-                print(f"  without steps {sorted(skip)}: {describe(seed, skip)}\n"
+                print(f"  without steps {sorted(skip)}: {describe(seed, skip)}\n"  # noqa: T201
                       f"  {small.kind}: {small.detail[:600]}", flush=True)  # fmt: skip
                 spent += time.perf_counter() - before
     seconds = time.perf_counter() - start - spent
-    print(f"{last - first} models, {(last - first) / seconds:.0f} per second: {dict(counts)}; "
+    print(f"{last - first} models, {(last - first) / seconds:.0f} per second: {dict(counts)}; "  # noqa: T201
           f"{fallbacks} with a fallback; failed: {failed}")  # fmt: skip
     return 1 if failed else 0
 

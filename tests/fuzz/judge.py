@@ -5,11 +5,11 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+from tests.fuzz.models import Model
 from torch import Tensor
 
 import pergrad
 from pergrad.graph import plan
-from tests.fuzz.models import Model
 
 TOLERANCE = 1e-9
 
@@ -17,7 +17,7 @@ TOLERANCE = 1e-9
 @dataclass
 class Verdict:
     """`kind`: "exact", "mixed" (refused, exact on request), "unsupported",
-    "torch" (torch is wrong, by finite differences), "nothing", "refused" (without need), or a failure."""
+    "torch" (torch is wrong, by finite differences), "nothing", "refused" (without need), or a failure."""  # noqa: E501
 
     kind: str
     detail: str = ""
@@ -93,7 +93,7 @@ def check(losses: Tensor, params: dict[str, Tensor], verbs: tuple[str, ...],
         try:
             found = pergrad.backward(losses, params, weights=weights, **keep)
             compare("backward's norms", found, norms, norms)
-            grads = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad.to_dense()).reshape(-1)
+            grads = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad.to_dense()).reshape(-1)  # noqa: E501
                                for p in params.values()])  # fmt: skip
             compare("grad", grads, J.T @ weights, (norms * weights.abs()).sum().expand(grads.shape))
         finally:
@@ -140,7 +140,9 @@ def freed(model: Model, version: int, J: Tensor, rng: random.Random, options: di
             weights = pergrad.clip(0.5)(norms)
             grads = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1)
                                for p in model.params.values()])  # fmt: skip
-            compare("clipped grad", grads, J.T @ weights, (norms * weights).sum().expand(grads.shape))
+            compare(
+                "clipped grad", grads, J.T @ weights, (norms * weights).sum().expand(grads.shape)
+            )
         finally:
             for p in model.params.values():
                 p.grad = None
@@ -201,7 +203,9 @@ def judge(seed: int, skip: frozenset[int] = frozenset(), everything: bool = Fals
         verbs = ("flat", *VERBS) if everything else verbs
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            if {"freq", "sparse"} & set(model.log):  # torch's own second derivative is wrong or missing
+            if {"freq", "sparse"} & set(
+                model.log
+            ):  # torch's own second derivative is wrong or missing
                 verbs = tuple(verb for verb in verbs if verb != "create_graph")
             options: dict[str, object] = {}
             if rng.random() < 0.2:
@@ -232,7 +236,9 @@ def judge(seed: int, skip: frozenset[int] = frozenset(), everything: bool = Fals
                 import traceback
 
                 where = traceback.extract_tb(error.__traceback__)
-                at = " < ".join(f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in where[:-6:-1])
+                at = " < ".join(
+                    f"{f.filename.rsplit('/', 1)[-1]}:{f.lineno}" for f in where[:-6:-1]
+                )
                 return Verdict("crash", f"{type(error).__name__}: {error} at {at}")
         fallbacks += any(issubclass(w.category, pergrad.FallbackWarning) for w in caught)
     if refused:

@@ -2,7 +2,7 @@
 
 A model is a list of steps. Each step has its own random numbers, drawn from the seed and its number,
 so that a step can be left out without changing the others: that is how failures are made small.
-"""
+"""  # noqa: E501
 
 import random
 from collections.abc import Callable
@@ -173,9 +173,14 @@ class Model:
             known = set(self.params)
             wrap = self.rng.random() < 0.08
             try:
-                act = (self._checkpointed if wrap else step)(*(
-                    (step, i, source, list(pool), data) if wrap else (self, source, pool, data)))
-                if act.x.numel() > LARGEST or act.x.numel() == 0 or act.x.shape[act.b] != self.batch:
+                act = (self._checkpointed if wrap else step)(
+                    *((step, i, source, list(pool), data) if wrap else (self, source, pool, data))
+                )
+                if (
+                    act.x.numel() > LARGEST
+                    or act.x.numel() == 0
+                    or act.x.shape[act.b] != self.batch
+                ):
                     raise Unfit
             except (Unfit, RuntimeError, IndexError):  # torch refuses some shapes
                 for name in set(self.params) - known:
@@ -376,7 +381,7 @@ def _normed(m: Model, shape: tuple) -> Tensor:
                          lambda: p.to(torch.float64).contiguous()])()  # fmt: skip
 
 
-CHAINS = [_transposed, _viewed, _exp, _weight_norm, _joined, _masked, _low_rank, _repeated, _shifted,
+CHAINS = [_transposed, _viewed, _exp, _weight_norm, _joined, _masked, _low_rank, _repeated, _shifted,  # noqa: E501
           _sliced, _selected, _expanded, _looked_up, _normed]  # fmt: skip
 
 
@@ -465,7 +470,9 @@ def addmm(m, a, pool, data):
     bias = m.param(*m.rng.choice([shape, shape[1:], (shape[0], 1), (1, shape[1]), ()]))
     w = m.param(n, x.shape[0]) if left else m.param(x.shape[1], n)
     one, two = (w, x) if left else (x, w)
-    return Act(torch.addmm(bias, one, two, alpha=m.rng.choice([1, 2.5]), beta=m.rng.choice([1, 0.3])), a.b)
+    return Act(
+        torch.addmm(bias, one, two, alpha=m.rng.choice([1, 2.5]), beta=m.rng.choice([1, 0.3])), a.b
+    )
 
 
 def expanded_matmul(m, a, pool, data):
@@ -501,7 +508,7 @@ def merged_linear(m, a, pool, data):
     if b == 2:
         x, b = x.movedim(2, m.rng.randrange(2)), None
     if b is None:
-        b = [d for d in range(2) if x.shape[d] == m.batch and x.stride(d) == a.x.stride(a.b)][0]
+        b = [d for d in range(2) if x.shape[d] == m.batch and x.stride(d) == a.x.stride(a.b)][0]  # noqa: RUF015
     s = x.shape
     rows = x.reshape(s[0] * s[1], s[2])
     kind = m.rng.choice(["linear", "norm", "add", "bias", "embed", "gate"])
@@ -663,7 +670,9 @@ def channels_are_examples(m, a, pool, data):
         return Act(F.instance_norm(x, None, None, m.param(c), m.param(c)), 0)
     flat = x.reshape(1, m.batch * c, -1)
     w = m.param(m.batch * c)
-    return Act(F.batch_norm(flat, None, None, w, m.param(m.batch * c), training=True).reshape(x.shape), 0)
+    return Act(
+        F.batch_norm(flat, None, None, w, m.param(m.batch * c), training=True).reshape(x.shape), 0
+    )
 
 
 def along(m, a, pool, data):
@@ -845,7 +854,7 @@ def rearrange(m, a, pool, data):
     d = m.rng.choice(dims)
     n = a.x.shape[d]
     x = a.x
-    kind = m.rng.choice(["flip", "roll", "narrow", "step", "split", "chunk", "unbind", "cat", "stack",
+    kind = m.rng.choice(["flip", "roll", "narrow", "step", "split", "chunk", "unbind", "cat", "stack",  # noqa: E501
                          "pad", "unfold", "repeat", "select", "gather", "index_select", "index",
                          "mask", "repeat_interleave", "tile", "diagonal", "cat_param", "take",
                          "stack_param", "class_token", "circular"])  # fmt: skip
@@ -877,7 +886,10 @@ def rearrange(m, a, pool, data):
         _need(a.rank < 5)
         return Act(torch.stack([x, x.cos()], at), a.b + (at <= a.b))
     if kind == "pad":
-        pad = [0, 0] * (a.rank - 1 - d) + [m.rng.choice([0, 1]), m.rng.choice([1, -1] if n > 1 else [1])]
+        pad = [0, 0] * (a.rank - 1 - d) + [
+            m.rng.choice([0, 1]),
+            m.rng.choice([1, -1] if n > 1 else [1]),
+        ]
         return Act(F.pad(x, pad), a.b)
     if kind == "circular":
         order = torch.arange(-1, n + 1) % n
@@ -934,7 +946,9 @@ def shuffle_examples(m, a, pool, data):
                          "gather", "scatter", "index_add", "index_copy", "unbind", "chunks",
                          "index_put", "split_cat", "select_loop", "repeat"])  # fmt: skip
     m.log.append(kind)
-    scale = m.param(*m.rng.choice([(), (1,) * a.rank, tuple(1 if d == b else s for d, s in enumerate(x.shape))]))
+    scale = m.param(
+        *m.rng.choice([(), (1,) * a.rank, tuple(1 if d == b else s for d, s in enumerate(x.shape))])
+    )
     if kind in ("index_select", "index"):
         pick = (slice(None),) * b
         y = x.index_select(b, order) if kind == "index_select" else x[(*pick, order)]
@@ -952,7 +966,9 @@ def shuffle_examples(m, a, pool, data):
             one, two = x.split([n, m.batch - n], b)
         return Act(torch.cat([one * scale, two.sin()], b), b)
     if kind in ("stack", "loop", "unbind", "select_loop"):
-        rows = list(x.unbind(b)) if kind != "select_loop" else [x.select(b, i) for i in range(m.batch)]
+        rows = (
+            list(x.unbind(b)) if kind != "select_loop" else [x.select(b, i) for i in range(m.batch)]
+        )
         if kind == "loop":
             w = m.param(*rows[0].shape)
             rows = [row * w if i % 2 else row + w for i, row in enumerate(rows)]
@@ -1001,7 +1017,9 @@ def in_place(m, a, pool, data):
     d = m.rng.choice(dims)
     if kind == "slice":
         view = y.narrow(d, 0, max(1, y.shape[d] // 2))
-        view.copy_(m.param(*[1 if i == a.b else s for i, s in enumerate(view.shape)]).expand(view.shape))
+        view.copy_(
+            m.param(*[1 if i == a.b else s for i, s in enumerate(view.shape)]).expand(view.shape)
+        )
     elif kind == "select":
         view = y.select(d, 0)
         view.mul_(m.param())
@@ -1037,7 +1055,15 @@ def attention(m, a, pool, data):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=m.rng.random() < 0.3)
     else:
         t = q.shape[-2]
-        bias = m.param(*m.rng.choice([(t, t), (1,) * (q.dim() - 2) + (t, t), (q.shape[0],) + (1,) * (q.dim() - 3) + (t, t)]))
+        bias = m.param(
+            *m.rng.choice(
+                [
+                    (t, t),
+                    (1,) * (q.dim() - 2) + (t, t),
+                    (q.shape[0],) + (1,) * (q.dim() - 3) + (t, t),
+                ]
+            )
+        )
         y = F.scaled_dot_product_attention(q, k, v, bias)
     if odd:
         y = y.squeeze(0)
@@ -1051,7 +1077,10 @@ def two_branches(m, a, pool, data):
     if other.x.shape == a.x.shape and other.b == a.b:
         return Act(m.rng.choice([torch.add, torch.mul, torch.sub])(a.x, other.x.sin()), a.b)
     per_example = other.x.movedim(other.b, 0).flatten(1).mean(1) if other.rank > 1 else other.x
-    return Act(a.x * _beside(per_example, a) if m.rng.random() < 0.5 else a.x + _beside(per_example, a), a.b)
+    return Act(
+        a.x * _beside(per_example, a) if m.rng.random() < 0.5 else a.x + _beside(per_example, a),
+        a.b,
+    )
 
 
 def data_products(m, a, pool, data):
@@ -1135,8 +1164,8 @@ def parameter_only(m, a, pool, data):
     """A branch that no data enters, shaped like a batch."""
     shape = list(a.x.shape)
     p = m.param(*shape)
-    p = m.rng.choice([lambda: p.softmax(a.b), lambda: p - p.mean(), lambda: p, lambda: p.cumsum(a.b),
-                      lambda: p @ m.param(shape[-1], shape[-1]) if a.rank > 1 else p])()  # fmt: skip
+    p = m.rng.choice([lambda: p.softmax(a.b), lambda: p - p.mean(), lambda: p, lambda: p.cumsum(a.b),  # noqa: E501
+                      lambda: p @ m.param(shape[-1], shape[-1]) if a.rank > 1 else p])()  # fmt: skip  # noqa: E501
     return Act(a.x + p, a.b)
 
 
@@ -1255,7 +1284,10 @@ def experts(m, a, pool, data):
 def bilinear(m, a, pool, data):
     a = _features_last(m, a)
     n, k = m.size(), a.x.shape[-1]
-    return Act(F.bilinear(a.x, a.x.sin(), m.param(n, k, k), m.param(n) if m.rng.random() < 0.5 else None), a.b)
+    return Act(
+        F.bilinear(a.x, a.x.sin(), m.param(n, k, k), m.param(n) if m.rng.random() < 0.5 else None),
+        a.b,
+    )
 
 
 def tiled(m, a, pool, data):
@@ -1270,18 +1302,25 @@ def tiled(m, a, pool, data):
     kind = m.rng.choice(["repeat", "interleave", "expand", "index", "tile", "gather"])
     m.log.append(f"{kind} {b}")
     if b == 0:  # rows are (example, position)
-        wide = {"repeat": lambda: p.repeat(m.batch, 1), "tile": lambda: p.tile(m.batch, 1),
-                "expand": lambda: p.expand(m.batch, inner, s[2]).reshape(-1, s[2]),
-                "index": lambda: p[torch.arange(inner).repeat(m.batch)],
-                "gather": lambda: p.gather(0, torch.arange(inner).repeat(m.batch)[:, None].expand(-1, s[2])),
-                "interleave": lambda: p.unsqueeze(0).repeat_interleave(m.batch, 0).flatten(0, 1)}
+        wide = {
+            "repeat": lambda: p.repeat(m.batch, 1),
+            "tile": lambda: p.tile(m.batch, 1),
+            "expand": lambda: p.expand(m.batch, inner, s[2]).reshape(-1, s[2]),
+            "index": lambda: p[torch.arange(inner).repeat(m.batch)],
+            "gather": lambda: p.gather(
+                0, torch.arange(inner).repeat(m.batch)[:, None].expand(-1, s[2])
+            ),
+            "interleave": lambda: p.unsqueeze(0).repeat_interleave(m.batch, 0).flatten(0, 1),
+        }
     else:
-        wide = {"repeat": lambda: p.repeat_interleave(m.batch, 0),
-                "tile": lambda: p.unsqueeze(1).tile(1, m.batch, 1).flatten(0, 1),
-                "expand": lambda: p[:, None].expand(inner, m.batch, s[2]).reshape(-1, s[2]),
-                "index": lambda: p[torch.arange(inner).repeat_interleave(m.batch)],
-                "gather": lambda: p.index_select(0, torch.arange(inner).repeat_interleave(m.batch)),
-                "interleave": lambda: p.repeat_interleave(m.batch, 0)}
+        wide = {
+            "repeat": lambda: p.repeat_interleave(m.batch, 0),
+            "tile": lambda: p.unsqueeze(1).tile(1, m.batch, 1).flatten(0, 1),
+            "expand": lambda: p[:, None].expand(inner, m.batch, s[2]).reshape(-1, s[2]),
+            "index": lambda: p[torch.arange(inner).repeat_interleave(m.batch)],
+            "gather": lambda: p.index_select(0, torch.arange(inner).repeat_interleave(m.batch)),
+            "interleave": lambda: p.repeat_interleave(m.batch, 0),
+        }
     rows = rows * wide[kind]() if m.rng.random() < 0.5 else rows + wide[kind]()
     return Act(rows.reshape(s), b)
 
@@ -1295,7 +1334,7 @@ def own_weights(m, a, pool, data):
     made = (x.mean(1) @ m.param(k, k * n)).reshape(m.batch, k, n)
     if m.rng.random() < 0.5:
         return Act(torch.bmm(x, made), 0)
-    y = F.conv1d(x.transpose(1, 2).reshape(1, m.batch * k, -1), made.transpose(1, 2).reshape(m.batch * n, k, 1),
+    y = F.conv1d(x.transpose(1, 2).reshape(1, m.batch * k, -1), made.transpose(1, 2).reshape(m.batch * n, k, 1),  # noqa: E501
                  groups=m.batch)  # fmt: skip
     return Act(y.reshape(m.batch, n, -1), 0)
 
