@@ -181,9 +181,9 @@ class _Pass:
         if left:
             names = ", ".join(f"`{self.graph.targets[target]}`" for target in left[:5])
             raise UnsupportedError(
-                f"The backward pass did not come by every use of {names}, so its gradients would be "
-                "incomplete and no number is returned. This is a defect of pergrad; please report "
-                "it with this model."
+                f"The backward pass did not come by every use of {names}, so its gradients would "
+                "be incomplete and no number is returned. This is a defect of pergrad; please "
+                "report it with this model."
             )
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "attributes",
     "call",
     "edges",
+    "first_static_backward",
     "get_gradient_edge",
     "hooks_aside",
     "inside_pass",
@@ -375,6 +376,18 @@ def reentrant_checkpoint(node: Node) -> bool:
     import torch.utils.checkpoint as checkpoint
 
     return getattr(type(node), "_forward_cls", None) is checkpoint.CheckpointFunction
+
+
+def first_static_backward(node: Node) -> bool:
+    """Whether a backward through the node would be taken for DDP's first one.
+
+    With static_graph=True that pass decides which gradients are synchronised from then on: should
+    it not compute them all, none is ever synchronised again.
+    """
+    if not is_python(node) or op_name(node) != "_DDPSink":
+        return False
+    module = node.ddp_weakref()
+    return bool(module.static_graph and not module._static_graph_delay_allreduce_enqueued)
 
 
 def inside_pass(losses: Tensor, wanted: Sequence[GradientEdge], work: Any) -> None:

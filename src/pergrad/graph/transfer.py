@@ -400,6 +400,14 @@ for _name in ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_si
     _MULTI[_name] = _cut
 
 
+def _sink(op: Op, outs: list[Layout | None]) -> list[Result]:
+    """What DistributedDataParallel puts around its outputs: the identity of each."""
+    return list(outs) if len(outs) == len(op.in_shapes) else unknown(op)
+
+
+_MULTI["_DDPSink"] = _sink
+
+
 # --- Reductions ----------------------------------------------------------------------------------
 
 

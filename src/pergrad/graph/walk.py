@@ -91,8 +91,8 @@ def walk(losses: Tensor, params: Mapping[str, Tensor]) -> Graph:
     """Read the graph of `losses` down to every leaf.
 
     Raises:
-        UnsupportedError: a re-entrant checkpoint hides the parameters inside it, or a parameter is a
-            shell around other tensors.
+        UnsupportedError: a re-entrant checkpoint hides the parameters inside it, a parameter is a
+            shell around other tensors, or the pass would upset DistributedDataParallel.
     """
     for name, p in params.items():
         if nodes.wraps_tensors(p):
@@ -113,6 +113,13 @@ def walk(losses: Tensor, params: Mapping[str, Tensor]) -> Graph:
     leads, pure = _classify(ordered, edges, targets)
     graph = Graph(ordered, edges, (index[root.node], root.output_nr), targets, leads, pure)
     for node in ordered:
+        if nodes.first_static_backward(node):
+            raise UnsupportedError(
+                "The losses come from DistributedDataParallel with static_graph=True, which has "
+                "not run a backward yet. It would take pergrad's pass for its first one and never "
+                "synchronise gradients again. Run one ordinary training step before, or compute "
+                "the losses with the wrapped model, `ddp.module`."
+            )
         if nodes.reentrant_checkpoint(node):
             raise UnsupportedError(
                 f"The losses go through a re-entrant activation checkpoint ({_block(node)}), which "
