@@ -55,14 +55,7 @@ def test_random_models_are_exact_or_refused(first: int) -> None:
     assert counts["refused"] + counts["unsupported"] <= 0.05 * STEP
 
 
-OPEN = {40567: "a cotangent that a use and a requested tensor share is handed to the use alone"}
-
-
-@pytest.mark.parametrize(
-    "seed",
-    [pytest.param(seed, marks=pytest.mark.xfail(reason=OPEN[seed], strict=False))
-     if seed in OPEN else seed for seed in ONCE_FAILED],
-)  # fmt: skip
+@pytest.mark.parametrize("seed", ONCE_FAILED)
 def test_seed_that_once_failed(seed: int) -> None:
     verdict = judge(seed, everything=True)
     assert not verdict.failed, (verdict.kind, verdict.detail)
@@ -134,3 +127,14 @@ def test_tensor_in_the_middle_of_the_graph(cut) -> None:
     w, x = leaf(5, 4), leaf(3, 4).detach()
     v = cut(w)
     exact((x * v).sin().sum(1), {"v": v})
+
+
+def test_a_tensor_in_the_middle_and_the_parameter_it_comes_from() -> None:
+    """Both are asked for: the cotangent that a use and a requested tensor share serves both."""
+    w, ids = torch.randn(5, 3, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 3])
+    middle = w[ids]
+    losses = middle.square().sum(1)
+    norms = pergrad.norms_by_parameter(losses, {"w": w, "middle": middle}, retain_graph=True)
+    own = 2 * middle.detach().norm(dim=1)
+    torch.testing.assert_close(norms["middle"], own)
+    torch.testing.assert_close(norms["w"], own)

@@ -106,3 +106,37 @@ def test_an_unknown_layout_that_may_not_be_measured(model: nn.Module) -> None:
     with pytest.raises(pergrad.UsageError, match=r"`0\.(weight|bias)`(.|\n)*check_layout=\"once\""):
         pergrad.norms(values, model, check_layout="never")
     assert pergrad.norms(model(x).sum(1), model, check_layout="never").shape == (5,)
+
+
+class Hidden(torch.autograd.Function):
+    """A block that runs its own backward, as reversible layers do."""
+
+    @staticmethod
+    def forward(ctx, block, x):
+        ctx.block = block
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return block(x)
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = ctx.block(x)
+        torch.autograd.backward(y, g)
+        return None, x.grad
+
+
+@pytest.mark.parametrize("before", [None, 2.0])
+@pytest.mark.parametrize("verb", [pergrad.norms, pergrad.gram, pergrad.gradients, pergrad.explain])
+def test_parameters_that_bypass_the_graph(verb, before: float | None) -> None:
+    first, block, last = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+    model = nn.ModuleList([first, block, last])
+    for p in model.parameters():
+        p.grad = None if before is None else torch.full_like(p, before)
+    values = last(Hidden.apply(block, first(torch.randn(4, 3)))).square().sum(1)
+    with pytest.raises(pergrad.UnsupportedError, match=r"hides 2 parameters(.|\n)*`1\.weight`"):
+        verb(values, model)
+    for p in model.parameters():
+        assert p.grad is None if before is None else bool((p.grad == before).all())

@@ -12,7 +12,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # From the bottom up; a layer may import from itself and from those before it.
 LAYERS = [
     ["errors"],
-    ["factors", "inputs", "retained"],
+    ["factors", "inputs", "retained", "hidden"],
     ["graph"],
     ["rules"],
     ["engine"],

@@ -19,6 +19,7 @@ from pergrad.graph.layout import describe
 from pergrad.graph.plan import Plan, plan_for
 from pergrad.graph.uses import Site
 from pergrad.graph.walk import Graph, Slot
+from pergrad.hidden import nothing_hidden
 from pergrad.retained import retained_untouched
 from pergrad.rules import Operand, Situation, calls_node, rule_for
 from pergrad.rules.fallback import direct, fallback
@@ -209,7 +210,7 @@ def run(
     records: list[Record] | None = None,
 ) -> None:
     """Call `emit(name, factor)` once for every parameter that the losses reach."""
-    with retained_untouched(), nodes.hooks_aside(params) as hooks:
+    with retained_untouched(), nothing_hidden(params), nodes.hooks_aside(params) as hooks:
         graph, plan = plan_for(losses, params, options.check_layout)
         _policy(graph, plan, options)
         _warn(graph, plan, losses.shape[0])
@@ -413,7 +414,10 @@ def _streaming(losses: Tensor, state: _Pass, options: Options) -> None:
         by_slot = dict(zip(wanted, grads, strict=True))
         del grads
         for site in requests.returned:
-            cotangents = [by_slot.pop((site.node, n), None) for n in range(len(site.layouts))]
+            slots = [(site.node, n) for n in range(len(site.layouts))]
+            cotangents = [
+                by_slot.get(s) if s in plan.direct else by_slot.pop(s, None) for s in slots
+            ]
             state.serve(site, cotangents)
             del cotangents
         for target in plan.direct:

@@ -60,7 +60,21 @@ def measure(losses: Tensor, graph: Graph, slots: list[Slot]) -> Measured:
         expected = choice[owner.clamp(0, max(examples - 1, 0))]
         owner[alive & ((owner >= examples) | (value != expected))] = _MANY
         owner[(owner == NOBODY) & _differs(plain[slot], seen[slot])] = _MANY
-    return {slot: _layout(graph.shape(slot), owner, examples) for slot, owner in owners.items()}
+    return {
+        slot: _layout(graph.shape(slot), _whole(graph.shape(slot), owner), examples)
+        for slot, owner in owners.items()
+    }
+
+
+def _whole(shape: tuple[int, ...], owner: Tensor) -> Tensor:
+    """One owner for the two parts of each complex number."""
+    if owner.dim() == len(shape) or owner.numel() != 2 * _count(shape):
+        return owner
+    one, two = owner.unbind(-1)
+    worst = torch.minimum(one, two)
+    differ = (one != two) & (one != NOBODY) & (two != NOBODY) & (worst >= 0)
+    total = torch.where(worst < NOBODY, worst, torch.maximum(one, two))
+    return torch.where(differ, _MANY, total)
 
 
 def _narrow(graph: Graph) -> bool:
@@ -83,10 +97,15 @@ def _start(value: Tensor | None) -> Tensor:
     return owner
 
 
+def _parts(value: Tensor | None) -> Tensor | None:
+    """A complex number as two elements: its parts may follow different examples."""
+    if value is None or not value.is_complex():
+        return value
+    return torch.view_as_real(value.resolve_conj())
+
+
 def _real(value: Tensor) -> Tensor:
-    """Complex numbers by the larger of their parts; half precision widened without rounding."""
-    if value.is_complex():
-        value = torch.where(value.real.abs() >= value.imag.abs(), value.real, value.imag)
+    """Half precision widened without rounding."""
     return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
 
@@ -173,7 +192,7 @@ def _pass(losses: Tensor, graph: Graph, slots: list[Slot], seeds: Tensor,
             for number in at_node.get(i, ()):
                 value = here[number]
                 if visit is None:
-                    found[i, number] = value
+                    found[i, number] = _parts(value)
                 elif value is not None:
                     visit((i, number), value)
             if i not in above:
@@ -212,12 +231,19 @@ def verify(losses: Tensor, graph: Graph, layouts: Mapping[Slot, Layout]) -> None
     Raises:
         UnsupportedError: an element does not follow the example that it was derived to belong to.
     """
+    examples = losses.shape[0]
     generator = torch.Generator().manual_seed(21)
-    signs = torch.randint(0, 2, (losses.shape[0],), generator=generator) * 2.0 - 1.0
-    powers = torch.randint(0, 8, (losses.shape[0],), generator=generator)
-    wrong = _unlike(losses, graph, layouts, signs if _narrow(graph) else signs * 2.0**powers)
-    if wrong:  # a very large gradient has no room for powers
-        wrong = _unlike(losses, graph, layouts, signs)
+    signs = torch.randint(0, 2, (examples,), generator=generator) * 2.0 - 1.0
+    powers = torch.randint(0, 8, (examples,), generator=generator)
+    narrow = _narrow(graph)
+    wrong = [] if narrow else _unlike(losses, graph, layouts, signs * 2.0**powers)
+    if wrong or narrow:
+        # No room for powers. Signs that spell out the examples' numbers tell any two apart.
+        numbers = torch.arange(examples)
+        wrong = []
+        for place in range((examples - 1).bit_length()):
+            signs = 1.0 - 2.0 * ((numbers >> place) % 2)
+            wrong += _unlike(losses, graph, layouts, signs)
     if wrong:
         below = graph.names_below(wrong[0][0], 1)
         raise UnsupportedError(
@@ -272,5 +298,10 @@ def _bits(g: Tensor, offset: int) -> float:
         return float((g.double().abs() * weights).sum())
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[g.element_size()]
     bits = (g + 0).view(whole).long()  # + 0: minus zero and zero are the same gradient
+    # A product keeps of a changed sign, the highest bit, no more than the factor's parity: mix
+    # high bits into low ones first, and weigh by odd numbers.
+    bits = bits ^ (bits >> 31)
+    bits = bits * -0x61C8864680B583EB
+    bits = bits ^ (bits >> 29)
     places = torch.arange(offset, offset + bits.numel())
-    return int((bits * (places * 0x9E3779B1 + 0x85EBCA6B)).sum())
+    return int((bits * (places * 0x9E3779B2 + 0x85EBCA6B)).sum())

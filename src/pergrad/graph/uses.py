@@ -13,7 +13,7 @@ import torch
 
 from pergrad.graph.chain import expanded_weight
 from pergrad.graph.layout import Layout, along, merge
-from pergrad.graph.transfer import Op, Result, Why, transfer, understands
+from pergrad.graph.transfer import ELEMENTWISE, Op, Result, Why, transfer, understands
 from pergrad.graph.walk import Graph, Slot
 
 Measured = dict[Slot, Layout | None]  # None: several examples meet in one element
@@ -177,7 +177,8 @@ class _Spread:
             found = self.measured[slot]
             if found is not None:
                 return found
-        if layouts or Why.MIXING in kinds or (open_question and self._interacts(slot, rest)):
+        meet = bool(layouts) and self._data[slot[0]]
+        if meet or Why.MIXING in kinds or (open_question and self._interacts(slot, rest)):
             at_fault = [p for p, what in rest if what is Why.MIXING]
             at_fault = at_fault or [p for p, _ in rest] or [p for p, _ in arrived]
             self.mixes.append(Mix(max(at_fault), slot))
@@ -253,6 +254,12 @@ _READERS = {
 }  # fmt: skip
 
 
+def _outgrows(graph: Graph, i: int) -> bool:
+    """Whether an op's output is larger than every input that leads to a parameter."""
+    inputs = [graph.shape((c, n)) for c, n in graph.edges[i] if c >= 0 and graph.leads[c]]
+    return all(_numel(shape) < _numel(graph.shape((i, 0))) for shape in inputs)
+
+
 def _reads_data(graph: Graph) -> list[bool]:
     """Whether data, not parameters and constants alone, enters below each node."""
     found = [False] * len(graph.nodes)
@@ -262,8 +269,11 @@ def _reads_data(graph: Graph) -> list[bool]:
         op = graph.op(i)
         missing = any(c < 0 or not graph.leads[c] for c, _ in graph.edges[i])
         opaque = not understands(op) and op not in ("weight_norm_interface", "accumulate_grad")
+        # x * w for a scale w of one number for each feature: x is data if it is larger than w
+        larger = op in ELEMENTWISE and missing and _outgrows(graph, i)
         found[i] = (
-            op == "embedding"
+            larger
+            or op == "embedding"
             or (op in _READERS and missing)
             or (opaque and not graph.pure[i])
             or any(found[c] for c in graph.children(i))
