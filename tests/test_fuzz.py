@@ -8,6 +8,8 @@ import torch
 from tests.fuzz.judge import check, judge, truth
 from tests.fuzz.models import Model
 
+import pergrad
+
 QUICK = range(500)
 STEP = 100
 
