@@ -7,6 +7,7 @@ Does not know: what a caller makes of the factors.
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -210,8 +211,15 @@ def run(
     records: list[Record] | None = None,
 ) -> None:
     """Call `emit(name, factor)` once for every parameter that the losses reach."""
-    with retained_untouched(), nothing_hidden(params), nodes.hooks_aside(params) as hooks:
+    with (
+        retained_untouched(),
+        nothing_hidden(params),
+        nodes.hooks_aside(params) as hooks,
+        ExitStack() as stack,
+    ):
         graph, plan = plan_for(losses, params, options.check_layout)
+        if _compiled(graph, plan):
+            stack.enter_context(nodes.compiled_regions_kept())
         _policy(graph, plan, options)
         _warn(graph, plan, losses.shape[0])
         state = _Pass(
@@ -364,7 +372,14 @@ def _requests(graph: Graph, plan: Plan) -> _Requests:
             reached.add(i)
         if executed:
             run.add(i)
-    return _Requests(list(wanted), streamed, returned, bool(run & _pulled(graph, plan)))
+    # A compiled region that has run once clears its tensors, unless the graph is kept.
+    keep = bool(run & _pulled(graph, plan)) or _compiled(graph, plan)
+    return _Requests(list(wanted), streamed, returned, keep)
+
+
+def _compiled(graph: Graph, plan: Plan) -> bool:
+    """Whether a compiled region uses parameters."""
+    return any(nodes.is_compiled(graph.nodes[site.node]) for site in plan.sites)
 
 
 def _pulled(graph: Graph, plan: Plan) -> set[int]:

@@ -25,12 +25,14 @@ __all__ = [
     "attribute",
     "attributes",
     "call",
+    "compiled_regions_kept",
     "edges",
     "first_static_backward",
     "get_gradient_edge",
     "hooks_aside",
     "inside_pass",
     "is_checkpointed",
+    "is_compiled",
     "leaf_variable",
     "metas",
     "op_name",
@@ -367,6 +369,20 @@ def wraps_tensors(tensor: Tensor) -> bool:
 def version(tensor: Tensor) -> int:
     """How often a tensor's memory has been written in place; shared by its views."""
     return tensor._version
+
+
+def is_compiled(node: Node) -> bool:
+    """Whether the node is a whole region compiled by torch.compile."""
+    return is_python(node) and op_name(node).startswith("CompiledFunction")
+
+
+@contextmanager
+def compiled_regions_kept() -> Iterator[None]:
+    """A compiled region may be asked for a graph to be retained: its buffers are not given away."""
+    import torch._functorch.config as config
+
+    with config.patch(donated_buffer=False):
+        yield
 
 
 def reentrant_checkpoint(node: Node) -> bool:
