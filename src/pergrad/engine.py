@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import Tensor
@@ -152,7 +153,7 @@ class _Pass:
                 _, wide, dim, start = step
                 size = list(wide)
                 inner = mapped(factor, tuple(steps)) if steps else factor
-                size[dim] = _numel(inner.shape) // max(_numel(wide) // max(wide[dim], 1), 1)
+                size[dim] = prod(inner.shape) // max(prod(wide) // max(wide[dim], 1), 1)
                 inner = mapped(inner, (("view", tuple(size)),))
                 factor, steps = Embedded(inner, wide, (dim, start, start + size[dim])), []
             else:
@@ -187,13 +188,6 @@ class _Pass:
                 "be incomplete and no number is returned. This is a defect of pergrad; please "
                 "report it with this model."
             )
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _total(parts: list[Factor]) -> Factor | None:
@@ -451,16 +445,11 @@ def _gradients(
     with torch.enable_grad():
         # A sum, not a vector of ones as grad_outputs: that would make torch import sympy, 35 MB.
         total = losses.sum()
-    try:
+    with nodes.in_our_words():
         return torch.autograd.grad(
             total, [graph.edge(slot) for slot in wanted], allow_unused=True,
             retain_graph=retain_graph, create_graph=create_graph,
         )  # fmt: skip
-    except RuntimeError as error:
-        translated = nodes.translate(error)
-        if translated is error:
-            raise
-        raise translated from error
 
 
 def _at_once(losses: Tensor, state: _Pass) -> None:

@@ -5,6 +5,7 @@ Does not know: the graph.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +136,7 @@ def direction(
     Raises:
         UsageError: a name, a shape or the number of elements differs from the parameters'.
     """
-    total = sum(_numel(shape) for shape in shapes.values())
+    total = sum(prod(shape) for shape in shapes.values())
     if isinstance(v, Tensor):
         if v.dim() != 1 or v.numel() != total:
             raise UsageError(
@@ -148,7 +149,7 @@ def direction(
                 f"The direction `{what}` is on device {v.device}, the parameters are not: move it "
                 f"with `.to({str(next(iter(devices.values())))!r})`."
             )
-        parts = torch.split(v, [_numel(shape) for shape in shapes.values()])
+        parts = torch.split(v, [prod(shape) for shape in shapes.values()])
         found = {n: p.reshape(s) for p, (n, s) in zip(parts, shapes.items(), strict=True)}
     elif isinstance(v, Mapping):
         unknown = [n for n in v if n not in shapes]
@@ -186,13 +187,6 @@ def direction(
                 f"{devices[name]}: move it with `.to({str(devices[name])!r})`."
             )
     return found
-
-
-def _numel(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def names_list(names: Sequence[str], most: int = 5) -> str:

@@ -5,6 +5,7 @@ Does not know: how factors came about.
 """
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class GradientMatrix:
     @property
     def shape(self) -> torch.Size:
         """(B, P)."""
-        return torch.Size((self._batch, sum(_numel(f.shape) for f in self._factors.values())))
+        return torch.Size((self._batch, sum(prod(f.shape) for f in self._factors.values())))
 
     def __len__(self) -> int:
         return self._batch
@@ -229,7 +230,7 @@ class GradientMatrix:
     def flat(self) -> Tensor:
         """The matrix itself, (B, P). Costs B times the model."""
         parts = [
-            part.reshape(self._batch, _numel(self.shapes[name])).to(self.dtype)
+            part.reshape(self._batch, prod(self.shapes[name])).to(self.dtype)
             for name, part in self.dense().items()
         ]
         return torch.cat(parts, 1)
@@ -357,13 +358,6 @@ def zeros_for(params: Mapping[str, Tensor], found: Mapping[str, Factor], batch: 
             batch, tuple(p.shape), p.device, torch.promote_types(p.dtype, torch.float32))
         for name, p in params.items()
     }  # fmt: skip
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _bytes(count: float) -> str:

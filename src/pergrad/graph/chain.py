@@ -7,6 +7,7 @@ Does not know: examples, factors' algebra, rules.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def _step(graph: Graph, at: Slot) -> tuple[Step | None, Slot] | None:
         return (None, child) if all(d.is_floating_point for d in both) else None
     if op in _VIEWS:
         return ("view", shape), child
-    if op == "expand" and _numel(shape) == _numel(graph.shape(at)):
+    if op == "expand" and prod(shape) == prod(graph.shape(at)):
         return ("view", shape), child
     if op in ("t", "transpose"):
         if rank < 2:
@@ -106,13 +107,6 @@ def _cut(graph: Graph, at: Slot, child: Slot, op: str) -> tuple[Step, Slot] | No
         return ("embed", shape, dim, position), child
     begin = sum(meta.shape[dim] for meta in graph.metas(index)[:number])
     return ("embed", shape, dim, begin), child
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _targets_below(graph: Graph, index: int) -> list[Slot]:
@@ -176,16 +170,11 @@ def pull(
     meta = graph.metas(start[0])[start[1]]
 
     def one(g: Tensor) -> Tensor:
-        try:
+        with nodes.in_our_words():
             (out,) = torch.autograd.grad(
                 [source], [sink], [g], retain_graph=True, allow_unused=True,
                 create_graph=create_graph,
             )  # fmt: skip
-        except RuntimeError as error:
-            translated = nodes.translate(error)
-            if translated is error:
-                raise
-            raise translated from error
         return g.new_zeros(shape) if out is None else out
 
     def many(rows: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ the example, digit by digit. An element that comes back as anything else mixes e
 """
 
 from collections.abc import Callable, Container, Mapping
+from math import prod
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ def measure(losses: Tensor, graph: Graph, slots: list[Slot]) -> Measured:
 
 def _whole(shape: tuple[int, ...], owner: Tensor) -> Tensor:
     """One owner for the two parts of each complex number."""
-    if owner.dim() == len(shape) or owner.numel() != 2 * _count(shape):
+    if owner.dim() == len(shape) or owner.numel() != 2 * prod(shape):
         return owner
     one, two = owner.unbind(-1)
     worst = torch.minimum(one, two)
@@ -133,7 +134,7 @@ def _differs(plain: Tensor | None, seen: Tensor | None) -> Tensor:
 def _layout(shape: tuple[int, ...], owner: Tensor, examples: int) -> Layout | None:
     if bool((owner == _MANY).any()):
         return None
-    if owner.numel() != _count(shape):
+    if owner.numel() != prod(shape):
         return constant(shape, NOBODY)
     if bool((owner == _UNSEEN).any()):
         return _complete(shape, owner, examples)
@@ -160,13 +161,6 @@ def _complete(shape: tuple[int, ...], owner: Tensor, examples: int) -> Layout | 
             assert regular_pattern(ideal) is not None
             return compressed(shape, ideal.reshape(shape))
     return None
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _pass(losses: Tensor, graph: Graph, slots: list[Slot], seeds: Tensor,

@@ -30,6 +30,7 @@ __all__ = [
     "first_static_backward",
     "get_gradient_edge",
     "hooks_aside",
+    "in_our_words",
     "inside_pass",
     "is_checkpointed",
     "is_compiled",
@@ -241,6 +242,18 @@ def translate(error: RuntimeError) -> Exception:
     return error
 
 
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """What torch raises inside this block, translated."""
+    try:
+        yield
+    except RuntimeError as error:
+        translated = translate(error)
+        if translated is error:
+            raise
+        raise translated from error
+
+
 def call(
     node: Node, cotangents: Sequence[Tensor | None], *, last_read: bool = False
 ) -> tuple[Tensor | None, ...]:
@@ -265,7 +278,7 @@ def raw_call(
     """
     if not last_read:
         _allow_another_read(node, _fields(type(node))[1])
-    try:
+    with in_our_words():
         if is_python(node):
             # A Python Function gets None otherwise, where the engine would give it zeros.
             filled = [
@@ -275,11 +288,6 @@ def raw_call(
             return _of_tensors(node, node.apply(*filled))
         else:
             results = node(*cotangents)
-    except RuntimeError as error:
-        translated = translate(error)
-        if translated is error:
-            raise
-        raise translated from error
     if not isinstance(results, (tuple, list)):
         results = (results,)
     count = len(edges(node))

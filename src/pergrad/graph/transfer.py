@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from math import prod
 from typing import Any
 
 import torch
@@ -865,7 +866,7 @@ def _index(op: Op, out: Layout) -> list[Result]:
         return [Why.UNKNOWN]
     if all(size == 1 for size in block):
         block = (1,) * len(lead)
-        if 2 * positions.unique().numel() >= _product(lead):
+        if 2 * positions.unique().numel() >= prod(lead):
             owner = out.owner.reshape(
                 *out.owner.shape[:start], *block, *out.owner.shape[start + count :]
             )
@@ -874,23 +875,16 @@ def _index(op: Op, out: Layout) -> list[Result]:
     wide[start : start + count] = out.shape[start : start + count]
     owner = out.owner.expand(wide).reshape(*wide[:start], -1, *wide[start + count :])
     target = list(owner.shape)
-    target[start] = _product(lead)
+    target[start] = prod(lead)
     where = [1] * owner.dim()
     where[start] = -1
     index = positions.reshape(where).expand(owner.shape)
-    flat_shape = (*shape[:start], _product(lead), *shape[start + len(lead) :])
+    flat_shape = (*shape[:start], prod(lead), *shape[start + len(lead) :])
     found = _collected(flat_shape, target, lambda empty, how: empty.scatter_reduce(
         start, index, owner if how == "amax" else _last(owner), how))  # fmt: skip
     if isinstance(found, Layout):
         return [reshape(found, shape)]
     return [found]
-
-
-def _product(sizes: Sequence[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
 
 
 def _index_positions(op: Op, shape: Shape) -> tuple[Shape, Tensor, int, int] | None:
@@ -905,7 +899,7 @@ def _index_positions(op: Op, shape: Shape) -> tuple[Shape, Tensor, int, int] | N
     given = [indices[i].detach().cpu() for i in at]
     covered = sum(i.dim() if i.dtype in (torch.bool, torch.uint8) else 1 for i in given)
     lead = tuple(shape[at[0] : at[0] + covered])
-    positions = torch.arange(_product(lead)).reshape(lead)[tuple(given)]
+    positions = torch.arange(prod(lead)).reshape(lead)[tuple(given)]
     return lead, positions.reshape(-1), at[0], positions.dim()
 
 

@@ -8,6 +8,7 @@ Does not know: rules, factors, numbers (it asks `measure` where the structure do
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
@@ -197,7 +198,7 @@ class _Spread:
             return len(shape) > 0 and shape[0] > 0 and shape[0] % batch == 0
         # a product in which every example meets every example
         products = [graph.shape((parent, 0)) for parent, what in rest if what is Why.CONTRACTED]
-        return any(s[-2:] == (batch, batch) and _numel(s) == batch**2 for s in products)
+        return any(s[-2:] == (batch, batch) and prod(s) == batch**2 for s in products)
 
     def _postpone(self, i: int) -> None:
         """Below an open question: ask about unknown ops further down in the same round."""
@@ -239,13 +240,6 @@ class _Spread:
         return Uses(sites, direct, self.mixes, False, self.read_data)
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
 # Ops that read data through an input that needs no gradient; for all others (a mask, a scale)
 # such an input is taken for a constant.
 _READERS = {
@@ -257,7 +251,7 @@ _READERS = {
 def _outgrows(graph: Graph, i: int) -> bool:
     """Whether an op's output is larger than every input that leads to a parameter."""
     inputs = [graph.shape((c, n)) for c, n in graph.edges[i] if c >= 0 and graph.leads[c]]
-    return all(_numel(shape) < _numel(graph.shape((i, 0))) for shape in inputs)
+    return all(prod(shape) < prod(graph.shape((i, 0))) for shape in inputs)
 
 
 def _reads_data(graph: Graph) -> list[bool]:
