@@ -470,3 +470,11 @@ def test_cross_entropy_with_its_default_reduction(model: nn.Module) -> None:
     loss = F.cross_entropy(model(torch.randn(B, 4)), torch.zeros(B, dtype=torch.long))
     with refused(r'reduction="none"'):
         pergrad.norms(loss, model)
+
+
+def test_a_row_is_no_name(model: nn.Module) -> None:
+    J = pergrad.gradients(losses_of(model), model)
+    for wrong in ("0.weight", 1.5, torch.ones(2, 2)):
+        with refused(r"indexed by row(.|\n)*J\.dense\(\)"):
+            J[wrong]
+    assert J[[]].shape == (0, J.shape[1])

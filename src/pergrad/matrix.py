@@ -210,9 +210,15 @@ class GradientMatrix:
                 "Index rows only: J[i], J[a:b], J[mask]. For one parameter's gradients use "
                 "J.dense()[name]."
             )
-        rows = torch.as_tensor(index, device=self.device)
-        if rows.dim() != 1 or rows.is_floating_point():
-            raise UsageError("Index rows by number, slice, mask or a list of numbers.")
+        try:
+            rows = torch.as_tensor(index, device=self.device)
+        except (TypeError, ValueError, RuntimeError):
+            rows = torch.empty(0, 0)
+        if rows.dim() != 1 or (rows.is_floating_point() and rows.numel()):
+            raise UsageError(
+                f"A matrix is indexed by row: a number, slice, mask or list of numbers, not "
+                f"{index!r}. For one parameter's gradients use J.dense()[name]."
+            )
         if rows.dtype == torch.bool:
             if rows.shape[0] != self._batch:
                 raise UsageError(f"The mask has {rows.shape[0]} entries for {self._batch} rows.")
