@@ -699,9 +699,11 @@ def test_no_element_is_given_to_a_wrong_example(name: str) -> None:
         run_case(name, number, SEEN)
 
 
-# Made by other devices, other releases or not at all by what users call.
+# Made by other devices, other releases or not at all by what users call; _DDPSink has its own test
+# in test_distributed.py.
 ELSEWHERE = """
-batch_norm_no_update batch_norm_with_update conv_depthwise2d conv_depthwise3d
+_DDPSink batch_norm_no_update batch_norm_with_update conv_depthwise2d
+conv_depthwise3d
 convolution_overrideable cudnn_batch_norm cudnn_convolution cudnn_convolution_transpose
 cudnn_grid_sampler deg2rad efficient_attention fft_c2_c fft_c2_r fft_r2_c flash_attention flatten
 fused_dropout fused_rms_norm grid_sampler2d_cpu_fallback imag kl_div lazy_clone lift lift_fresh linear
