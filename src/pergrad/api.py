@@ -35,7 +35,7 @@ def _prepare(losses: Tensor, params: Params, options: dict[str, Any]) -> tuple:
     return named, losses, chosen
 
 
-def result_dtype(losses: Tensor, named: Mapping[str, Tensor]) -> torch.dtype:
+def result_dtype(named: Mapping[str, Tensor]) -> torch.dtype:
     """That of the parameters, never less than float32."""
     dtype = torch.float32
     for p in named.values():
@@ -117,7 +117,7 @@ def norms_by_parameter(losses: Tensor, params: Params, **options: Any) -> dict[s
         {'weight': tensor([5., 1.]), 'bias': tensor([1., 1.])}
     """
     named, losses, chosen = _prepare(losses, params, options)
-    dtype = result_dtype(losses, named)
+    dtype = result_dtype(named)
     found: dict[str, Tensor] = {}
 
     def emit(name: str, factor: Factor) -> None:
@@ -414,7 +414,7 @@ class _Total:
     """A running sum in the result's dtype, on the losses' device."""
 
     def __init__(self, losses: Tensor, named: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
-        dtype = result_dtype(losses, named)
+        dtype = result_dtype(named)
         self.value = torch.zeros(shape, dtype=dtype, device=losses.device)
 
     def add(self, term: Tensor) -> None:

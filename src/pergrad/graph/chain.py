@@ -5,6 +5,7 @@ view, cast, slice), and vector-Jacobian products through everything else.
 Does not know: examples, factors' algebra, rules.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -197,8 +198,6 @@ def pull(
 
 
 def _batched(source: GradientEdge, sink: GradientEdge, rows: Tensor) -> Tensor | None:
-    import warnings
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns when it batches an op by a loop

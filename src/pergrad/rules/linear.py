@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pergrad.factors import Dense, Factor
-from pergrad.graph.layout import Layout
+from pergrad.graph.layout import reshape
 from pergrad.rules.positions import outer, partition, reduced, rows_by_id
 from pergrad.rules.registry import Operand, Served, Situation, rule
 
@@ -65,9 +65,7 @@ def _batched(
     dims = list(range(len(lead)))
     own = [d for d in dims if not shared[d]]
     both = [d for d in dims if shared[d]]
-    spread = _split_lead(layout, lead)
-    if spread is None:
-        return False
+    spread = reshape(layout, (*lead, *layout.shape[1:]))
     position = len(lead) + (1 if columns else 0)
     rows = partition(spread, (*both, position), use.batch)
     if rows is None:
@@ -96,13 +94,6 @@ def _matrix_by_matrix(
     products = a.mT @ g if swap else g.mT @ a
     ids = torch.arange(len(products), device=g.device)
     return rows_by_id(ids, products, rows, use.operands[slot].shape)
-
-
-def _split_lead(layout: Layout, lead: tuple[int, ...]) -> Layout | None:
-    """The layout of (b, n, m) as (*lead, n, m)."""
-    from pergrad.graph.layout import reshape
-
-    return reshape(layout, (*lead, *layout.shape[1:]))
 
 
 @rule("mv", "addmv")
