@@ -63,9 +63,9 @@ def test_a_field_that_this_torch_does_not_save(model: nn.Module) -> None:
 def test_a_use_that_the_pass_misses(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     serve = engine._Pass.serve
 
-    def forgetful(self, site, cotangents):
-        if site is not self.plan.sites[0]:
-            serve(self, site, cotangents)
+    def forgetful(self, use, cotangents):
+        if use.site is not self.plan.sites[0]:
+            serve(self, use, cotangents)
 
     monkeypatch.setattr(engine._Pass, "serve", forgetful)
     with pytest.raises(pergrad.UnsupportedError, match=r"did not come by(.|\n)*`2\.weight`"):

@@ -15,6 +15,7 @@ LAYERS = [
     ["factors", "inputs", "retained", "hidden"],
     ["graph"],
     ["rules"],
+    ["schedule"],
     ["engine"],
     ["coverage", "precondition"],
     ["matrix"],

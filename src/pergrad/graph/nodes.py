@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -37,6 +38,7 @@ __all__ = [
     "leaf_variable",
     "metas",
     "op_name",
+    "outline",
     "outside_pass",
     "raw_call",
     "reentrant_checkpoint",
@@ -97,7 +99,7 @@ def op_name(node: Node) -> str:
 
 def metas(node: Node) -> tuple[Meta, ...]:
     """Shape, dtype, device of each output of the op (= of each cotangent the node takes)."""
-    return tuple(Meta(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata)
+    return tuple([Meta(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata])
 
 
 def edges(node: Node) -> tuple[tuple[Node | None, int], ...]:
@@ -149,6 +151,35 @@ def attributes(node: Node) -> tuple[Any, ...]:
         return ()
     plain, _ = _fields(type(node))
     return tuple([_hashable(_signed(getattr(node, "_saved_" + name))) for name in plain])
+
+
+_READERS: dict[type, Callable[[Node], Any]] = {}  # one entry per kind of node
+
+
+def _reader(cls: type) -> Callable[[Node], Any]:
+    """Reads all plain attributes of a node of this class at once."""
+    known = _READERS.get(cls)
+    if known is None:
+        if issubclass(cls, torch.autograd.function.BackwardCFunction):
+            return _nothing  # such a class may be made anew for every model
+        plain = _fields(cls)[0]
+        known = attrgetter(*["_saved_" + name for name in plain]) if plain else _nothing
+        _READERS[cls] = known
+    return known
+
+
+def _nothing(node: Node) -> None:
+    return None
+
+
+def outline(node: Node) -> tuple[Any, ...]:
+    """Name, shapes, dtypes and saved numbers as they come: fast to make, equal for equal nodes.
+
+    Not always hashable: see `attributes`. Numbers are as torch stores them, unsigned.
+    """
+    name = op_name(node) if is_python(node) else node.name()
+    shapes = [(tuple(m.shape), m.dtype) for m in node._input_metadata]
+    return name, *shapes, _reader(type(node))(node)
 
 
 def _hashable(value: Any) -> Any:
