@@ -25,17 +25,26 @@ class Outer(Factor):
         shape: the parameter's; its elements in order are those of the matrix (N p, d).
     """
 
-    def __init__(self, g: Tensor, a: Tensor, shape: tuple[int, ...] | None = None) -> None:
-        g, a = (t.unsqueeze(1) if t.dim() == 3 else t for t in (g, a))
-        if g.dim() != 4 or a.dim() != 4 or g.shape[:3] != a.shape[:3]:
+    def __init__(
+        self,
+        g: Tensor,
+        a: Tensor,
+        shape: tuple[int, ...] | None = None,
+        notes: outer_norms.Notes | None = None,
+    ) -> None:
+        if g.dim() == 3:
+            g, a = g.unsqueeze(1), a.unsqueeze(1)
+        B, N, T, p = g.shape if g.dim() == 4 else (0, 0, 0, 0)
+        if a.dim() != 4 or a.shape[:3] != (B, N, T) or g.dim() != 4:
             raise ValueError(f"g {tuple(g.shape)} and a {tuple(a.shape)} do not fit (B, N, T, _).")
-        natural = (g.shape[1] * g.shape[3], a.shape[3])
+        natural = (N * p, a.shape[3])
         shape = natural if shape is None else tuple(shape)
-        if prod(shape) != prod(natural):
+        if shape != natural and prod(shape) != prod(natural):
             raise ValueError(f"A matrix {natural} is no parameter of shape {shape}.")
-        super().__init__(len(g), shape, g.device, result_dtype(g, a))
+        super().__init__(B, shape, g.device, result_dtype(g, a))
         self.g = g
         self.a = a
+        self.notes = notes  # where `sq_norms` leaves what it finds out about a side's sum
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -77,7 +86,7 @@ class Outer(Factor):
 
     def sq_norms(self) -> Tensor:
         """‖G[b]‖², by the method that `costs.outer_norm_method` chooses."""
-        return outer_norms.sq_norms(self.g, self.a)
+        return outer_norms.sq_norms(self.g, self.a, self.notes)
 
     def matvec(self, v: Tensor) -> Tensor:
         """Σ_t g_t · (V a_t): one matrix product as in a forward pass, no T²."""
