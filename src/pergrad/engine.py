@@ -141,13 +141,14 @@ class _Pass:
     def _route(self, way: chain.Route, factor: Factor) -> Factor:
         graph = self.graph
         shape = graph.shape(way.target)
-        if way.steps is None:
+        if way.steps == ():
+            return factor
+        ways = chain.settled(graph, way)
+        if ways is None:
             function = chain.pull(graph, way.start, way.target, create_graph=self.create_graph)
             return Pulled(factor, function, shape)
-        if not way.steps:
-            return factor
         steps: list[chain.Step] = []
-        for step in way.steps:
+        for step in ways:
             if step[0] == "embed":
                 _, wide, dim, start = step
                 size = list(wide)
