@@ -7,16 +7,17 @@ The rule in the literature, 2 T² <= d p, compares what is *stored*; here nothin
 arithmetic decides.
 """
 
-# A Gram's symmetric half is computed in rows of blocks, each a matrix product of its own.
-# Measured on two CPU cores: blocks below 128 positions cost more than the half they save.
+# A Gram's symmetric half is computed in rows of blocks, each a matrix product of its own. Two
+# blocks pay from 128 positions on, more of them from 128 positions each.
 GRAM_BLOCK = 128
 GRAM_BLOCKS = 8
 
 # Multiply-adds of a Gram take this much longer than those of the direct form: its products are
 # smaller, and every entry is written, read and multiplied once more (counted as 32 multiply-adds).
-# Measured, milliseconds on two cores, Gram against direct, (B, T, d, p):
-#   (8, 128, 768, 3072): 4.1, 18    (8, 512, 768, 768): 16, 15      (64, 16, 512, 512): 0.3, 3.1
-#   (16, 128, 256, 1024): 2.8, 3.9  (64, 49, 128, 128): 0.52, 0.45  (32, 1024, 64, 64): 30, 1.1
+# Measured, milliseconds on one core, Gram against direct, (B, T, d, p):
+#   (8, 128, 768, 768): 2.5, 8.4    (8, 512, 768, 768): 27, 29     (64, 16, 512, 512): 0.6, 7.6
+#   (16, 128, 256, 256): 1.9, 2.3   (64, 49, 128, 128): 1.1, 1.0   (1, 1024, 768, 768): 13, 7.9
+#   (64, 64, 128, 128): 1.4, 1.3    (2, 512, 768, 3072): 18, 30    (8, 197, 192, 768): 3.9, 3.7
 GRAM_OVERHEAD = 1.2
 GRAM_ELEMENTWISE = 32
 
@@ -30,7 +31,7 @@ GATHER_OVERHEAD = 8
 
 def gram_blocks(T: int) -> int:
     """Rows of blocks in which the symmetric Gram of T positions is computed."""
-    return max(1, min(GRAM_BLOCKS, T // GRAM_BLOCK))
+    return max(2 if T >= GRAM_BLOCK else 1, min(GRAM_BLOCKS, T // GRAM_BLOCK))
 
 
 def row_norm_cost(p: int, d: int) -> int:

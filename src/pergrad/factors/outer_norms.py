@@ -109,8 +109,19 @@ def outer_size(g: Tensor, a: Tensor) -> Tensor:
 
 
 def _trace(x: Tensor) -> Tensor:
-    """(n,): of (n, T, T), for guards alone."""
+    """(n,): of (n, T, T) or more columns, for guards alone."""
     return x.detach().diagonal(dim1=1, dim2=2).sum(1)
+
+
+def _upper_and_lower(x: Tensor) -> Tensor:
+    """(n,): sum of rows (n, T, T + S) that start at a symmetric matrix' diagonal.
+
+    Columns beyond the square stand for the rows below it too.
+    """
+    _, rows, columns = x.shape
+    if columns == rows:
+        return x.sum((1, 2))
+    return x[:, :, :rows].sum((1, 2)) + 2 * x[:, :, rows:].sum((1, 2))
 
 
 def gram(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor, Tensor]:
@@ -124,37 +135,27 @@ def gram(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor, Tens
     copies = p * (g.dtype != dtype) + d * (a.dtype != dtype)
     each = N * T * (copies + 2 * block) * dtype.itemsize
     plain = not tracing(g, a)
+    asked = notes.side if notes is not None and N == 1 else None
 
-    def whole(rows: slice) -> list[Tensor]:
+    def piece(rows: slice) -> list[Tensor]:
         G, A = g[rows].to(dtype).reshape(-1, T, p), a[rows].to(dtype).reshape(-1, T, d)
-        GG, AA = torch.bmm(G, G.mT), torch.bmm(A, A.mT)
-        left, right = _trace(GG), _trace(AA)
-        found = [left * right]
-        if notes is not None and N == 1:
-            asked = notes.side is g
-            found += [(GG if asked else AA).sum((1, 2)), T * (left if asked else right)]
-        both = GG.mul_(AA) if plain else GG * AA
-        found.insert(0, both.sum((1, 2)))
-        return found if N == 1 else [x.view(-1, N).sum(1) for x in found]
-
-    def blocks(rows: slice) -> list[Tensor]:
-        here, there = g[rows].to(dtype), a[rows].to(dtype)
-        G, A = here.reshape(-1, T, p), there.reshape(-1, T, d)
-        total = A.new_zeros(A.shape[0])
+        sums: list[Tensor] = []  # the product's, of the traces, and of the side asked about
         for lo in range(0, T, block):
             hi = min(T, lo + block)
-            left, right = torch.bmm(G[:, lo:hi], G[:, :hi].mT), torch.bmm(A[:, lo:hi], A[:, :hi].mT)
-            both = left.mul_(right) if plain else left * right
-            total = total + both[:, :, lo:].sum((1, 2))
-            if lo:  # the blocks left of the diagonal stand for those above it
-                total = total + 2 * both[:, :, :lo].sum((1, 2))
-        return [total.view(-1, N).sum(1), outer_size(here, there)]
+            left, right = torch.bmm(G[:, lo:hi], G[:, lo:].mT), torch.bmm(A[:, lo:hi], A[:, lo:].mT)
+            here = [_trace(left), _trace(right)]
+            if asked is not None:
+                here.append(_upper_and_lower(left if asked is g else right))
+            here.append(_upper_and_lower(left.mul_(right) if plain else left * right))
+            sums = here if lo == 0 else [x + y for x, y in zip(sums, here, strict=True)]
+        size = sums[0] * sums[1]
+        found = [sums[-1], size] if N == 1 else [x.view(-1, N).sum(1) for x in (sums[-1], size)]
+        return found if asked is None else [*found, sums[2], T * sums[0 if asked is g else 1]]
 
-    work = whole if k == 1 else blocks
-    pieces = [work(rows) for rows in chunks(B, each, scratch(g.device))]
+    pieces = [piece(rows) for rows in chunks(B, each, scratch(g.device))]
     if not pieces:
         return g.new_zeros(0, dtype=dtype), g.new_zeros(0, dtype=dtype)
     columns = pieces[0] if len(pieces) == 1 else [torch.cat(x) for x in zip(*pieces, strict=True)]
-    if notes is not None and len(columns) > 2:
+    if notes is not None and asked is not None:
         notes.sq_norms, notes.sizes = columns[2:]
     return columns[0], columns[1]
