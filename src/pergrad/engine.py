@@ -139,14 +139,13 @@ class _Pass:
             self._arrived(way.target, start)
 
     def _route(self, way: chain.Route, factor: Factor) -> Factor:
-        graph = self.graph
-        shape = graph.shape(way.target)
         if way.steps == ():
             return factor
+        graph = self.graph
         ways = chain.settled(graph, way)
         if ways is None:
             function = chain.pull(graph, way.start, way.target, create_graph=self.create_graph)
-            return Pulled(factor, function, shape)
+            return Pulled(factor, function, graph.shape(way.target))
         steps: list[chain.Step] = []
         for step in ways:
             if step[0] == "embed":
