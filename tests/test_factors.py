@@ -19,12 +19,14 @@ from pergrad.factors import (
     Factor,
     Isometry,
     Mapped,
+    Notes,
     Outer,
     Placed,
     Pulled,
     Rows,
     Scaled,
     Sum,
+    Summed,
     Zero,
     costs,
     mapped,
@@ -195,12 +197,18 @@ def _computed(s: Source, B: int, n: Sizes) -> Factor:
     return Computed(B, (n.V, n.d), lambda index: values[index], values)
 
 
+def _bias(s: Source, B: int, n: Sizes) -> Factor:
+    """Behind a weight that has told nothing yet; `test_a_bias_...` is about those that have."""
+    g = s.rows(B, 1, n.T, n.V * n.d)
+    return Summed(g, (n.V, n.d), Notes(g))
+
+
 ZOO = {
     make.__name__[1:]: make
     for make in (
         _outer, _grouped, _experts, _misfit, _rows, _dense, _zero, _sum, _placed, _mapped,
         _transposed, _embedded, _embedded_first, _embedded_last, _embedded_columns, _pulled,
-        _scaled, _convolution, _image, _computed,
+        _scaled, _convolution, _image, _computed, _bias,
     )
 }  # fmt: skip
 
@@ -756,3 +764,32 @@ def test_what_does_not_fit_is_refused():
         f.select(torch.tensor([0.5]))
     with pytest.raises(IndexError, match="out of range"):
         f.select(torch.tensor([2]))
+
+
+# -- a bias and the weight above it ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [None, "gram", "direct"])
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("T", [1, 5, 130])
+def test_a_bias_has_its_norms_from_the_weight(T, swapped, method):
+    generator = torch.Generator().manual_seed(T)
+    g, a = (torch.randn(3, 1, T, n, generator=generator, dtype=torch.float64) for n in (6, 4))
+    g[2] -= g[2].mean(1, keepdim=True)  # a bias of nothing but rounding: the guard must see it
+    notes = Notes(g)
+    weight = Outer(a, g, notes=notes) if swapped else Outer(g, a, notes=notes)
+    weight = mapped(weight, (("permute", (1, 0)),))
+    bias = Summed(g, (6,), notes)
+    with choices(method, None):
+        weight.sq_norms()
+    wanted = g[:, 0].sum(1).square().sum(1)
+    if method == "gram" or T == 1:
+        assert notes.sq_norms is not None
+    assert ((bias.sq_norms() - wanted).abs() <= 1e-12 * wanted).all()
+
+
+def test_parts_of_a_bias_become_one_part():
+    g = torch.randn(3, 1, 2, 4)
+    total = Sum([Summed(g, (4,), Notes(g)), Dense(torch.ones(3, 4))])
+    assert len(total.factors) == 1
+    assert torch.equal(total.dense(), g[:, 0].sum(1) + 1)
