@@ -96,24 +96,38 @@ def join_is_cheaper(pairs: int, B: int, K: int, ids: int) -> bool:
     return pairs * GATHER_OVERHEAD < B * K * ids
 
 
+# A convolution's methods, in multiply-adds of a matrix product. Measured on one core, milliseconds
+# for 64 examples, explicit patches / torch's convolution / shifts, (channels, size, kernel):
+#   (64, 32 x 32, 3): 64, 40, -      (128, 16 x 16, 3): -, 43, 51     (256, 8 x 8, 3): -, 56, 11
+#   (512, 4 x 4, 3): -, 96, 4.2      (3 to 64, 32 x 32, 3): 5.5, 6.0, -
+PATCH_OVERHEAD = 45  # laying out one number of a patch, or of the gradient beside it
+CALL_OVERHEAD = 2_000_000  # one call of torch's convolution
+CALL_ELEMENTWISE = 28  # one number of the gradient that it returns
+SHIFT_ELEMENTWISE = 16  # adding up one shifted Gram reads strided rows
+SHIFT_OVERHEAD = 1.7
+
+
 def shift_norm_cost(T: int, window: int, p: int, d: int, k: int) -> int:
     """A convolution's Gram from shifted Grams of single pixels: T² p + window² d / k + k T²."""
     return T * T * p + window * window * (d // k) + k * T * T * SHIFT_ELEMENTWISE
 
 
-# Adding up one shifted Gram reads strided rows: about this many multiply-adds for each number.
-SHIFT_ELEMENTWISE = 16
+def correlation_norm_method(
+    T: int, window: int, p: int, d: int, k: int, *, callable: bool = False
+) -> str:
+    """Norms of a convolution's weight: as an `Outer` over patches, "shift" or "convolution".
 
-
-def correlation_norm_method(T: int, window: int, p: int, d: int, k: int) -> str:
-    """Norms of a convolution's weight: as an `Outer` over patches, or "shift"."""
+    "convolution" is torch's own gradient for each example, where it can be called.
+    """
     plain = outer_norm_method(T, p, d)
-    if plain == "rows" or k == 1:
+    if plain == "rows":
         return plain
-    patches = T * d * PATCH_OVERHEAD
-    cheapest = outer_norm_cost(T, p, d) * (GRAM_OVERHEAD if plain == "gram" else 1) + patches
-    return "shift" if GRAM_OVERHEAD * shift_norm_cost(T, window, p, d, k) < cheapest else plain
-
-
-# Copying one number of a patch costs about this many multiply-adds.
-PATCH_OVERHEAD = 8
+    patches = T * (p + d) * PATCH_OVERHEAD
+    costs: dict[str, float] = {
+        plain: outer_norm_cost(T, p, d) * (GRAM_OVERHEAD if plain == "gram" else 1) + patches
+    }
+    if k > 1:
+        costs["shift"] = SHIFT_OVERHEAD * shift_norm_cost(T, window, p, d, k) + CALL_OVERHEAD
+    if callable:
+        costs["convolution"] = T * p * d + CALL_ELEMENTWISE * p * d + CALL_OVERHEAD
+    return min(costs, key=lambda name: costs[name])

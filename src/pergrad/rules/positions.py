@@ -209,6 +209,11 @@ def regular(layout: Layout, batch: int) -> tuple[int, int] | None:
     return pattern if pattern is not None and int(owners.max()) + 1 == batch else None
 
 
+def in_order(layout: Layout, batch: int) -> bool:
+    """Whether index i along the first dimension is example i, all of them there."""
+    return layout.shape[0] == batch and regular(layout, batch) == (1, 1)
+
+
 def by_owner(rows: Tensor, owners: Tensor, batch: int) -> Tensor:
     """(R, *rest) -> (batch, *rest): the sum of each example's rows."""
     owners = owners.to(rows.device)
