@@ -340,7 +340,7 @@ def backward(losses: Tensor, params: Params, *, weights: Weights = None, **optio
 def _accumulate(p: Tensor, value: Tensor) -> None:
     value = value.detach().to(p.dtype).reshape(p.shape)
     if p.grad is None:
-        p.grad = value.clone(memory_format=torch.contiguous_format)
+        p.grad = value.contiguous()  # a weighted sum is nobody else's
     else:
         p.grad = p.grad.detach() + value if p.grad.requires_grad else p.grad.add_(value)
 

@@ -157,18 +157,22 @@ class Correlation(Factor):
         )
 
     @property
-    def _callable(self) -> bool:
-        """Whether torch's own weight gradient may take the place of the patches."""
+    def _natural(self) -> bool:
+        """Whether g has the size that a convolution of x would return."""
         sizes = zip(
             self.x.shape[2:], self.kernel, self.stride, self.padding, self.dilation, strict=True
         )
-        natural = tuple((n + 2 * p - e * (k - 1) - 1) // s + 1 for n, k, s, p, e in sizes)
+        return self.out == tuple((n + 2 * p - e * (k - 1) - 1) // s + 1 for n, k, s, p, e in sizes)
+
+    @property
+    def _callable(self) -> bool:
+        """Whether torch's own weight gradient may take the place of the patches."""
         return (
             self.dtype == torch.float32  # other dtypes have slow kernels
             and self.device.type == "cpu"  # a call for each example would starve a GPU
             and self.groups == 1
             and len(self.out) <= 3
-            and natural == self.out
+            and self._natural
             and not tracing(self.g, self.x)
         )
 
@@ -294,11 +298,13 @@ class Correlation(Factor):
         total = self._zeros(self.g.shape[1], self.x.shape[1] // self.groups, *self.kernel)
         each = (2 * self.x[:1].numel() + 2 * self.g[:1].numel()) * self.dtype.itemsize
         zeros = (0,) * len(self.out)
+        padding = self.padding if self._natural else zeros
         for rows in chunks(self.batch, each, limit(self.device)):
             g = self._still(rows)
             g = g * columns(c[rows], g)
+            x = self.x[rows].to(self.dtype) if self._natural else self._window(rows)
             _, part, _ = torch.ops.aten.convolution_backward(
-                g, self._window(rows), total, None, self.stride, zeros, self.dilation, False,
+                g, x, total, None, self.stride, padding, self.dilation, False,
                 zeros, self.groups, (False, True, False),
             )  # fmt: skip
             total = total + part

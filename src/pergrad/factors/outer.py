@@ -96,6 +96,10 @@ class Outer(Factor):
 
         def piece(rows: slice) -> Tensor:
             g, a = self.g[rows].to(self.dtype), self.a[rows].to(self.dtype)
+            if N == 1:  # one product for all examples and positions
+                g, a, W = g.reshape(-1, p), a.reshape(-1, d), V[0]
+                both = (g @ W) * a if d < p else (a @ W.mT) * g
+                return both.reshape(-1, T * both.shape[1]).sum(1)
             return row_dots(torch.matmul(g, V), a) if d < p else row_dots(torch.matmul(a, V.mT), g)
 
         return by_chunks(self.batch, narrow, piece, like=self._zeros(0))
@@ -104,15 +108,20 @@ class Outer(Factor):
         """Σ_bt c[b] g[b,t] ⊗ a[b,t]: one matrix product as in a plain backward pass."""
         N, T, p, d = self.sizes
         c = c.to(self.device, self.dtype)
-        each = N * T * (2 * p + d) * self.dtype.itemsize
-        out = self._zeros(N, p, d)
+        each = N * T * (p + d + min(p, d)) * self.dtype.itemsize
+        total: Tensor | None = None
         for rows in chunks(self.batch, each, limit(self.device)):
             g, a = self.g[rows].to(self.dtype), self.a[rows].to(self.dtype)
-            g = g * columns(c[rows], g)
-            count = len(g) * T
-            left = g.transpose(0, 1).reshape(N, count, p)
-            out = out + torch.bmm(left.mT, a.transpose(0, 1).reshape(N, count, d))
-        return out.reshape(self.shape)
+            if p < d:
+                g = g * columns(c[rows], g)
+            else:
+                a = a * columns(c[rows], a)
+            count = g.shape[0] * T
+            left, right = (x.transpose(0, 1).reshape(N, count, x.shape[3]) for x in (g, a))
+            # mm writes straight to its result, bmm of one matrix does not
+            part = torch.mm(left[0].mT, right[0]) if N == 1 else torch.bmm(left.mT, right)
+            total = part if total is None else total + part
+        return (self._zeros(N * p * d) if total is None else total).reshape(self.shape)
 
     def scale(self, c: Tensor) -> "Outer":
         """The smaller of g and a times c[b]."""
