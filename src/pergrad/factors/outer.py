@@ -97,9 +97,10 @@ class Outer(Factor):
         def piece(rows: slice) -> Tensor:
             g, a = self.g[rows].to(self.dtype), self.a[rows].to(self.dtype)
             if N == 1:  # one product for all examples and positions
-                g, a, W = g.reshape(-1, p), a.reshape(-1, d), V[0]
+                count = g.shape[0]
+                g, a, W = g.reshape(count * T, p), a.reshape(count * T, d), V[0]
                 both = (g @ W) * a if d < p else (a @ W.mT) * g
-                return both.reshape(-1, T * both.shape[1]).sum(1)
+                return both.reshape(count, T * both.shape[1]).sum(1)
             return row_dots(torch.matmul(g, V), a) if d < p else row_dots(torch.matmul(a, V.mT), g)
 
         return by_chunks(self.batch, narrow, piece, like=self._zeros(0))
