@@ -53,13 +53,19 @@ def layer_norm(use: Situation) -> Served:
     return _scale_and_shift(use, normalised, shape, (1, 2))
 
 
+# torch's own kernel for one example makes no temporaries; below this many numbers for an example
+# the calls cost more than that saves.
+_WORTH_A_CALL = 2**14
+
+
 def _by_position(
     use: Situation, x: Tensor, mean: Tensor | None, rstd: Tensor, shape: tuple[int, ...]
 ) -> Served | None:
     """Scale and shift of layers with one mean and one deviation for each position.
 
-    Σ_t rstd_t (x_t - mean_t) g_t, the sum over positions as a product of matrices: one temporary,
-    cache-sized. None if the examples' positions do not lie in order.
+    Σ_t rstd_t (x_t - mean_t) g_t, by torch's own kernel for long examples, else the sum over
+    positions as a product of matrices: one temporary, cache-sized. None if the examples' positions
+    do not lie in order.
     """
     count = x.dim() - len(shape)
     rows = partition(use.layout, tuple(range(count)), use.batch)
@@ -73,6 +79,16 @@ def _by_position(
     mean = None if mean is None else mean.reshape(B, T, 1)
     dtype = result_dtype(x, g)
     found: dict[int, list[Tensor]] = {slot: [] for slot in use.operands if slot in (1, 2)}
+    if mean is not None and T * size >= _WORTH_A_CALL and x.dtype == g.dtype == dtype and x.is_cpu:
+        like = x.new_empty(size)
+        wanted = (False, 1 in found, 2 in found)
+        for b in range(B):
+            sums = torch.ops.aten.native_layer_norm_backward(
+                g[b], x[b], (size,), mean[b], rstd[b, 0, :, None], like, like, wanted
+            )
+            for slot, rows_ in found.items():
+                rows_.append(sums[slot])
+        return {slot: Dense(torch.stack(x).reshape(B, *shape)) for slot, x in found.items()}
     for part in chunks(B, T * size * dtype.itemsize, scratch(g.device)):
         here = g[part].to(dtype)
         if 1 in found:
