@@ -402,11 +402,12 @@ for _name in ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_si
 
 
 def _sink(op: Op, outs: list[Layout | None]) -> list[Result]:
-    """What DistributedDataParallel puts around its outputs: the identity of each."""
+    """What distributed wrappers put around a module's inputs or outputs: the identity of each."""
     return list(outs) if len(outs) == len(op.in_shapes) else unknown(op)
 
 
 _MULTI["_DDPSink"] = _sink
+_MULTI["RegisterPostBackwardFunction"] = _sink  # of fully_shard
 
 
 # --- Reductions ----------------------------------------------------------------------------------

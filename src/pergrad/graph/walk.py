@@ -116,7 +116,7 @@ def walk(losses: Tensor, params: Mapping[str, Tensor]) -> Graph:
                 "parameter for this call."
             )
     root = nodes.get_gradient_edge(losses)
-    ordered, below = _topological(root.node)
+    ordered, below = topological(root.node)
     index = {node: i for i, node in enumerate(ordered)}
     edges = [
         tuple([(-1, 0) if child is None else (index[child], number) for child, number in inputs])
@@ -157,7 +157,7 @@ def _name_of(function: Any) -> str:
     return getattr(function, "__qualname__", None) or type(function).__name__
 
 
-def _topological(root: Any) -> tuple[list[Any], list[Any]]:
+def topological(root: Any) -> tuple[list[Any], list[Any]]:
     """Every node below `root`, each before what it reads from; and what that is, node by node."""
     finished: list[Any] = []
     below: list[Any] = []
