@@ -14,6 +14,7 @@ from pergrad.graph.layout import Layout
 
 @pytest.fixture
 def model() -> nn.Module:
+    torch.manual_seed(0)  # now and then all hidden units are dead
     return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
 
 
@@ -140,3 +141,16 @@ def test_parameters_that_bypass_the_graph(verb, before: float | None) -> None:
         verb(values, model)
     for p in model.parameters():
         assert p.grad is None if before is None else bool((p.grad == before).all())
+
+
+@pytest.mark.parametrize("served_by", ["weight", "input"])
+def test_memory_that_is_taken_away(model: nn.Module, served_by: str) -> None:
+    """torch would read it all the same, and end the process."""
+    plan.clear()
+    hidden = model[0](torch.randn(5, 3))
+    values = (hidden * model[2].weight[0].exp()).tanh() @ torch.randn(4, 2)
+    values = torch.nn.functional.linear(values, model[2].weight[:, :2]).sum(1)
+    storage = (model[2].weight if served_by == "weight" else hidden).untyped_storage()
+    storage.resize_(0)
+    with pytest.raises(pergrad.UnsupportedError, match=r"`\w+` needs has been freed(.|\n)*keep"):
+        pergrad.norms(values, model)

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pergrad.errors import UnsupportedError
@@ -41,8 +42,21 @@ def _states() -> list[State]:
     return list(found.values())
 
 
+@contextmanager
+def _known() -> Iterator[None]:
+    """An attribute of FSDP's that is not there is another release's."""
+    try:
+        yield
+    except (AttributeError, ImportError) as error:
+        raise UnsupportedError(
+            f"fully_shard of torch {torch.__version__} keeps its books in a way that pergrad does "
+            f"not know ({error}). Use a version of torch that pergrad is tested with (see the "
+            "README)."
+        ) from error
+
+
 def _groups(state: State) -> list[Group]:
-    """The groups of parameters that are gathered together (before torch 2.12 one at most)."""
+    """The groups of parameters that are gathered together (older releases have one at most)."""
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
         groups = [state._fsdp_param_group]
@@ -54,36 +68,31 @@ def whole(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A whole one has no memory until it is gathered.
     """
-    states = _states()
-    if not states:
-        return dict(params)
     known: dict[int, Tensor] = {}
-    for state in states:
-        for group in _groups(state):
-            for p in group.fsdp_params:
-                gathered = getattr(p, "_unsharded_param", None)  # absent before the first forward
-                if gathered is not None:
-                    known[id(p.sharded_param)] = gathered
-                    later = getattr(p, "_sharded_post_forward_param", None)
-                    if later is not None:
-                        known[id(later)] = gathered
+    with _known():
+        for p in _managed():
+            known[id(p.sharded_param)] = p._unsharded_param
+            between = getattr(p, "_sharded_post_forward_param", None)
+            if between is not None:
+                known[id(between)] = p._unsharded_param
     return {name: known.get(id(p), p) for name, p in params.items()}
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a parameter is a whole one that FSDP2 gathers and frees."""
-    return any(tensor is one for one in _managed())
+    return any(tensor is p._unsharded_param for p in _managed())
 
 
 def storages() -> set[int]:
     """Addresses of the memory in which gathered parameters are now."""
-    return {one.untyped_storage().data_ptr() for one in _managed()}
+    return {p._unsharded_param.untyped_storage().data_ptr() for p in _managed()}
 
 
-def _managed() -> list[Tensor]:
+def _managed(states: list[State] | None = None) -> list[Any]:
+    """FSDP's records of the parameters that have been gathered at least once."""
     return [
-        p._unsharded_param
-        for state in _states()
+        p
+        for state in (_states() if states is None else states)
         for group in _groups(state)
         for p in group.fsdp_params
         if hasattr(p, "_unsharded_param")
@@ -93,14 +102,8 @@ def _managed() -> list[Tensor]:
 def _touched(losses: Tensor, params: Iterable[Tensor]) -> list[State]:
     """The states of every model that the losses go through, in an order equal on all ranks."""
     states = _states()
-    by_tensor: dict[int, State] = {}
-    by_group: dict[int, State] = {}
-    for state in states:
-        for group in _groups(state):
-            by_group[id(group)] = state
-            for p in group.fsdp_params:
-                if hasattr(p, "_unsharded_param"):
-                    by_tensor[id(p._unsharded_param)] = state
+    by_group = {id(group): state for state in states for group in _groups(state)}
+    by_tensor = {id(p._unsharded_param): state for state in states for p in _managed([state])}
     if not by_tensor:
         return []
     reached = [state for p in params if (state := by_tensor.get(id(p))) is not None]
@@ -127,7 +130,8 @@ def gathered(
     Raises:
         UnsupportedError: create_graph, whose results would need the weights when they are freed.
     """
-    states = _touched(losses, params)
+    with _known():
+        states = _touched(losses, params)
     if not states:
         yield
         return
@@ -137,30 +141,34 @@ def gathered(
             "gradients need weights that are freed by then. Leave create_graph out, or use the "
             "model before fully_shard."
         )
-    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
-
     groups = [group for state in states for group in _groups(state)]
     free = [group for group in groups if not (retain_graph and group.is_unsharded)]
-    for group in groups:
-        group.unshard()
-        group.wait_for_unshard()
     with _Kept() as kept:
-        for state in states:
-            # As in a backward pass (a checkpoint that runs a module again gathers nothing), whose
-            # end is already being looked after.
-            kept.set(state, "_training_state", TrainingState.PRE_BACKWARD)
-            kept.set(state._state_ctx, "post_backward_final_callback_queued", True)
-        for group in groups:
-            kept.set(group, "_training_state", TrainingState.PRE_BACKWARD)
-            kept.set(group, "reduce_grads", False)
-            kept.set(group, "reshard_after_backward", False)
-            kept.set(group, "_post_forward_indices", list(group._post_forward_indices))
         try:
+            with _known():
+                _gather(states, groups, kept)
             yield
         finally:
             for group in free:
-                group._training_state = TrainingState.PRE_BACKWARD  # for good, not after_forward
                 group.reshard()
+
+
+def _gather(states: list[State], groups: list[Group], kept: "_Kept") -> None:
+    from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+    for group in groups:
+        group.unshard()
+        group.wait_for_unshard()
+    for state in states:
+        # As within a backward pass whose end is looked after: a checkpoint that runs a module
+        # again gathers nothing, the hooks that gather do nothing.
+        kept.set(state, "_training_state", TrainingState.PRE_BACKWARD)
+        kept.set(state._state_ctx, "post_backward_final_callback_queued", True)
+    for group in groups:
+        kept.set(group, "_training_state", TrainingState.PRE_BACKWARD)
+        kept.set(group, "reduce_grads", False)
+        kept.set(group, "reshard_after_backward", False)
+        kept.set(group, "_post_forward_indices", list(group._post_forward_indices))
 
 
 class _Kept:

@@ -106,7 +106,8 @@ def walk(losses: Tensor, params: Mapping[str, Tensor]) -> Graph:
 
     Raises:
         UnsupportedError: a re-entrant checkpoint hides the parameters inside it, a parameter is a
-            shell around other tensors, or the pass would upset DistributedDataParallel.
+            shell around other tensors, FullyShardedDataParallel has flattened it, or the pass would
+            upset DistributedDataParallel.
     """
     for name, p in params.items():
         if nodes.wraps_tensors(p):
@@ -191,6 +192,12 @@ def _find_targets(
         if edges[i]:
             continue
         variable = nodes.leaf_variable(node)
+        if nodes.is_flattened(variable):
+            raise UnsupportedError(
+                "The losses come from a FullyShardedDataParallel, which flattens the parameters of "
+                "many layers into one and frees it between passes: pergrad cannot tell which "
+                "gradient is whose. Use `fully_shard` of torch.distributed.fsdp instead."
+            )
         if variable is not None:
             name = leaves.get(id(variable))
             if name is not None:
