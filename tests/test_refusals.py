@@ -56,9 +56,44 @@ def test_a_function_that_returns_too_few_gradients() -> None:
         pergrad.norms(TooFew.apply(x, 2.0, w).sum(1), [w])
 
 
-def test_a_field_that_this_torch_does_not_save(model: nn.Module) -> None:
+@pytest.mark.parametrize("read", [nodes.saved, nodes.attribute])
+def test_a_field_that_this_torch_does_not_save(read, model: nn.Module) -> None:
     with pytest.raises(pergrad.UnsupportedError, match=r"does not save `strange`(.|\n)*version"):
-        nodes.saved(losses(model).grad_fn, "strange")
+        read(losses(model).grad_fn, "strange")
+
+
+@pytest.mark.parametrize("field", ["mat1", "alpha", "beta"])
+def test_a_release_of_torch_that_saves_something_else(
+    field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A field that has another name there is not taken for one that was left out."""
+    plan.clear()
+    w, b, x = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2)), torch.ones(5, 3)
+    values = torch.addmm(b, x, w, alpha=2, beta=3).square().sum(1)
+
+    def other(node: object, name: str, *default: object) -> object:
+        if name == f"_saved_{field}":
+            if default:
+                return default[0]
+            raise AttributeError(name)
+        return getattr(node, name, *default)
+
+    monkeypatch.setattr(nodes, "getattr", other, raising=False)
+    with pytest.raises(pergrad.UnsupportedError, match=rf"does not save `{field}`(.|\n)*version"):
+        pergrad.norms(values, [w, b])
+
+
+def test_inside_a_transform_of_torch_func(model: nn.Module) -> None:
+    x, params = torch.randn(5, 3), dict(model.named_parameters())
+
+    def total(params: dict) -> Tensor:
+        values = torch.func.functional_call(model, params, (x,)).square().sum(1)
+        return pergrad.norms(values, params).sum()
+
+    with pytest.raises(pergrad.UsageError, match=r"torch\.func(.|\n)*outside(.|\n)*create_graph"):
+        torch.func.grad(total)(params)
+    with pytest.raises(pergrad.UsageError, match=r"torch\.func(.|\n)*outside(.|\n)*create_graph"):
+        torch.func.vmap(lambda row: pergrad.norms(model(row).square(), model))(x)
 
 
 def test_a_use_that_the_pass_misses(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

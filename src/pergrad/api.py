@@ -17,7 +17,7 @@ from pergrad.engine import Emit, Options, Record, run
 from pergrad.errors import UnsupportedError, UsageError
 from pergrad.factors import Factor, inspect
 from pergrad.factors.workspace import workspace
-from pergrad.graph import sharded
+from pergrad.graph import nodes, sharded
 from pergrad.inputs import Direction, Params
 from pergrad.matrix import GradientMatrix, root, zeros_for
 
@@ -31,6 +31,12 @@ def _prepare(losses: Tensor, params: Params, options: dict[str, Any]) -> tuple:
         known = ", ".join(Options.__dataclass_fields__)
         wrong = ", ".join(name for name in options if name not in Options.__dataclass_fields__)
         raise UsageError(f"Unknown option {wrong}. The options are: {known}.") from None
+    if isinstance(losses, Tensor) and nodes.is_transformed(losses):
+        raise UsageError(
+            "`losses` belongs to a transform of torch.func (vmap, grad, ...), which is still under "
+            "way. Return the losses from the transformed function and call pergrad outside; for "
+            "derivatives of a result, pass create_graph=True instead of using torch.func.grad."
+        )
     named = sharded.whole(inputs.named(params))
     losses = inputs.check_losses(losses)
     return named, losses, chosen

@@ -5,6 +5,7 @@ rule or fallback for each use, routes down to the parameters, and early release 
 Does not know: what a caller makes of the factors.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -300,7 +301,12 @@ def owner_of(name: str) -> str:
     return f"module `{module}`" if module else f"parameter `{name}`"
 
 
-_STACK = 4  # warn -> _warn -> run -> verb -> the user's line
+def _users_line() -> int:
+    """For a warning raised by the caller: how far up the first line outside pergrad is."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("pergrad."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _warn(schedule: Schedule, batch: int) -> None:
@@ -319,7 +325,7 @@ def _warn(schedule: Schedule, batch: int) -> None:
             f"gradients are exact all the same, by one backward of that op for each of the {batch} "
             f"examples: about {batch} times the cost of the op's own backward.{remedy}",
             FallbackWarning,
-            stacklevel=_STACK,
+            stacklevel=_users_line(),
         )
 
 

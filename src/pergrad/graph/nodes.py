@@ -37,6 +37,7 @@ __all__ = [
     "is_checkpointed",
     "is_compiled",
     "is_flattened",
+    "is_transformed",
     "leaf_variable",
     "metas",
     "op_name",
@@ -143,8 +144,22 @@ def _signed(value: Any) -> Any:
 
 
 def attribute(node: Node, field: str) -> Any:
-    """One saved number, dimension or size of an op, e.g. "dim"; None where it saved none."""
-    return _signed(getattr(node, "_saved_" + field, None))
+    """One saved number, dimension or size of an op, e.g. "dim"; None for an argument left out.
+
+    Raises:
+        UnsupportedError: this release of torch saves something else.
+    """
+    try:
+        return _signed(getattr(node, "_saved_" + field))
+    except AttributeError:
+        raise UnsupportedError(_other_fields(node, field)) from None
+
+
+def _other_fields(node: Node, field: str) -> str:
+    return (
+        f"torch {torch.__version__} does not save `{field}` with {node.name()}, so pergrad has "
+        "no rule for it. Use a version of torch that pergrad is tested with (see the README)."
+    )
 
 
 def attributes(node: Node) -> tuple[Any, ...]:
@@ -209,10 +224,7 @@ def saved(node: Node, field: str) -> Any:
     try:
         return getattr(node, "_saved_" + field)
     except AttributeError:
-        raise UnsupportedError(
-            f"torch {torch.__version__} does not save `{field}` with {node.name()}, so pergrad has "
-            "no rule for it. Use a version of torch that pergrad is tested with (see the README)."
-        ) from None
+        raise UnsupportedError(_other_fields(node, field)) from None
     except RuntimeError as error:
         raise translate(error) from error
 
@@ -427,6 +439,11 @@ def hooks_aside(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, list[Callab
 def wraps_tensors(tensor: Tensor) -> bool:
     """Whether a tensor is a shell around others (DTensor, quantised, nested)."""
     return is_traceable_wrapper_subclass(tensor)
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor stands for others within vmap, grad or another transform of torch.func."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_flattened(tensor: Tensor | None) -> bool:
