@@ -42,6 +42,13 @@ def test_a_compiled_model_is_one_op(model: nn.Module) -> None:
     torch.compiler.reset()
 
 
+def test_derivatives_of_a_compiled_model(model: nn.Module) -> None:
+    values = losses(torch.compile(model, backend="aot_eager"))
+    with pytest.raises(pergrad.UnsupportedError, match=r"create_graph(.|\n)*force_eager"):
+        pergrad.norms(values, model, create_graph=True)
+    torch.compiler.reset()
+
+
 def test_a_compiled_block_is_one_op(model: nn.Module) -> None:
     """The layers around it keep their rules; what is compiled keeps its name or has a new one."""
     truth = naive.norms_by_parameter(naive.loop_grads(losses(model), model))

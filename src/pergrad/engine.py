@@ -213,6 +213,12 @@ def run(
     ):
         graph, plan = plan_for(losses, params, options.check_layout)
         schedule = schedule_for(graph, plan)
+        if options.create_graph and any(map(nodes.is_compiled, graph.nodes)):
+            raise UnsupportedError(
+                "The losses go through a region compiled by torch.compile, which has no second "
+                "derivative, and create_graph=True asks for one. Compute the losses under "
+                '`with torch.compiler.set_stance("force_eager"):`.'
+            )
         if schedule.compiled:
             stack.enter_context(nodes.compiled_regions_kept())
         _policy(graph, plan, options)
