@@ -5,6 +5,7 @@ rule or fallback for each use, routes down to the parameters, and early release 
 Does not know: what a caller makes of the factors.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -212,6 +213,12 @@ def run(
     ):
         graph, plan = plan_for(losses, params, options.check_layout)
         schedule = schedule_for(graph, plan)
+        if options.create_graph and any(map(nodes.is_compiled, graph.nodes)):
+            raise UnsupportedError(
+                "The losses go through a region compiled by torch.compile, which has no second "
+                "derivative, and create_graph=True asks for one. Compute the losses under "
+                '`with torch.compiler.set_stance("force_eager"):`.'
+            )
         if schedule.compiled:
             stack.enter_context(nodes.compiled_regions_kept())
         _policy(graph, plan, options)
@@ -300,7 +307,12 @@ def owner_of(name: str) -> str:
     return f"module `{module}`" if module else f"parameter `{name}`"
 
 
-_STACK = 4  # warn -> _warn -> run -> verb -> the user's line
+def _users_line() -> int:
+    """For a warning raised by the caller: how far up the first line outside pergrad is."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("pergrad."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _warn(schedule: Schedule, batch: int) -> None:
@@ -319,7 +331,7 @@ def _warn(schedule: Schedule, batch: int) -> None:
             f"gradients are exact all the same, by one backward of that op for each of the {batch} "
             f"examples: about {batch} times the cost of the op's own backward.{remedy}",
             FallbackWarning,
-            stacklevel=_STACK,
+            stacklevel=_users_line(),
         )
 
 

@@ -6,6 +6,7 @@ Does not know: examples, layouts, parameters' names, rules.
 """
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ __all__ = [
     "inside_pass",
     "is_checkpointed",
     "is_compiled",
+    "is_flattened",
+    "is_transformed",
     "leaf_variable",
     "metas",
     "op_name",
@@ -141,8 +144,22 @@ def _signed(value: Any) -> Any:
 
 
 def attribute(node: Node, field: str) -> Any:
-    """One saved number, dimension or size of an op, e.g. "dim"; None where it saved none."""
-    return _signed(getattr(node, "_saved_" + field, None))
+    """One saved number, dimension or size of an op, e.g. "dim"; None for an argument left out.
+
+    Raises:
+        UnsupportedError: this release of torch saves something else.
+    """
+    try:
+        return _signed(getattr(node, "_saved_" + field))
+    except AttributeError:
+        raise UnsupportedError(_other_fields(node, field)) from None
+
+
+def _other_fields(node: Node, field: str) -> str:
+    return (
+        f"torch {torch.__version__} does not save `{field}` with {node.name()}, so pergrad has "
+        "no rule for it. Use a version of torch that pergrad is tested with (see the README)."
+    )
 
 
 def attributes(node: Node) -> tuple[Any, ...]:
@@ -200,16 +217,14 @@ def saved(node: Node, field: str) -> Any:
 
     Raises:
         UsageError: the graph was freed by an earlier backward, or the tensor was changed in place.
-        UnsupportedError: this release of torch saves something else.
+        UnsupportedError: this release of torch saves something else, or its memory was taken away.
     """
     _allow_another_read(node, (field,))
+    _check_memory(node, (field,))
     try:
         return getattr(node, "_saved_" + field)
     except AttributeError:
-        raise UnsupportedError(
-            f"torch {torch.__version__} does not save `{field}` with {node.name()}, so pergrad has "
-            "no rule for it. Use a version of torch that pergrad is tested with (see the README)."
-        ) from None
+        raise UnsupportedError(_other_fields(node, field)) from None
     except RuntimeError as error:
         raise translate(error) from error
 
@@ -228,14 +243,8 @@ class _Patient(dict):
 
 def _holders(node: Node, fields: Sequence[str]) -> list[Any]:
     """The saved tensors of a node that a checkpointed block will recompute."""
-    found = []
-    for field in fields:
-        raw = getattr(node, "_raw_saved_" + field, None)
-        for one in raw if isinstance(raw, (tuple, list)) else (raw,):
-            data = getattr(one, "data", None)
-            if data is not None and type(data).__name__ == "_Holder" and hasattr(data, "handles"):
-                found.append(data)
-    return found
+    return [data for data in _raw(node, fields)
+            if type(data).__name__ == "_Holder" and hasattr(data, "handles")]  # fmt: skip
 
 
 def is_checkpointed(node: Node) -> bool:
@@ -252,6 +261,31 @@ def _allow_another_read(node: Node, fields: Sequence[str]) -> None:
             holder.handles = _Patient(holder.handles)
         holder.handles.free_reads += 1
 
+
+def _raw(node: Node, fields: Sequence[str]) -> Iterator[Any]:
+    """What stands for each saved tensor, not unpacked."""
+    for field in fields:
+        with in_our_words():
+            raw = getattr(node, "_raw_saved_" + field, None)
+            each = raw if isinstance(raw, (tuple, list)) else (raw,)
+            found = [getattr(one, "data", None) for one in each]
+        yield from found
+
+
+def _check_memory(node: Node, fields: Sequence[str]) -> None:
+    """torch itself would read a saved tensor whose memory is gone, and end the process."""
+    for data in _raw(node, fields):
+        if type(data) not in _PLAIN or data.layout is not torch.strided:
+            continue
+        if data.numel() and data.device.type != "meta" and not data.untyped_storage().size():
+            raise UnsupportedError(
+                f"A weight that the op `{op_name(node)}` needs has been freed since the forward "
+                "pass, as FullyShardedDataParallel does. Use `fully_shard` of "
+                "torch.distributed.fsdp, or keep the weights in memory until pergrad is done."
+            )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 _FREED = "The graph of the losses has been freed by an earlier backward"
 _FREED_REMEDY = (
@@ -307,8 +341,10 @@ def raw_call(
 
     torch's engine, not the node, sums such a gradient to the operand's shape.
     """
+    fields = _fields(type(node))[1]
     if not last_read:
-        _allow_another_read(node, _fields(type(node))[1])
+        _allow_another_read(node, fields)
+    _check_memory(node, fields)
     with in_our_words():
         if is_python(node):
             # A Python Function gets None otherwise, where the engine would give it zeros.
@@ -403,6 +439,17 @@ def hooks_aside(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, list[Callab
 def wraps_tensors(tensor: Tensor) -> bool:
     """Whether a tensor is a shell around others (DTensor, quantised, nested)."""
     return is_traceable_wrapper_subclass(tensor)
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor stands for others within vmap, grad or another transform of torch.func."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_flattened(tensor: Tensor | None) -> bool:
+    """Whether a leaf is many parameters in one, as FullyShardedDataParallel makes it."""
+    module = sys.modules.get("torch.distributed.fsdp._flat_param")
+    return module is not None and isinstance(tensor, module.FlatParameter)
 
 
 def version(tensor: Tensor) -> int:

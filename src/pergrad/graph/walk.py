@@ -106,7 +106,8 @@ def walk(losses: Tensor, params: Mapping[str, Tensor]) -> Graph:
 
     Raises:
         UnsupportedError: a re-entrant checkpoint hides the parameters inside it, a parameter is a
-            shell around other tensors, or the pass would upset DistributedDataParallel.
+            shell around other tensors, FullyShardedDataParallel has flattened it, or the pass would
+            upset DistributedDataParallel.
     """
     for name, p in params.items():
         if nodes.wraps_tensors(p):
@@ -116,7 +117,7 @@ def walk(losses: Tensor, params: Mapping[str, Tensor]) -> Graph:
                 "parameter for this call."
             )
     root = nodes.get_gradient_edge(losses)
-    ordered, below = _topological(root.node)
+    ordered, below = topological(root.node)
     index = {node: i for i, node in enumerate(ordered)}
     edges = [
         tuple([(-1, 0) if child is None else (index[child], number) for child, number in inputs])
@@ -157,7 +158,7 @@ def _name_of(function: Any) -> str:
     return getattr(function, "__qualname__", None) or type(function).__name__
 
 
-def _topological(root: Any) -> tuple[list[Any], list[Any]]:
+def topological(root: Any) -> tuple[list[Any], list[Any]]:
     """Every node below `root`, each before what it reads from; and what that is, node by node."""
     finished: list[Any] = []
     below: list[Any] = []
@@ -191,6 +192,12 @@ def _find_targets(
         if edges[i]:
             continue
         variable = nodes.leaf_variable(node)
+        if nodes.is_flattened(variable):
+            raise UnsupportedError(
+                "The losses come from a FullyShardedDataParallel, which flattens the parameters of "
+                "many layers into one and frees it between passes: pergrad cannot tell which "
+                "gradient is whose. Use `fully_shard` of torch.distributed.fsdp instead."
+            )
         if variable is not None:
             name = leaves.get(id(variable))
             if name is not None:

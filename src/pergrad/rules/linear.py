@@ -47,7 +47,7 @@ def matrix(use: Situation) -> Served:
 def _behind_rows(use: Situation) -> bool:
     """Whether the summand is one number for each column, as it is: a plain bias."""
     bias = use.operands.get(0)
-    if bias is None or use.tracing() or use.attr("beta") not in (None, 1):
+    if bias is None or use.tracing() or use.attr("beta") != 1:
         return False
     columns = use.layout.shape[1]
     return bias.shape[-1:] == (columns,) and prod(bias.shape) == columns
@@ -132,8 +132,7 @@ def vector(use: Situation) -> Served:
 
 
 def _alpha(use: Situation) -> float:
-    alpha = use.attr("alpha")
-    return 1 if alpha is None else alpha
+    return 1 if use.name in ("mm", "bmm", "mv") else use.attr("alpha")
 
 
 def _bias(use: Situation) -> Served:
@@ -142,4 +141,4 @@ def _bias(use: Situation) -> Served:
         return {}
     beta = use.attr("beta")
     factor = reduced(use.g, use.layout, use.operands[0].shape, use.batch)
-    return {0: factor if beta in (None, 1) else Dense(factor.values * beta)}
+    return {0: factor if beta == 1 else Dense(factor.values * beta)}

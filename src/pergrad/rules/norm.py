@@ -12,6 +12,7 @@ from torch import Tensor
 from pergrad.factors import Dense
 from pergrad.factors.numeric import result_dtype
 from pergrad.factors.workspace import chunks, scratch
+from pergrad.graph.transfer import in_training
 from pergrad.rules.positions import blocks, in_order, partition, reduced
 from pergrad.rules.registry import Served, Situation, rule
 
@@ -184,10 +185,8 @@ def batch_norm(use: Situation) -> Served:
     if 1 in use.operands:
         x = _wide(use.saved("input"))
         shape = _per_channel(g)
-        training = use.attr("training")
-        if training is None:
-            training = use.name == "batch_norm_with_update"
-        eps = use.attr("eps") if use.attr("eps") is not None else use.attr("epsilon")
+        training = in_training(use)
+        eps = use.attr("epsilon" if use.name.startswith(("cudnn", "miopen")) else "eps")
         if training:
             mean, rstd = use.saved("result1"), use.saved("result2")
             if use.tracing():
