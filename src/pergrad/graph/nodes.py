@@ -219,8 +219,7 @@ def saved(node: Node, field: str) -> Any:
         UsageError: the graph was freed by an earlier backward, or the tensor was changed in place.
         UnsupportedError: this release of torch saves something else, or its memory was taken away.
     """
-    _allow_another_read(node, (field,))
-    _check_memory(node, (field,))
+    _before_reading(node, (field,))
     try:
         return getattr(node, "_saved_" + field)
     except AttributeError:
@@ -241,48 +240,59 @@ class _Patient(dict):
             super().__setitem__(key, value)
 
 
-def _holders(node: Node, fields: Sequence[str]) -> list[Any]:
-    """The saved tensors of a node that a checkpointed block will recompute."""
-    return [data for data in _raw(node, fields)
-            if type(data).__name__ == "_Holder" and hasattr(data, "handles")]  # fmt: skip
+def _raw(node: Node, fields: Sequence[str]) -> list[Any]:
+    """What stands for each saved tensor, not unpacked."""
+    found: list[Any] = []
+    try:
+        for field in fields:
+            raw = getattr(node, "_raw_saved_" + field, None)
+            if isinstance(raw, (tuple, list)):
+                found += [getattr(one, "data", None) for one in raw]
+            else:
+                found.append(getattr(raw, "data", None))
+    except RuntimeError as error:
+        raise translate(error) from error
+    return found
+
+
+def _is_holder(data: Any) -> bool:
+    """Whether this stands for a tensor that a checkpointed block will recompute."""
+    return type(data).__name__ == "_Holder" and hasattr(data, "handles")
 
 
 def is_checkpointed(node: Node) -> bool:
     """Whether a checkpointed block (use_reentrant=False) recomputes what the node saved."""
-    return bool(_holders(node, _fields(type(node))[1]))
+    return any(map(_is_holder, _raw(node, _fields(type(node))[1])))
 
 
-def _allow_another_read(node: Node, fields: Sequence[str]) -> None:
-    """A checkpointed tensor may be read once for each backward: leave the node its own read."""
-    if torch._C._current_graph_task_id() == -1:
-        return  # outside a pass every read recomputes anyway
-    for holder in _holders(node, fields):
-        if not isinstance(holder.handles, _Patient):
-            holder.handles = _Patient(holder.handles)
-        holder.handles.free_reads += 1
+def _before_reading(node: Node, fields: Sequence[str], *, another: bool = True) -> None:
+    """Look at what stands for saved tensors before they are unpacked.
 
-
-def _raw(node: Node, fields: Sequence[str]) -> Iterator[Any]:
-    """What stands for each saved tensor, not unpacked."""
-    for field in fields:
-        with in_our_words():
-            raw = getattr(node, "_raw_saved_" + field, None)
-            each = raw if isinstance(raw, (tuple, list)) else (raw,)
-            found = [getattr(one, "data", None) for one in each]
-        yield from found
-
-
-def _check_memory(node: Node, fields: Sequence[str]) -> None:
-    """torch itself would read a saved tensor whose memory is gone, and end the process."""
+    A checkpointed one may be read once for each backward: with `another`, the node is left its own
+    read. Of one whose memory is gone, torch itself would end the process.
+    """
     for data in _raw(node, fields):
-        if type(data) not in _PLAIN or data.layout is not torch.strided:
-            continue
-        if data.numel() and data.device.type != "meta" and not data.untyped_storage().size():
-            raise UnsupportedError(
-                f"A weight that the op `{op_name(node)}` needs has been freed since the forward "
-                "pass, as FullyShardedDataParallel does. Use `fully_shard` of "
-                "torch.distributed.fsdp, or keep the weights in memory until pergrad is done."
-            )
+        if type(data) in _PLAIN:
+            if _is_freed(data):
+                raise UnsupportedError(
+                    f"A weight that the op `{op_name(node)}` needs has been freed since the "
+                    "forward pass, as FullyShardedDataParallel does. Use `fully_shard` of "
+                    "torch.distributed.fsdp, or keep the weights in memory until pergrad is done."
+                )
+        # outside a pass every read recomputes anyway
+        elif another and _is_holder(data) and torch._C._current_graph_task_id() != -1:
+            if not isinstance(data.handles, _Patient):
+                data.handles = _Patient(data.handles)
+            data.handles.free_reads += 1
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.untyped_storage().size() == 0
+        and tensor.numel() > 0
+        and tensor.device.type != "meta"
+    )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -341,10 +351,7 @@ def raw_call(
 
     torch's engine, not the node, sums such a gradient to the operand's shape.
     """
-    fields = _fields(type(node))[1]
-    if not last_read:
-        _allow_another_read(node, fields)
-    _check_memory(node, fields)
+    _before_reading(node, _fields(type(node))[1], another=not last_read)
     with in_our_words():
         if is_python(node):
             # A Python Function gets None otherwise, where the engine would give it zeros.
