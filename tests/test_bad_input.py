@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import zoo
 from helpers import assert_agrees
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import pergrad
 from pergrad.precondition import Diagonal, Kronecker
@@ -248,6 +249,13 @@ def test_direction_of_wrong_shape(model: nn.Module) -> None:
             J @ direction
     with refused(r"(int|floating)"):
         pergrad.dots(losses_of(model), model, against=torch.ones(total, dtype=torch.long))
+
+
+def test_direction_that_is_a_shell(model: nn.Module) -> None:
+    v = {n: p.detach() for n, p in model.named_parameters()}
+    v["2.bias"] = TwoTensor(v["2.bias"], v["2.bias"])
+    with refused(r"TwoTensor(.|\n)*2\.bias(.|\n)*full_tensor"):
+        pergrad.dots(losses_of(model), model, against=v)
 
 
 def test_weights(model: nn.Module) -> None:
