@@ -378,6 +378,39 @@ def test_fallbacks_measured_layouts_and_frozen_weights(tmp_path: Path) -> None:
     on_two_ranks(_odd, tmp_path)
 
 
+def _around(rank: int) -> None:
+    """What is asked for is not sharded itself: the pass goes through sharded weights to it."""
+    ids = examples(rank)
+    embedding = nn.Embedding(11, WIDTH).double()
+    plain, block = build().blocks[0], build().blocks[0].requires_grad_(False)
+    fully_shard(block)
+    truth = naive.norms(naive.loop_grads(plain(embedding(ids)).square().sum((1, 2)), embedding))
+    for _ in range(2):
+        norms = pergrad.norms(block(embedding(ids)).square().sum((1, 2)), embedding)
+        assert_agrees(norms, truth, truth)
+
+
+def test_a_plain_layer_below_frozen_shards(tmp_path: Path) -> None:
+    on_two_ranks(_around, tmp_path)
+
+
+def _compiled(rank: int) -> None:
+    warnings.simplefilter("ignore", pergrad.FallbackWarning)
+    ids, plain = examples(rank), build()
+    norms = naive.norms(naive.loop_grads(losses_of(plain, ids), plain))
+    for recompute in (False, True):
+        model = build(recompute)
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+            fully_shard(block)
+        fully_shard(model)
+        assert_agrees(pergrad.norms(losses_of(model, ids), model), norms, norms)
+
+
+def test_compiled_blocks(tmp_path: Path) -> None:
+    on_two_ranks(_compiled, tmp_path)
+
+
 def _refused(rank: int) -> None:
     model, plain, ids = sharded(), build(), examples(rank)
     for verb in (pergrad.norms, pergrad.gradients):
