@@ -1,5 +1,6 @@
 """Wrong input is an error that names the remedy, or has the value that is stated for it."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -430,6 +431,47 @@ def test_saved_tensor_changed_before_the_call() -> None:
         for verb in (pergrad.norms, pergrad.gradients, pergrad.backward):
             with refused(r"in.?place"):
                 verb(change(what), model)
+
+
+CHANGED = {
+    "mlp", "gpt_tied", "conv2d", "weight_norm", "lora_merged", "embedding", "layer_norm_3d",
+    "mixture_of_experts", "lstm", "custom_with_weight", "encoder_and_decoder", "checkpointed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=() if name in CHANGED else pytest.mark.slow)
+     for name, case in zoo.CASES.items() if case.mixes == "no"],
+)  # fmt: skip
+def test_any_tensor_changed_before_the_call(case: zoo.Case) -> None:
+    """An error, or the numbers of the tensors as they were: the gradient may not need it."""
+    number = 0
+    while True:
+        params, forward, data, *_ = case.build(B)
+        tensors = [*naive.named(params).values(), *data]
+        if number >= len(tensors):
+            return
+        losses, changed = forward(*data), tensors[number]
+        number += 1
+        truth = naive.norms(naive.loop_grads(losses, params))
+        with torch.no_grad():
+            if changed.is_floating_point():
+                changed.mul_(1.5).add_(0.1)
+            elif changed.dim():
+                changed.copy_(changed.roll(1, 0))
+        if case.name.startswith("checkpointed") and changed.is_floating_point():
+            # The block runs again, on what is there now; torch cannot tell, nor can pergrad.
+            with contextlib.suppress(RuntimeError):
+                truth = naive.norms(naive.loop_grads(losses, params))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pergrad.FallbackWarning)
+            try:
+                norms = pergrad.norms(losses, params, retain_graph=True)
+            except pergrad.UsageError as error:
+                assert "in place" in str(error)
+            else:
+                assert_agrees(norms, truth, truth)
 
 
 def test_saved_tensor_changed_after_gradients(model: nn.Module) -> None:

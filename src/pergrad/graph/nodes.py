@@ -309,7 +309,7 @@ def translate(error: RuntimeError) -> Exception:
     text = str(error)
     if "second time" in text or "already been freed" in text:
         return UsageError(f"{_FREED}. {_FREED_REMEDY}")
-    if "modified by an inplace operation" in text:
+    if "modified by an inplace operation" in text or "has been modified inplace" in text:
         return UsageError(
             "A tensor that the gradient needs was changed in place after the forward pass "
             f"(an optimizer step, `x += ...`?). Run the forward pass again. torch says: {text}"
