@@ -47,14 +47,14 @@ CONTESTANTS = {
         Contestant("vmap", "`torch.func`: `vmap(grad)`", EVERY, "functorch"),
         Contestant("jvp", "`torch.func.jvp`, forward mode", ("direction",), "forward_mode"),
         Contestant(
-            "opacus", "Opacus, ghost clipping", ("norms", "clip", "lengths"), "ghost", extra="opacus"
+            "opacus",
+            "Opacus, ghost clipping",
+            ("norms", "clip", "lengths"),
+            "ghost",
+            extra="opacus",
         ),
-        Contestant(
-            "backpack", "BackPACK, `BatchL2Grad`", ("norms",), "batch_l2", extra="backpack"
-        ),
-        Contestant(
-            "hooks", "by hand: module hooks", ("norms",), "by_hand_hooks", prefixes=("W1",)
-        ),
+        Contestant("backpack", "BackPACK, `BatchL2Grad`", ("norms",), "batch_l2", extra="backpack"),
+        Contestant("hooks", "by hand: module hooks", ("norms",), "by_hand_hooks", prefixes=("W1",)),
         Contestant(
             "function",
             "by hand: `autograd.Function` without weight gradients",
@@ -64,7 +64,11 @@ CONTESTANTS = {
         ),
         Contestant("torchjd", "TorchJD, autogram", ("gram",), "autogram", extra="torchjd"),
         Contestant(
-            "dattri", "dattri, TracIn without projection", ("gram", "cross"), "tracin", extra="dattri"
+            "dattri",
+            "dattri, TracIn without projection",
+            ("gram", "cross"),
+            "tracin",
+            extra="dattri",
         ),
     )
 }

@@ -1,4 +1,7 @@
-"""TorchJD: `autogram.Engine`, the Gram matrix accumulated layer by layer with vmap."""
+"""TorchJD: `autogram.Engine`, the Gram matrix accumulated layer by layer with vmap.
+
+As for Opacus, the models look their positions up for each example.
+"""
 
 from collections.abc import Callable
 
@@ -9,6 +12,8 @@ from workloads import Step
 
 
 def gram(step: Step) -> Callable[[tuple[Tensor, ...]], Tensor]:
+    if hasattr(step.model, "expand"):
+        step.model.expand = True
     engine = Engine(step.model, batch_dim=0)
 
     def run(batch: tuple[Tensor, ...]) -> Tensor:

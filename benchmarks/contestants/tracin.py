@@ -1,4 +1,4 @@
-"""dattri: `TracInAttributor` with one checkpoint of weight 1, exact: its projection switched off."""
+"""dattri: `TracInAttributor`, one checkpoint of weight 1, exact: its projection switched off."""
 
 from collections.abc import Callable
 from functools import partial

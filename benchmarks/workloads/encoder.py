@@ -22,7 +22,9 @@ class Encoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
-        x = self.token(ids) + self.position(positions.repeat(len(ids), 1) if self.expand else positions)
+        x = self.token(ids) + self.position(
+            positions.repeat(len(ids), 1) if self.expand else positions
+        )
         return self.head(self.layers(self.norm(x)))
 
 

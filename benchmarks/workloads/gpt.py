@@ -47,7 +47,9 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = torch.arange(ids.shape[1], device=ids.device)
-        x = self.token(ids) + self.position(positions.repeat(len(ids), 1) if self.expand else positions)
+        x = self.token(ids) + self.position(
+            positions.repeat(len(ids), 1) if self.expand else positions
+        )
         return self.head(self.norm(self.blocks(x)))
 
 

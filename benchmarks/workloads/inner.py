@@ -7,7 +7,11 @@ from workloads.resnet import resnet
 
 MODELS = {
     "mlp": ("the perceptron", lambda tiny: mlp(64, tiny), 20.0),
-    "gpt": ("the GPT of width 768, T=128", lambda tiny: gpt(64, 128, tiny=tiny, references=64), 1.3),
+    "gpt": (
+        "the GPT of width 768, T=128",
+        lambda tiny: gpt(64, 128, tiny=tiny, references=64),
+        1.3,
+    ),
     "resnet": ("the ResNet-18", lambda tiny: resnet(64, tiny), 1.3),
 }
 
