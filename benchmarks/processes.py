@@ -25,8 +25,9 @@ class Process:
     """One contestant on one workload. Asking after a failure raises that failure again."""
 
     def __init__(self, workload: str, contestant: str, *, tiny: bool = False) -> None:
-        # A file, not a pipe that nobody empties: some libraries print a lot.
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115: lives as long as the process
+        # A file, open as long as self: some libraries print more than a pipe that nobody reads
+        # can hold.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._child = subprocess.Popen(
             [sys.executable, "-W", "ignore", str(CHILD), workload, contestant]
             + (["--tiny"] if tiny else []),

@@ -1,4 +1,4 @@
-"""By hand, for linear layers with one position: hooks on modules, and a plain backward pass."""
+"""By hand, for linear layers with one position: hooks on modules and their outputs."""
 
 from collections.abc import Callable
 
@@ -9,21 +9,16 @@ from workloads import Step
 
 
 def norms(step: Step) -> Callable[[tuple[Tensor, ...]], Tensor]:
-    inputs: dict[nn.Module, Tensor] = {}
     squares: list[Tensor] = []
 
-    def keep_input(layer: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
-        inputs[layer] = args[0].detach()
-
-    def add(layer: nn.Module, _: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]) -> None:
-        a, g = inputs.pop(layer), grads[0]
+    def watch(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        a = args[0].detach()
         # |g aᵀ|² + |g|², the weight's and the bias'
-        squares.append(g.square().sum(1) * (a.square().sum(1) + 1))
+        output.register_hook(lambda g: squares.append(g.square().sum(1) * (a.square().sum(1) + 1)))
 
     for layer in step.model.modules():
         if isinstance(layer, nn.Linear):
-            layer.register_forward_hook(keep_input)
-            layer.register_full_backward_hook(add)
+            layer.register_forward_hook(watch)
 
     def run(batch: tuple[Tensor, ...]) -> Tensor:
         squares.clear()
