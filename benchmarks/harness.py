@@ -103,7 +103,7 @@ def error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
         found.append(_largest((values - expected) / scale))
     if "sum" in want and len(got["norms"]) == len(want["norms"]):
         expected = want["sum"]
-        found.append(float((got["sum"].double() - expected).norm() / expected.norm()))
+        found.append(_largest((got["sum"].double() - expected).norm() / expected.norm()))
     return max(found)
 
 
@@ -186,9 +186,7 @@ def _reference(workload: Workload, folder: Path, batches: int, *, tiny: bool) ->
                 "batch", seconds=10 * SET_UP_SECONDS, index=k, save=str(folder / f"want{k}")
             )
     except FailedError as error:
-        raise SystemExit(
-            f"No reference for {workload.name}: {error}\n{process.printed()}"
-        ) from None
+        raise SystemExit(f"No reference for {workload.name}: {error}\n{process.printed}") from None
     finally:
         process.close()
     return about
@@ -335,7 +333,7 @@ def measure(
             r = stopped[0]
             raise SystemExit(
                 f"{r.name} fails on {workload.name}, and nothing is saved: {r.failure}\n"
-                f"{r.process.printed()}"
+                f"{r.process.printed}"
             )
         if count:
             _lengths(runners, count, checked, folder)

@@ -5,12 +5,12 @@ Does not know: what is asked.
 """
 
 import json
-import os
 import selectors
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Process:
         assert self._child.stdout is not None
         self._selector.register(self._child.stdout, selectors.EVENT_READ)
         self.error: str | None = None
+        self.printed = ""
 
     def answer(self, seconds: float) -> dict[str, Any]:
         """The next answer; it must come within so many seconds."""
@@ -74,19 +75,17 @@ class Process:
         self.close()
         raise FailedError(error)
 
-    def printed(self) -> str:
-        """What it wrote to standard error."""
-        self._log.seek(0)
-        return self._log.read()
-
     def close(self) -> None:
-        if self._child.poll() is None:
-            self._child.kill()
+        """End the process; what it wrote to standard error stays in `printed`."""
+        if self._log.closed:
+            return
+        self._child.kill()
         self._child.wait()
+        self._selector.close()
         for pipe in (self._child.stdin, self._child.stdout):
-            if pipe is not None and not pipe.closed:
-                # what was not read or written yet is of no interest
-                try:
-                    pipe.close()
-                except OSError:
-                    os.close(pipe.fileno())
+            assert pipe is not None
+            with suppress(OSError):  # a command that was never read is of no interest
+                pipe.close()
+        self._log.seek(0)
+        self.printed = self._log.read()
+        self._log.close()
