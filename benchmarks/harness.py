@@ -41,14 +41,14 @@ SET_UP_SECONDS = 120  # imports, building, one repetition
 SHORT_SECONDS = (
     0.1  # repetitions shorter than this are repeated within a turn, after one unrecorded
 )
-SCALED_SECONDS = 3  # what is proportional to the examples is timed on as many as fit into this
+SCALED_SECONDS = 1.5  # what is proportional to the examples is timed on as many as fit into this
 
 
 @dataclass(frozen=True)
 class Effort:
     """How long to measure."""
 
-    seconds: float = 20  # of timing, for each workload, about
+    seconds: float = 15  # of timing, for each workload, about
     rounds: int = 20  # at most
     memory: int = 3  # processes whose peaks are taken, of small workloads
     batches: int | None = None  # at most, of different lengths
@@ -216,10 +216,9 @@ def _compare(r: Runner, got: Path, want: Path) -> None:
 
 def _minimum(r: Runner) -> int:
     """Turns that everyone gets whatever they cost."""
-    own = r.name in ("plain", "pergrad")
-    if r.once > 4:
-        return 2 if own else 1
-    return 3 if own or r.once < 1 else 2
+    if r.name in ("plain", "pergrad"):
+        return 2 if r.once > 4 else 5
+    return 1 if r.once > 4 else 2 if r.once > 1 else 3
 
 
 def _interleave(runners: list[Runner], effort: Effort) -> None:
@@ -273,8 +272,8 @@ def _lengths(runners: list[Runner], count: int, checked: int, folder: Path) -> N
         taken = {}
         active = [r for r in runners if r.failure is None]
         for r in order.sample(active, len(active)):
-            if r.name not in ("plain", "pergrad") and k >= checked and k * 4 >= count:
-                continue  # a quarter of the batches tells what the others cost
+            if r.name not in ("plain", "pergrad") and k >= checked and k * 6 >= count:
+                continue  # a few of the batches tell what the others cost
             path = folder / f"{r.name}{k}"
             try:
                 more = {"save": str(path)} if k < checked else {}

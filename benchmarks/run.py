@@ -64,7 +64,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="+", metavar="WORKLOAD", help="W2, W2-gpt or W2-gpt-T128")
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help=", ".join(CONTESTANTS))
-    parser.add_argument("--seconds", type=float, default=20, help="of timing, for each workload")
+    parser.add_argument("--seconds", type=float, default=15, help="of timing, for each workload")
     parser.add_argument("--rounds", type=int, default=20, help="at most")
     parser.add_argument("--batches", type=int, help="at most, of different lengths")
     parser.add_argument("--memory", type=int, default=3, help="processes for the peak memory")
