@@ -37,7 +37,6 @@ RESULTS = Path(__file__).parent / "results"
 # models, and at 1e-5 on an inner product of two; a wrong method is off by far more than this.
 TOLERANCE = 1e-4
 
-SET_UP_SECONDS = 120  # imports, building, one repetition
 SHORT_SECONDS = (
     0.1  # repetitions shorter than this are repeated within a turn, after one unrecorded
 )
@@ -52,6 +51,7 @@ class Effort:
     rounds: int = 20  # at most
     memory: int = 3  # processes whose peaks are taken, of small workloads
     batches: int | None = None  # at most, of different lengths
+    patience: float = 120  # seconds; who takes longer for one answer is stopped
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,7 @@ class Runner:
 
     contestant: Contestant
     process: Process
+    patience: float
     imports: int = 0
     examples: int = 0
     part: int | None = None  # so many examples are timed, and the time scaled
@@ -142,7 +143,7 @@ class Runner:
 
     def ask(self, do: str, **more: Any) -> dict[str, Any]:
         start = time.monotonic()
-        found = self.process.ask(do, seconds=SET_UP_SECONDS, **more)
+        found = self.process.ask(do, seconds=self.patience, **more)
         self.spent += time.monotonic() - start
         self.peak = max(self.peak, found["peak"])
         return found
@@ -160,13 +161,17 @@ class Runner:
 
 
 @contextmanager
-def _running(workload: Workload, chosen: list[Contestant], *, tiny: bool) -> Iterator[list[Runner]]:
+def _running(
+    workload: Workload, chosen: list[Contestant], effort: Effort, *, tiny: bool
+) -> Iterator[list[Runner]]:
     """Processes of all contestants, set up: at once, since nothing is timed yet."""
-    runners = [Runner(c, Process(workload.name, c.name, tiny=tiny)) for c in chosen]
+    runners = [
+        Runner(c, Process(workload.name, c.name, tiny=tiny), effort.patience) for c in chosen
+    ]
     try:
         for r in runners:
             try:
-                ready = r.process.answer(4 * SET_UP_SECONDS)
+                ready = r.process.answer(effort.patience)
                 r.imports, r.examples = ready["imports"], ready["examples"]
             except FailedError as error:
                 r.fail(str(error))
@@ -176,14 +181,16 @@ def _running(workload: Workload, chosen: list[Contestant], *, tiny: bool) -> Ite
             r.process.close()
 
 
-def _reference(workload: Workload, folder: Path, batches: int, *, tiny: bool) -> dict[str, Any]:
+def _reference(
+    workload: Workload, folder: Path, batches: int, effort: Effort, *, tiny: bool
+) -> dict[str, Any]:
     process = Process(workload.name, "reference", tiny=tiny)
     try:
-        about = process.answer(SET_UP_SECONDS)
-        process.ask("first", seconds=10 * SET_UP_SECONDS, save=str(folder / "want"))
+        about = process.answer(effort.patience)
+        process.ask("first", seconds=10 * effort.patience, save=str(folder / "want"))
         for k in range(batches):
             process.ask(
-                "batch", seconds=10 * SET_UP_SECONDS, index=k, save=str(folder / f"want{k}")
+                "batch", seconds=10 * effort.patience, index=k, save=str(folder / f"want{k}")
             )
     except FailedError as error:
         raise SystemExit(f"No reference for {workload.name}: {error}\n{process.printed}") from None
@@ -298,9 +305,9 @@ def _peaks(workload: Workload, r: Runner, effort: Effort, *, tiny: bool) -> list
     for _ in range(effort.memory - 1 if small else 0):
         process = Process(workload.name, r.name, tiny=tiny)
         try:
-            imports = process.answer(SET_UP_SECONDS)["imports"]
+            imports = process.answer(effort.patience)["imports"]
             for _ in range(5):
-                peak = process.ask("first", seconds=SET_UP_SECONDS)["peak"]
+                peak = process.ask("first", seconds=effort.patience)["peak"]
             found.append(peak - imports)
         finally:
             process.close()
@@ -318,22 +325,23 @@ def measure(
         count = len(workload.batches(tiny))
         count = count if effort.batches is None else min(effort.batches, count)
     checked = min(count, 3)
-    with tempfile.TemporaryDirectory() as name, _running(workload, chosen, tiny=tiny) as runners:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        _running(workload, chosen, effort, tiny=tiny) as runners,
+    ):
         folder = Path(name)
-        about = _reference(workload, folder, checked, tiny=tiny)
+        about = _reference(workload, folder, checked, effort, tiny=tiny)
         for r in runners:
             if r.failure is None:
                 try:
                     _first(r, folder)
                 except FailedError as failed:
                     r.fail(str(failed))
-        stopped = [r for r in runners if r.failure and r.name in ("plain", "pergrad")]
-        if stopped:
-            r = stopped[0]
-            raise SystemExit(
-                f"{r.name} fails on {workload.name}, and nothing is saved: {r.failure}\n"
-                f"{r.process.printed}"
-            )
+            if r.failure is not None and r.name in ("plain", "pergrad"):
+                raise SystemExit(
+                    f"{r.name} fails on {workload.name}, and nothing is saved: {r.failure}\n"
+                    f"{r.process.printed}"
+                )
         if count:
             _lengths(runners, count, checked, folder)
         else:

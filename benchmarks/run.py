@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="at most")
     parser.add_argument("--batches", type=int, help="at most, of different lengths")
     parser.add_argument("--memory", type=int, default=3, help="processes for the peak memory")
+    parser.add_argument("--patience", type=float, default=120, help="seconds for one repetition")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for the JSON")
     parser.add_argument("--tiny", action="store_true", help="the size that tests use")
     parser.add_argument("--profile", action="store_true")
@@ -80,7 +81,7 @@ def main() -> None:
     unknown += [n for n in names or () if n not in CONTESTANTS]
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}")
-    effort = harness.Effort(args.seconds, args.rounds, args.memory, args.batches)
+    effort = harness.Effort(args.seconds, args.rounds, args.memory, args.batches, args.patience)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     if load > 0.5 and not args.list:
         print(f"This machine is busy (load {load:.1f}): these timings are worth little.")
