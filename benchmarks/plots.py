@@ -16,7 +16,8 @@ import tables
 from contestants import CONTESTANTS
 
 COLUMNS = 4
-COLOURS = {name: f"C{n % 10}" for n, name in enumerate(CONTESTANTS) if name != "pergrad"}
+OTHERS = [name for name in CONTESTANTS if name not in ("plain", "pergrad")]
+COLOURS = {name: matplotlib.colormaps["Blues"](0.45 + 0.05 * n) for n, name in enumerate(OTHERS)}
 COLOURS |= {"plain": "0.6", "pergrad": "#d62728"}
 
 Record = dict[str, Any]
@@ -57,7 +58,7 @@ def _panel(axes: Any, record: Record) -> None:
     axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axes.minorticks_off()
     axes.set_yticks(range(len(rows)), [_label(name) for name, _ in rows])
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_title(record["workload"], fontweight="bold")
 
 

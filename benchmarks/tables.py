@@ -127,12 +127,10 @@ def bounds(records: dict[str, Record]) -> str:
         for name, record in records.items()
         if (found := targets.faster(record))
     ]
-    words = f"slower than another contestant on: {'; '.join(slower)}" if slower else (
-        "no contestant is faster on any workload"
-    )  # fmt: skip
-    return f"{table}\n\nOf all contestants but the plain step, pergrad is {words}." if slower else (
-        f"{table}\n\nBesides the plain step, {words}."
-    )  # fmt: skip
+    verdict = "No contestant but the plain step is faster than pergrad on any workload."
+    if slower:
+        verdict = f"Faster than pergrad, besides the plain step: {'; '.join(slower)}."
+    return f"{table}\n\n{verdict}"
 
 
 def _rows(record: Record) -> list[list[str]]:
@@ -152,8 +150,9 @@ def _rows(record: Record) -> list[list[str]]:
                 f"{row['milliseconds']['median']:.1f}",
                 _share(row["ratio"]),
                 f"{row['ratio']['runs']}",
-                f"{statistics.median(row['peak_bytes']) / 1e6:.0f} MB",
-                _number(row["memory_ratio"]),
+                # a part of the batch says nothing about the memory of the whole
+                "" if row["part"] else f"{statistics.median(row['peak_bytes']) / 1e6:.0f} MB",
+                "" if row["part"] else _number(row["memory_ratio"]),
                 f"{row['error']:.0e}" if row["error"] is not None else "",
                 "; ".join(notes),
             ]
