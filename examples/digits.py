@@ -128,8 +128,8 @@ def say_small(norms: Tensor) -> str:
     )
 
 
-def main(out: Path) -> None:
-    """Train, score, report, draw."""
+def main(out: Path) -> dict[str, int | str]:
+    """Train, score, report, draw; says what was found, and returns it."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
     images, true, given = load(generator)
@@ -159,9 +159,12 @@ def main(out: Path) -> None:
 
     top = round(FLIPPED_SHARE * len(true))
     print(f"\nWrong labels among the {top} examples ({FLIPPED_SHARE:.0%}) that stand out most:")
-    for name, column in (("gradient norm", "norm"), ("loss", "loss")):
-        hits = int(flipped[values[column].argsort(descending=True)[:top]].sum())
-        print(f"  by {name + ':':<15}{hits} of {count}")
+    hits = {
+        name: int(flipped[column.argsort(descending=True)[:top]].sum())
+        for name, column in values.items()
+    }
+    print(f"  by gradient norm: {hits['norm']} of {count}")
+    print(f"  by loss:          {hits['loss']} of {count}")
     print(f"  {'by chance:':<18}about {top * count / len(true):.0f} of {count}")
 
     print("\n" + say_small(norms))
@@ -172,6 +175,16 @@ def main(out: Path) -> None:
     page = out / "report.html"
     scores.report(page)
     print(f"The report, to open in a browser: {page}")
+    return {
+        "examples": len(true),
+        "flipped": count,
+        "top": top,
+        "flipped_in_top_by_norm": hits["norm"],
+        "flipped_in_top_by_loss": hits["loss"],
+        "scores": str(out / "scores"),
+        "report": str(page),
+        "picture": str(path),
+    }
 
 
 if __name__ == "__main__":

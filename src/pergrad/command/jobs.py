@@ -1,12 +1,13 @@
 """Finding what a command line names: `path/to/file.py:function` or `package.module:function`.
 
 Owns: loading a file or a module, calling a function of it, and saying what went wrong there.
-Does not know: what a Job is for, or the options of the command line.
+Does not know: what a job is for, or the options of the command line.
 """
 
 import difflib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 import sysconfig
@@ -17,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from pergrad.errors import UsageError
+from pergrad.scores.job import Job
 
 FORM = "path/to/file.py:function or package.module:function"
 
@@ -73,6 +75,22 @@ def call(name: str, *arguments: Any) -> Any:
         raise UsageError(f"{name} raised {_told(error)}") from error
 
 
+def job(name: str) -> Job:
+    """The job that the named function returns.
+
+    Raises:
+        UsageError: as in `call`, or it returned something else.
+    """
+    found = call(name)
+    if not isinstance(found, Job):
+        remedy = (
+            "Does its last line lack a `return`?" if found is None
+            else "Return pergrad.Job(model=..., data=..., losses=...)."
+        )  # fmt: skip
+        raise UsageError(f"{name} returned {type(found).__name__}, not a pergrad.Job. {remedy}")
+    return found
+
+
 def _is_file(where: str) -> bool:
     return where.endswith(".py") or os.sep in where
 
@@ -125,14 +143,14 @@ def _search(folder: str) -> None:
 
 
 def _defined_in(value: Any, module: ModuleType) -> bool:
-    return callable(value) and getattr(value, "__module__", None) == module.__name__
+    return inspect.isfunction(value) and getattr(value, "__module__", None) == module.__name__
 
 
 def _told(error: Exception) -> str:
     """The last line of a traceback, and where it was: in the user's code, and at the very end."""
-    last = traceback.format_exception_only(error)[-1].strip()
+    last = "".join(traceback.format_exception_only(error)).strip()
     if isinstance(error, SyntaxError):
-        return f"{last}\n  {error.filename}, line {error.lineno}: {(error.text or '').strip()}"
+        return last  # has the place already
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__)
         if not frame.filename.startswith("<") and frame.filename != __file__

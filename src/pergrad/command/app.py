@@ -1,0 +1,358 @@
+"""The command line: `pergrad scan, top, report, explain, demo`.
+
+Owns: the commands, their options and help, their exit codes, and what is printed where.
+Does not know: how scoring, the store or the report work; each command is one call of the library.
+"""
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+import pergrad
+from pergrad.command import demonstration, jobs, printing
+from pergrad.errors import PergradError
+
+FINE, ERROR, USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
+
+HELP = """
+Gradient norms and inner products of every example of a data set: score, store, look.
+
+\b
+A JOB says what is scored. It names a function that takes no arguments and returns a
+pergrad.Job (model, data, losses):
+    path/to/file.py:function      loading it RUNS THAT FILE, as `python file.py` would
+    package.module:function       imports the module, which runs it too
+
+\b
+First steps:
+    pergrad demo                                    see what it does, on 1797 digits
+    pergrad explain train.py:job                    can pergrad score this model, and how?
+    pergrad scan train.py:job --out scores          score every example; Ctrl-C and resume
+    pergrad top scores                              the examples with the largest norms
+    pergrad report scores                           one HTML page to look at
+
+\b
+Exit codes:
+    0    fine
+    1    an error; its message says what happened and what to do
+    2    the command line is wrong
+    3    the scan is finished, but some examples could not be scored (their errors are stored)
+    130  interrupted by Ctrl-C; what was scored is kept, and the message says how to resume
+
+Results go to standard output, progress and messages to standard error.
+"""
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "terminal_width": 100,
+    },
+)
+
+
+class Engine(StrEnum):
+    """Where the work is done."""
+
+    local = "local"
+    ray = "ray"
+
+
+class Groups(StrEnum):
+    """Of what there is a norm besides the whole gradient's."""
+
+    layer = "layer"
+    parameter = "parameter"
+
+
+JobName = Annotated[
+    str,
+    typer.Argument(
+        metavar="JOB",
+        help="path/to/file.py:function (loading it runs that file) or package.module:function.",
+        show_default=False,
+    ),
+]
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A folder that `pergrad scan --out DIR` has made.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    if version:
+        typer.echo(f"pergrad {pergrad.__version__}")
+        raise typer.Exit(FINE)
+
+
+@app.command()
+def scan(
+    job: JobName,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="DIR", help="Where the scores go. Made if it is new."),
+    ],
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Examples in a batch. auto halves it when memory runs out.",
+        ),
+    ] = "auto",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE.py:FUNCTION",
+            help="Also the inner product and cosine with a reference: what the function returns "
+            "when it is called with the Job. A GradientMatrix, a direction, or a "
+            "pergrad.MeanGradient. May be repeated.",
+        ),
+    ] = None,
+    groups: Annotated[
+        Groups | None, typer.Option(help="Also the norm of each layer's or parameter's gradient.")
+    ] = None,
+    engine: Annotated[Engine, typer.Option(help="ray: in several processes.")] = Engine.local,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How many processes, for ray.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="The Ray cluster to use. By default this machine.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Move the model and the batches there: cuda, cuda:1, cpu.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Throw away what DIR holds and score all anew.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score every example of a job's data, and keep the scores in a folder.
+
+    \b
+    For each example: its loss, the norm of its gradient, and on request the norm layer by
+    layer and the inner product and cosine with references. The model is put into eval mode
+    while it is scored, and back afterwards.
+
+    The same command resumes an interrupted scan: what was scored stays, each example is
+    scored once. It refuses, saying what differs, when the model, data or settings changed.
+
+    \b
+    Examples:
+        pergrad scan train.py:job --out scores
+        pergrad scan train.py:job --out scores --groups layer --batch-size 64
+        pergrad scan train.py:job --out scores --against valid=train.py:valid
+        pergrad scan mypackage.jobs:job --out scores --engine ray --workers 4
+        pergrad scan train.py:job --out scores --json | jq .failed
+
+    \b
+    A file with a job:
+        def job():
+            return pergrad.Job(model=..., data=..., losses=lambda model, batch: ...)
+        def valid(job):
+            return pergrad.MeanGradient(validation_data)
+    """
+    chosen_job = jobs.job(job)
+    references = dict(_reference(text, chosen_job) for text in against or [])
+    with _resumable(out):
+        scores = pergrad.scan(
+            chosen_job,
+            out,
+            batch_size=_batch_size(batch_size),
+            against=references or None,
+            groups=groups.value if groups else None,
+            engine=engine.value,
+            workers=workers,
+            address=address,
+            device=device,
+            resume=not fresh,
+            progress=not quiet,
+        )
+    failed = len(scores.failures())
+    if as_json:
+        typer.echo(printing.as_json({"store": str(out), **_summary(scores)}))
+    else:
+        typer.echo(repr(scores))
+        typer.echo(f"\nLook at it: pergrad top {_quoted(out)}; pergrad report {_quoted(out)}")
+    if failed:
+        raise typer.Exit(INCOMPLETE)
+
+
+@app.command()
+def top(
+    folder: Folder,
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=1, metavar="N", help="How many examples.")
+    ] = 20,
+    by: Annotated[
+        str, typer.Option(metavar="COLUMN", help="What to rank by: norm, loss, or any column.")
+    ] = "norm",
+    as_json: AsJson = False,
+) -> None:
+    """The examples with the largest norms, losses, or whatever else was stored.
+
+    \b
+    Examples:
+        pergrad top scores
+        pergrad top scores -n 100 --by loss
+        pergrad top scores --by dot:valid --json | jq .[].index
+    """
+    scores = pergrad.open_scores(folder)
+    rows = scores.top(count, by=by)
+    typer.echo(printing.as_json(rows) if as_json else printing.as_table(rows))
+
+
+@app.command()
+def report(
+    folder: Folder,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Where to. By default DIR/report.html."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page about the scores, to open in a browser; it needs no network.
+
+    \b
+    Examples:
+        pergrad report scores
+        pergrad report scores --out scores.html
+    """
+    page = out or folder / "report.html"
+    pergrad.open_scores(folder).report(page)
+    typer.echo(printing.as_json({"report": str(page)}) if as_json else str(page))
+
+
+@app.command()
+def explain(
+    job: JobName,
+    examples: Annotated[
+        int,
+        typer.Option("--examples", "-n", min=1, metavar="N", help="How many, from the first on."),
+    ] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """How each parameter of a job's model is served: by a rule, or at the cost of a loop.
+
+    \b
+    Runs one small batch and stores nothing.
+
+    \b
+    Examples:
+        pergrad explain train.py:job
+        pergrad explain mypackage.jobs:job --json
+    """
+    coverage = jobs.explained(jobs.job(job), examples)
+    if as_json:
+        typer.echo(printing.as_json([asdict(row) for row in coverage.rows]))
+    else:
+        typer.echo(str(coverage))
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Where scores and report go.")
+    ] = Path("demo_output"),
+    as_json: AsJson = False,
+) -> None:
+    """Find wrongly labelled digits: train, scan and report, in under a minute.
+
+    \b
+    Needs `pip install 'pergrad[demo]'` and no network. Says at the end where its code is, to
+    copy. It replaces the scores of an earlier demo in the same folder.
+    """
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        found = demonstration.run(out)
+    if as_json:
+        typer.echo(printing.as_json(found))
+    else:
+        typer.echo(f"The code of this demo, to copy and change: {demonstration.file()}")
+
+
+def _reference(text: str, job: pergrad.Job) -> tuple[str, Any]:
+    """A reference's name, and what its function returns for this job."""
+    name, equals, function = text.partition("=")
+    if not (name and equals):
+        raise typer.BadParameter(
+            f"{text} is not of the form NAME=path/to/file.py:function.", param_hint="--against"
+        )
+    return name, jobs.call(function, job)
+
+
+def _batch_size(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(
+            f"{text} is neither auto nor a whole number above 0.", param_hint="--batch-size"
+        )
+    return int(text)
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """On Ctrl-C, say what is kept and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        command = [word for word in sys.argv[1:] if word != "--fresh"]
+        typer.echo(
+            f"\nInterrupted. {_kept(out)} To resume, say:\n  {_program()} {shlex.join(command)}",
+            err=True,
+        )
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _kept(out: Path) -> str:
+    try:
+        scores = pergrad.open_scores(out)
+    except PergradError:
+        return "Nothing is stored yet."
+    return f"{len(scores):,} examples are scored and kept in {out}."
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def run(arguments: list[str]) -> int:
+    """Parse and run; the exit code. Errors of pergrad pass through."""
+    command = typer.main.get_command(app)
+    try:
+        command(args=arguments, prog_name=_program())
+    except SystemExit as stop:
+        if isinstance(stop.code, str):  # sys.exit("message") in a job's file
+            typer.echo(stop.code, err=True)
+            return ERROR
+        return int(stop.code or FINE)
+    return FINE
+
+
+def wants_traceback(arguments: list[str]) -> bool:
+    """Whether the whole traceback of an error was asked for."""
+    return "--traceback" in arguments
+
+
+def _program() -> str:
+    """What this process was started as: `pergrad`, or `python -m pergrad`."""
+    started = Path(sys.argv[0])
+    return "python -m pergrad" if started.name == "__main__.py" else started.name
