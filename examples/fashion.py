@@ -199,10 +199,10 @@ def main(out: Path) -> None:
         ("most against", order[:one_percent]),
         ("most along", order[-one_percent:]),
     ):
-        size = 1e-3 / float(dots[chosen].mean().abs())  # to change the loss by 0.001
+        size = 1e-5 / float(dots[chosen].mean().abs())  # to change the loss by 0.00001
         said = -size * float(dots[chosen].mean())
         found = mean_loss(step(scored, chosen, size), test) - before
-        print(f"  the {one_percent} {name}:  said {said:+.6f}, found {found:+.6f}")
+        print(f"  the {one_percent} {name}:  said {said:+.2e}, found {found:+.2e}")
 
     worst = order[:10].tolist()
     with torch.no_grad():

@@ -18,6 +18,7 @@ import typer
 import pergrad
 from pergrad.command import demonstration, jobs, printing
 from pergrad.errors import PergradError, UsageError
+from pergrad.scores import manifest, scorer
 
 FINE, ERROR, USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -260,9 +261,15 @@ def explain(
         pergrad explain train.py:job
         pergrad explain mypackage.jobs:job --json
     """
-    coverage = jobs.explained(jobs.job(job), examples)
+    coverage = _explained(jobs.job(job), examples)
     if as_json:
-        typer.echo(printing.as_json([asdict(row) for row in coverage.rows]))
+        found = {
+            "examples": coverage.examples,
+            "exact_share": coverage.exact_share,
+            "fallback_share": coverage.fallback_share,
+            "rows": [asdict(row) for row in coverage.rows],
+        }
+        typer.echo(printing.as_json(found))
     else:
         typer.echo(str(coverage))
 
@@ -286,6 +293,19 @@ def demo(
         typer.echo(printing.as_json(found))
     else:
         typer.echo(f"The code of this demo, to copy and change: {demonstration.file()}")
+
+
+def _explained(job: pergrad.Job, examples: int) -> pergrad.Coverage:
+    """How the first examples' losses reach the parameters, in the mode that they are scored in."""
+    if len(job) == 0:
+        raise UsageError("The job's data set is empty. Give it at least one example.")
+    with scorer.prepared(job.model, "eval"):
+        params = manifest.parameters_of(job)
+        with jobs.told("Computing the losses of the first examples"):
+            batch = scorer.fetch(job, job.data, range(min(examples, len(job))), seed=0)
+            home = scorer.home_of(params)
+            losses = job.losses(job.model, scorer.to_device(batch, home) if home else batch)
+        return pergrad.explain(losses, params)
 
 
 def _references(texts: list[str], job: pergrad.Job) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -69,10 +70,17 @@ def call(name: str, *arguments: Any) -> Any:
         UsageError: as in `function`, or it raised.
     """
     found = function(name)
-    try:
+    with told(name):
         return found(*arguments)
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Where the user's code raises, an error that says so, and where: no traceback is needed."""
+    try:
+        yield
     except Exception as error:
-        raise UsageError(f"{name} raised {_told(error)}") from error
+        raise UsageError(f"{what} raised {_last_line(error)}") from error
 
 
 def job(name: str) -> Job:
@@ -115,26 +123,27 @@ def _from_file(where: str) -> ModuleType:
     _search(str(path.parent))
     sys.modules[spec.name] = module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with told(f"Loading {where}"):
+            spec.loader.exec_module(module)
+    except BaseException:
         del sys.modules[spec.name]
-        raise UsageError(f"Loading {where} raised {_told(error)}") from error
+        raise
     return module
 
 
 def _from_module(where: str) -> ModuleType:
     _search(os.getcwd())
-    try:
-        return importlib.import_module(where)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{where}.".startswith(f"{error.name}."):
-            raise UsageError(f"Importing {where} raised {_told(error)}") from error
-        raise UsageError(
-            f"There is no module {error.name}. JOB is {FORM}; a file's name ends in .py, and a "
-            "module is looked for in the current folder and among the installed packages."
-        ) from None
-    except Exception as error:
-        raise UsageError(f"Importing {where} raised {_told(error)}") from error
+    with told(f"Importing {where}"):
+        try:
+            return importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{where}.".startswith(f"{error.name}."):
+                raise
+            missing = error.name
+    raise UsageError(
+        f"There is no module {missing}. JOB is {FORM}; a file's name ends in .py, and a module is "
+        "looked for in the current folder and among the installed packages."
+    )
 
 
 def _search(folder: str) -> None:
@@ -146,7 +155,7 @@ def _defined_in(value: Any, module: ModuleType) -> bool:
     return inspect.isfunction(value) and getattr(value, "__module__", None) == module.__name__
 
 
-def _told(error: Exception) -> str:
+def _last_line(error: Exception) -> str:
     """The last line of a traceback, and where it was: in the user's code, and at the very end."""
     last = "".join(traceback.format_exception_only(error)).strip()
     if isinstance(error, SyntaxError):
