@@ -11,6 +11,7 @@ examples that pull hardest.
 """
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 
@@ -150,7 +151,10 @@ def main(out: Path) -> dict[str, int | str]:
     )
 
     start = time.perf_counter()
-    scores = pergrad.scan(job_of(model, images, given), out / "scores", resume=False)
+    folder = out / "scores"
+    if (folder / "manifest.json").is_file():
+        shutil.rmtree(folder)  # of an earlier demo
+    scores = pergrad.scan(job_of(model, images, given), folder)
     table = scores.table(["loss", "norm"])
     values = {name: torch.tensor(table[name].to_numpy()) for name in ("norm", "loss")}
     norms = values["norm"]
@@ -181,7 +185,7 @@ def main(out: Path) -> dict[str, int | str]:
         "top": top,
         "flipped_in_top_by_norm": hits["norm"],
         "flipped_in_top_by_loss": hits["loss"],
-        "scores": str(out / "scores"),
+        "scores": str(folder),
         "report": str(page),
         "picture": str(path),
     }

@@ -4,11 +4,11 @@ Owns: what stands between the shell and the commands: the packages they need, er
 Does not know: the commands.
 """
 
-import importlib.util
 import sys
 import traceback
 
 from pergrad.errors import PergradError
+from pergrad.extras import need
 
 
 def main() -> int:
@@ -16,20 +16,14 @@ def main() -> int:
 
     An error of pergrad is printed without its traceback, unless --traceback is given.
     """
-    if importlib.util.find_spec("typer") is None:
-        print(  # noqa: T201
-            "The pergrad command needs packages that are not installed. Say "
-            "`pip install 'pergrad[scan]'`; `import pergrad` works without them.",
-            file=sys.stderr,
-        )
-        return 1
-    from pergrad.command import app
-
     try:
+        need("scan", "typer", "numpy", "pyarrow", "filelock", "rich")
+        from pergrad.command import app
+
         return app.run(sys.argv[1:])
     except PergradError as error:
-        if app.wants_traceback(sys.argv[1:]):
+        if "--traceback" in sys.argv:
             traceback.print_exc()
         else:
             print(f"error: {error}", file=sys.stderr)  # noqa: T201
-        return app.ERROR
+        return 1

@@ -64,6 +64,28 @@ app = typer.Typer(
 )
 
 
+class Mode(StrEnum):
+    """What the model is put into while it is scored."""
+
+    eval = "eval"
+    train = "train"
+    as_is = "as is"
+
+
+class OnMixing(StrEnum):
+    """What to do where examples influence each other."""
+
+    refuse = "raise"
+    exact = "exact"
+
+
+class Rescore(StrEnum):
+    """What to score again."""
+
+    damaged = "damaged"
+    failed = "failed"
+
+
 class Engine(StrEnum):
     """Where the work is done."""
 
@@ -130,18 +152,43 @@ def scan(
     groups: Annotated[
         Groups | None, typer.Option(help="Also the norm of each layer's or parameter's gradient.")
     ] = None,
-    engine: Annotated[Engine, typer.Option(help="ray: in several processes.")] = Engine.local,
+    mode: Annotated[
+        Mode, typer.Option(help="The mode to score the model in; it is put back afterwards.")
+    ] = Mode.eval,
+    device: Annotated[
+        str | None, typer.Option(help="Move model and batches there: cuda, cuda:1, cpu.")
+    ] = None,
+    on_mixing: Annotated[
+        OnMixing,
+        typer.Option(help="exact: pay for examples that influence each other, as in batch norm."),
+    ] = OnMixing.refuse,
+    engine: Annotated[Engine, typer.Option(help="ray: score in several processes.")] = Engine.local,
     workers: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="How many processes, for ray.")
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="ray: how many processes score. local: how many fetch examples ahead.",
+        ),
     ] = None,
     address: Annotated[
-        str | None, typer.Option(help="The Ray cluster to use. By default this machine.")
+        str | None, typer.Option(help="ray: a cluster's address. By default this machine.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Move the model and the batches there: cuda, cuda:1, cpu.")
+    seed: Annotated[
+        int, typer.Option(help="Of random numbers drawn while examples are fetched and scored.")
+    ] = 0,
+    rescore: Annotated[
+        Rescore | None,
+        typer.Option(help="Score again what is in damaged files, or what failed before."),
     ] = None,
-    fresh: Annotated[
-        bool, typer.Option("--fresh", help="Throw away what DIR holds and score all anew.")
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Refuse a DIR that has scores already.")
+    ] = False,
+    no_recheck: Annotated[
+        bool,
+        typer.Option(
+            "--no-recheck", help="When resuming, do not compare one finished batch first."
+        ),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
     as_json: AsJson = False,
@@ -178,22 +225,32 @@ def scan(
             chosen_job,
             out,
             batch_size=_batch_size(batch_size),
-            against=references or None,
+            against=references,
             groups=groups.value if groups else None,
+            mode=mode.value,
+            device=device,
             engine=engine.value,
             workers=workers,
             address=address,
-            device=device,
-            resume=not fresh,
+            seed=seed,
+            rescore=rescore.value if rescore else None,
+            resume=not no_resume,
+            recheck=not no_recheck,
             progress=not quiet,
+            source=job,
+            command=_again(),
+            on_mixing=on_mixing.value,
         )
-    failed = len(scores.failures())
+    counts = scores.manifest["counts"]
     if as_json:
-        typer.echo(printing.as_json({"store": str(out), **_summary(scores)}))
+        found = {"store": str(out), **counts, "columns": list(scores.manifest["columns"])}
+        typer.echo(printing.as_json(found))
     else:
         typer.echo(repr(scores))
-        typer.echo(f"\nLook at it: pergrad top {_quoted(out)}; pergrad report {_quoted(out)}")
-    if failed:
+        look = ["top", "report", *(["top --failed"] if counts["failed"] else [])]
+        lines = [f"  pergrad {word} {shlex.quote(str(out))}" for word in look]
+        typer.echo("\n".join(["\nTo look at them:", *lines]))
+    if counts["failed"]:
         raise typer.Exit(INCOMPLETE)
 
 
@@ -206,6 +263,10 @@ def top(
     by: Annotated[
         str, typer.Option(metavar="COLUMN", help="What to rank by: norm, loss, or any column.")
     ] = "norm",
+    smallest: Annotated[bool, typer.Option("--smallest", help="The smallest first.")] = False,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Instead: the examples that failed, and why.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """The examples with the largest norms, losses, or whatever else was stored.
@@ -214,10 +275,15 @@ def top(
     Examples:
         pergrad top scores
         pergrad top scores -n 100 --by loss
-        pergrad top scores --by dot:valid --json | jq .[].index
+        pergrad top scores --by dot:valid --smallest --json | jq .[].index
+        pergrad top scores --failed
     """
     scores = pergrad.open_scores(folder)
-    rows = scores.top(count, by=by)
+    total = scores.manifest["scored"]["examples"]
+    if not scores.complete:
+        typer.echo(f"Only {len(scores):,} of {total:,} examples are scored so far.", err=True)
+    table = scores.failures() if failed else scores.top(count, by=by, smallest=smallest)
+    rows = table.slice(0, count).to_pylist()
     typer.echo(printing.as_json(rows) if as_json else printing.as_table(rows))
 
 
@@ -237,8 +303,7 @@ def report(
         pergrad report scores
         pergrad report scores --out scores.html
     """
-    page = out or folder / "report.html"
-    pergrad.open_scores(folder).report(page)
+    page = pergrad.open_scores(folder).report(out or folder / "report.html")
     typer.echo(printing.as_json({"report": str(page)}) if as_json else str(page))
 
 
@@ -342,11 +407,7 @@ def _resumable(out: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        command = [word for word in sys.argv[1:] if word != "--fresh"]
-        typer.echo(
-            f"\nInterrupted. {_kept(out)} To resume, say:\n  {_program()} {shlex.join(command)}",
-            err=True,
-        )
+        typer.echo(f"\nInterrupted. {_kept(out)} To resume, say:\n  {_again()}", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -358,8 +419,9 @@ def _kept(out: Path) -> str:
     return f"{len(scores):,} examples are scored and kept in {out}."
 
 
-def _quoted(path: Path) -> str:
-    return shlex.quote(str(path))
+def _again() -> str:
+    """The command line that started this process; said again, it resumes."""
+    return f"{_program()} {shlex.join(word for word in sys.argv[1:] if word != '--no-resume')}"
 
 
 def run(arguments: list[str]) -> int:
@@ -373,11 +435,6 @@ def run(arguments: list[str]) -> int:
             return ERROR
         return int(stop.code or FINE)
     return FINE
-
-
-def wants_traceback(arguments: list[str]) -> bool:
-    """Whether the whole traceback of an error was asked for."""
-    return "--traceback" in arguments
 
 
 def _program() -> str:

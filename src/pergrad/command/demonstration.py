@@ -4,15 +4,12 @@ Owns: where the examples are, and what the demo needs.
 Does not know: what the demo does.
 """
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pergrad
 from pergrad.command import jobs
-from pergrad.errors import UsageError
-
-NEEDED = ("jinja2", "matplotlib", "PIL", "pyarrow", "sklearn")
+from pergrad.extras import need
 
 
 def file() -> Path:
@@ -26,12 +23,7 @@ def run(out: Path) -> dict[str, Any]:
     """Run it; what it found.
 
     Raises:
-        UsageError: a package that it needs is not installed.
+        MissingExtraError: a package that it needs is not installed.
     """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"The demo needs packages that are not installed ({', '.join(missing)}). Say "
-            "`pip install 'pergrad[demo]'`."
-        )
+    need("demo", "jinja2", "matplotlib", "PIL", "sklearn")
     return jobs.function(f"{file()}:main")(out)

@@ -37,14 +37,16 @@ def _plain(value: Any) -> Any:
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows under their column names; numbers to the right, texts to the left.
+    """Rows under their column names; numbers to the right, texts to the left, no empty columns.
 
     >>> print(as_table([{"index": 7, "key": "a", "norm": 1.5}, {"index": 12, "key": "bc"}]))
     index  key  norm
         7  a     1.5
        12  bc
     """
-    names = list(dict.fromkeys(name for row in rows for name in row))
+    names = list(dict.fromkeys(n for row in rows for n, value in row.items() if value is not None))
+    if not names:
+        return "none"
     numeric = {
         name: all(isinstance(row.get(name), (int, float, type(None))) for row in rows)
         for name in names
