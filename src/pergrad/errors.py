@@ -17,5 +17,13 @@ class UnsupportedError(PergradError):
     """These gradients cannot be had at all."""
 
 
+class StoreError(PergradError):
+    """A folder of scores cannot be read or written, or is about something else."""
+
+
+class MissingExtraError(PergradError, ImportError):
+    """A package is not installed that this part of pergrad needs."""
+
+
 class FallbackWarning(UserWarning):
     """An op has no rule: its per-example gradients are exact, but cost a backward per example."""
