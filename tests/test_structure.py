@@ -23,6 +23,7 @@ LAYERS = [
     ["scores", "report"],
     ["command"],
     ["__init__"],
+    ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -69,7 +69,7 @@ class Mode(StrEnum):
 
     eval = "eval"
     train = "train"
-    as_is = "as is"
+    as_is = "as-is"
 
 
 class OnMixing(StrEnum):
@@ -218,16 +218,16 @@ def scan(
         def valid(job):
             return pergrad.MeanGradient(validation_data)
     """
-    chosen_job = jobs.job(job)
-    references = _references(against or [], chosen_job)
     with _resumable(out):
+        chosen_job = jobs.job(job)
+        references = _references(against or [], chosen_job)
         scores = pergrad.scan(
             chosen_job,
             out,
             batch_size=_batch_size(batch_size),
             against=references,
             groups=groups.value if groups else None,
-            mode=mode.value,
+            mode=mode.value.replace("-", " "),
             device=device,
             engine=engine.value,
             workers=workers,
@@ -241,7 +241,7 @@ def scan(
             command=_again(),
             on_mixing=on_mixing.value,
         )
-    counts = scores.manifest["counts"]
+    counts = {name.replace(" ", "_"): n for name, n in scores.manifest["counts"].items()}
     if as_json:
         found = {"store": str(out), **counts, "columns": list(scores.manifest["columns"])}
         typer.echo(printing.as_json(found))
@@ -275,7 +275,7 @@ def top(
     Examples:
         pergrad top scores
         pergrad top scores -n 100 --by loss
-        pergrad top scores --by dot:valid --smallest --json | jq .[].index
+        pergrad top scores --by dot:valid --smallest --json | jq '.[].index'
         pergrad top scores --failed
     """
     scores = pergrad.open_scores(folder)
@@ -416,7 +416,8 @@ def _kept(out: Path) -> str:
         scores = pergrad.open_scores(out)
     except PergradError:
         return "Nothing is stored yet."
-    return f"{len(scores):,} examples are scored and kept in {out}."
+    total = scores.manifest["scored"]["examples"]
+    return f"{len(scores):,} of {total:,} examples are scored and kept in {out}."
 
 
 def _again() -> str:
@@ -440,4 +441,4 @@ def run(arguments: list[str]) -> int:
 def _program() -> str:
     """What this process was started as: `pergrad`, or `python -m pergrad`."""
     started = Path(sys.argv[0])
-    return "python -m pergrad" if started.name == "__main__.py" else started.name
+    return "python -m pergrad" if started.name == "__main__.py" else started.stem
