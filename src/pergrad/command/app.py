@@ -72,6 +72,13 @@ class Mode(StrEnum):
     as_is = "as-is"
 
 
+MODES: dict[Mode, Literal["eval", "train", "as is"]] = {
+    Mode.eval: "eval",
+    Mode.train: "train",
+    Mode.as_is: "as is",
+}
+
+
 class OnMixing(StrEnum):
     """What to do where examples influence each other."""
 
@@ -227,7 +234,7 @@ def scan(
             batch_size=_batch_size(batch_size),
             against=references,
             groups=groups.value if groups else None,
-            mode=mode.value.replace("-", " "),
+            mode=MODES[mode],
             device=device,
             engine=engine.value,
             workers=workers,
