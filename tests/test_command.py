@@ -413,7 +413,7 @@ def test_explain_tells_where_the_users_code_raises(pergrad_: Run, file: Path) ->
     file.write_text(JOB.replace("return 40", "return 0"))
     code, _, complained = pergrad_("explain", f"{file}:job")
     assert code == 1
-    assert "is empty. Give it at least one example." in complained
+    assert "is empty. Pass at least one example." in complained
 
 
 # The process

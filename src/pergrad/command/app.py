@@ -4,6 +4,7 @@ Owns: the commands, their options and help, their exit codes, and what is printe
 Does not know: how scoring, the store or the report work; each command is one call of the library.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -98,6 +99,7 @@ class Engine(StrEnum):
 
     local = "local"
     ray = "ray"
+    torchrun = "torchrun"
 
 
 class Groups(StrEnum):
@@ -169,13 +171,19 @@ def scan(
         OnMixing,
         typer.Option(help="exact: pay for examples that influence each other, as in batch norm."),
     ] = OnMixing.refuse,
-    engine: Annotated[Engine, typer.Option(help="ray: score in several processes.")] = Engine.local,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="ray: in several processes, or on a cluster. torchrun: each rank its share of "
+            "the examples, after `torchrun --nproc-per-node N -m pergrad scan`."
+        ),
+    ] = Engine.local,
     workers: Annotated[
         int | None,
         typer.Option(
             min=0,
             metavar="N",
-            help="ray: how many processes score. local: how many fetch examples ahead.",
+            help="ray: how many processes score. Otherwise: how many fetch examples ahead.",
         ),
     ] = None,
     address: Annotated[
@@ -216,6 +224,7 @@ def scan(
         pergrad scan train.py:job --out scores --groups layer --batch-size 64
         pergrad scan train.py:job --out scores --against valid=train.py:valid
         pergrad scan mypackage.jobs:job --out scores --engine ray --workers 4
+        torchrun --nproc-per-node 4 -m pergrad scan train.py:job --out scores --engine torchrun
         pergrad scan train.py:job --out scores --json | jq .failed
 
     \b
@@ -248,6 +257,8 @@ def scan(
             command=_again(),
             on_mixing=on_mixing.value,
         )
+    if os.environ.get("RANK", "0") != "0" and engine is Engine.torchrun:
+        return  # the first rank says it for all
     counts = {name.replace(" ", "_"): n for name, n in scores.manifest["counts"].items()}
     if as_json:
         found = {"store": str(out), **counts, "columns": list(scores.manifest["columns"])}
@@ -369,8 +380,6 @@ def demo(
 
 def _explained(job: pergrad.Job, examples: int) -> pergrad.Coverage:
     """How the first examples' losses reach the parameters, in the mode that they are scored in."""
-    if len(job) == 0:
-        raise UsageError("The job's data set is empty. Give it at least one example.")
     with scorer.prepared(job.model, "eval"):
         params = manifest.parameters_of(job)
         with jobs.told("Computing the losses of the first examples"):
@@ -429,6 +438,8 @@ def _kept(out: Path) -> str:
 
 def _again() -> str:
     """The command line that started this process; said again, it resumes."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"torchrun (as before) -m pergrad {shlex.join(sys.argv[1:])}"
     return f"{_program()} {shlex.join(word for word in sys.argv[1:] if word != '--no-resume')}"
 
 

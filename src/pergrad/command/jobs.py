@@ -21,6 +21,7 @@ from typing import Any
 from pergrad.errors import UsageError
 from pergrad.scores.job import Job
 
+OURS = str(Path(__file__).parents[1]) + os.sep  # frames of pergrad itself tell a user nothing
 FORM = "path/to/file.py:function or package.module:function"
 
 
@@ -157,12 +158,12 @@ def _defined_in(value: Any, module: ModuleType) -> bool:
 
 def _last_line(error: Exception) -> str:
     """The last line of a traceback, and where it was: in the user's code, and at the very end."""
-    last = "".join(traceback.format_exception_only(error)).strip()
     if isinstance(error, SyntaxError):
-        return last  # has the place already
+        return "".join(traceback.format_exception_only(error)).strip()  # has the place already
+    last = f"{type(error).__name__}: {error}".removesuffix(": ")
     frames = [
         frame for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith("<") and frame.filename != __file__
+        if not frame.filename.startswith("<") and not frame.filename.startswith(OURS)
     ]  # fmt: skip
     own = [frame for frame in frames if not _is_installed(frame.filename)]
     shown = [*own[-1:], *(frames[-1:] if frames[-1:] != own[-1:] else [])]
