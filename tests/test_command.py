@@ -256,7 +256,8 @@ def test_scan_passes_its_options_on(pergrad_: Run, file: Path, tmp_path: Path) -
     out = tmp_path / "scores"
     code, _, _ = pergrad_(
         "scan", f"{file}:job", "-o", out, "--batch-size", 7, "--groups", "parameter", "--device",
-        "cpu", "--mode", "as-is", "--against", f"few={file}:valid", "--against", f"{file}:several", "--quiet",
+        "cpu", "--mode", "as-is", "--against", f"few={file}:valid", "--against", f"{file}:several",
+        "--quiet",
     )  # fmt: skip
     assert code == 0
     columns = set(pergrad.open_scores(out).table().column_names)
