@@ -207,7 +207,7 @@ class Scorer:
             raise UsageError(
                 f"None of the first {self._failed} examples could be scored, so it is hardly they "
                 f"that are at fault. Example {index} failed with {type(error).__name__}: {error}. "
-                "Nothing was stored. Try `job.losses(job.model, batch)` on a batch of a few "
+                "Try `job.losses(job.model, batch)` on a batch of a few "
                 "examples."
             ) from error
 
