@@ -17,5 +17,13 @@ class UnsupportedError(PergradError):
     """These gradients cannot be had at all."""
 
 
+class WorkerError(PergradError, RuntimeError):
+    """Workers of a distributed scan died; what they had finished is stored, the rest is missing."""
+
+
+class WorkerWarning(RuntimeWarning):
+    """A worker of a distributed scan died or does not start; the scan goes on without it."""
+
+
 class FallbackWarning(UserWarning):
     """An op has no rule: its per-example gradients are exact, but cost a backward per example."""
