@@ -14,33 +14,39 @@ import traceback
 import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from pergrad.errors import UsageError, WorkerError, WorkerWarning
-from pergrad.scores.packing import Numerics, packed, unpacked
+from pergrad.extras import need
+from pergrad.scores.packing import Numerics, on_device, packed, unpacked
+from pergrad.scores.scorer import Scorer, prepared
+from pergrad.scores.work import Work
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 AHEAD = 2  # blocks given to a worker: one that it scores, one so that it never waits for the driver
 DEATHS = 3  # workers that one block may cost
 PATIENCE = 60.0  # seconds without any worker after which the user hears of it
 
 
-class RayEngine:
-    """Scores blocks on workers of Ray, and gives the rows to the driver in the order they come.
+@dataclass(frozen=True, slots=True)
+class OnRay:
+    """Scores on workers of Ray; this process hands out blocks and writes.
 
     Ray is used as it was found: where the caller has initialised it, that is used and left
     running; otherwise it is started on this machine, or joined at `address` (or at RAY_ADDRESS),
     and left at the end.
 
-    A worker that dies costs the blocks that it held: they are handed out again, to a new worker
-    in its place. Since the driver alone writes, an example is in the store once whatever happens.
-    A block that has killed three workers is set aside, all others are scored, and then an error
-    names it.
+    A worker that dies costs the blocks that it held: they are handed out again, and a new worker
+    takes its place. Since this process alone writes, an example is in the store once whatever
+    happens. A block that has cost three workers is set aside; all others are scored, and then an
+    error names it.
 
     Args:
         workers: how many. By default one for each GPU of the cluster; without GPUs, one for each
@@ -48,35 +54,46 @@ class RayEngine:
         address: of a cluster, as for `ray.init`.
 
     Raises:
-        UsageError: Ray is not installed, the job cannot be sent to another process, the cluster
-            cannot be reached or has another torch.
+        MissingExtraError: Ray is not installed.
     """
 
-    def __init__(self, *, workers: int | None = None, address: str | None = None) -> None:
-        self.workers = workers
-        self.address = address
-        _ray()
+    workers: int | None = None
+    address: str | None = None
 
-    def run(self, work: Any, blocks: Iterable[range], write: Callable[[Any], None]) -> None:
-        ray = _ray()
+    def __post_init__(self) -> None:
+        need("ray", "ray")
+        if self.workers == 0:
+            raise UsageError(
+                'workers is 0, and with engine="ray" it is the workers that score. Pass at least '
+                "1, or leave it out for one per GPU or CPU."
+            )
+
+    def run(
+        self,
+        work: Work,
+        blocks: Iterable[range],
+        write: "Callable[[pa.Table], None]",
+        smaller: Callable[[int], None],
+    ) -> None:
+        """Score all blocks.
+
+        Raises:
+            UsageError: the job cannot be sent to another process or loaded there, the cluster
+                cannot be reached, or it has another torch.
+            WorkerError: workers died, again and again.
+        """
         blocks = iter(blocks)
-        content = packed({"work": work}, ray.cloudpickle)
+        first = next(blocks, None)
+        if first is None:
+            return
+        import ray
+        import ray.cloudpickle
+
+        content = packed({"Job": work.job, "Work": work}, ray.cloudpickle)
         with _session(ray, self.address, self.workers):
-            crew = _plan(ray, self.workers)
-            _Run(ray, crew, ray.put(content), write).finish(blocks)
-
-
-def _ray() -> Any:
-    """Ray, imported when it is used."""
-    if find_spec("ray") is None:
-        raise UsageError(
-            "engine='ray' needs Ray, which is not installed. Say `pip install 'pergrad[ray]'`, or "
-            "leave engine out."
-        )
-    import ray
-    import ray.cloudpickle
-
-    return ray
+            crew = _plan(ray, self.workers, work.settings.device)
+            run = _Run(ray, crew, ray.put(content), work.settings.batch_size, write, smaller)
+            run.finish(chain([first], blocks))
 
 
 @contextmanager
@@ -146,27 +163,33 @@ def _process_as_it_was() -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Crew:
-    """How many workers, and what each asks of Ray."""
+    """How many workers, and what each is given."""
 
     workers: int
-    cpus: float
+    cpus: int
     gpus: int
+    device: str | None
     threads: int
 
 
-def _plan(ray: Any, workers: int | None) -> _Crew:
+def _plan(ray: Any, workers: int | None, device: str | None) -> _Crew:
     """One worker for each GPU if there are any, otherwise for each CPU."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus = int(sum(node.get("CPU", 0) for node in nodes))
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    if gpus:
-        return _Crew(workers or gpus, 1, 1, torch.get_num_threads())
+    cpus, gpus = (int(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU"))
+    if gpus and (device is None or device.startswith("cuda")):
+        # A worker sees its own GPU alone, and that is number 0 there.
+        return _Crew(workers or gpus, 1, 1, "cuda", torch.get_num_threads())
+    if device is not None and device.startswith("cuda"):
+        raise UsageError(
+            f"device is {device!r}, and this Ray cluster has no GPU. Leave device out, or start "
+            "Ray where the GPUs are."
+        )
     workers = workers or max(1, cpus)
     largest = int(max((node.get("CPU", 0) for node in nodes), default=1))
     threads = max(1, min(cpus // workers, largest, torch.get_num_threads()))
-    return _Crew(workers, threads, 0, threads)
+    return _Crew(workers, threads, 0, device, threads)
 
 
 @dataclass(frozen=True)
@@ -179,21 +202,27 @@ class _Raised:
 
 @dataclass(frozen=True)
 class _Scored:
-    """The rows of one block, and what was warned of meanwhile."""
+    """The rows of one block, the batch size that memory allowed, and what was warned of."""
 
-    rows: Any
+    rows: "pa.Table"
+    batch_size: int
     warned: set[tuple[type[Warning], str]]
 
 
 class _Scoring:
     """What runs on a worker: the model, loaded once, and one block after another."""
 
-    def start(self, content: bytes, numerics: Numerics, paths: list[str]) -> dict | _Raised:
+    def start(
+        self, content: bytes, numerics: Numerics, device: str | None, paths: list[str]
+    ) -> dict[str, Any] | _Raised:
         """Load the model; what this worker is."""
         sys.path.extend(path for path in paths if path not in sys.path and os.path.exists(path))
         try:
             numerics.apply()
-            self._scorer = unpacked(content, "cuda" if torch.cuda.is_available() else "cpu")["work"]
+            work: Work = unpacked(content)["work"]
+            self._life = ExitStack()  # the process ends with the actor, so nothing is put back
+            self._life.enter_context(prepared(work.job.model, work.settings.mode, device))
+            self._scorer = Scorer(on_device(work, device))
         except ImportError as error:
             where = f" It runs Python {sys.version.split()[0]}, {sys.executable}."
             return _Raised(_not_there(str(error), where), traceback.format_exc())
@@ -201,15 +230,19 @@ class _Scoring:
             return _raised(error)
         return {"pid": os.getpid(), "torch": torch.__version__}
 
-    def score(self, start: int, stop: int) -> _Scored | _Raised:
-        """The rows of one block."""
+    def score(self, start: int, stop: int, batch_size: int, proven: bool) -> _Scored | _Raised:
+        """The rows of one block, given what is known of memory and of the job."""
+        scorer = self._scorer
+        scorer.batch_size = min(scorer.batch_size, batch_size)
+        scorer.scored += proven
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             try:
-                rows = self._scorer(range(start, stop))
+                rows = scorer.score(range(start, stop))
             except Exception as error:
                 return _raised(error)
-        return _Scored(rows, {(each.category, str(each.message)) for each in seen})
+        warned = {(each.category, str(each.message)) for each in seen}
+        return _Scored(rows, scorer.batch_size, warned)
 
 
 def _raised(error: Exception) -> _Raised:
@@ -243,8 +276,17 @@ class _Worker:
 class _Run:
     """One run: hands out blocks, takes in rows, replaces the dead."""
 
-    def __init__(self, ray: Any, crew: _Crew, content: Any, write: Callable[[Any], None]) -> None:
-        self._ray, self._crew, self._content, self._write = ray, crew, content, write
+    def __init__(
+        self,
+        ray: Any,
+        crew: _Crew,
+        content: Any,
+        batch_size: int,
+        write: "Callable[[pa.Table], None]",
+        smaller: Callable[[int], None],
+    ) -> None:
+        self._ray, self._crew, self._content = ray, crew, content
+        self._batch_size, self._write, self._smaller = batch_size, write, smaller
         self._actor = ray.remote(_Scoring).options(
             num_cpus=crew.cpus, num_gpus=crew.gpus, max_restarts=0, max_task_retries=0
         )
@@ -258,6 +300,7 @@ class _Run:
         self._aside: list[range] = []
         self._unborn = 0  # workers in a row that died before they had the model
         self._barren = 0  # blocks in a row that were set aside
+        self._proven = False  # whether a block has been scored
         self._patient = True
         self._warned: set[tuple[type[Warning], str]] = set()
 
@@ -278,7 +321,9 @@ class _Run:
         """A worker that starts to load the model."""
         actor = self._actor.remote()
         numerics = Numerics.here(self._crew.threads)
-        return _Worker(actor, actor.start.remote(self._content, numerics, sys.path))
+        return _Worker(
+            actor, actor.start.remote(self._content, numerics, self._crew.device, sys.path)
+        )
 
     def _hand_out(self, blocks: Iterator[range]) -> bool:
         """Give blocks to the workers that can take one; whether any is left to wait for."""
@@ -288,13 +333,22 @@ class _Run:
                     continue
                 if not self._waiting:
                     self._waiting.extend(islice(blocks, 1))
-                # A block under suspicion is alone with its worker: if that dies, it is the reason.
-                together = [*(block for _, block in worker.blocks), *islice(self._waiting, 1)]
-                if self._waiting and (depth == 0 or not any(b in self._deaths for b in together)):
+                if self._waiting and self._may_have(worker, self._waiting[0]):
                     block = self._waiting.popleft()
-                    ref = worker.actor.score.remote(block.start, block.stop)
+                    ref = worker.actor.score.remote(
+                        block.start, block.stop, self._batch_size, self._proven
+                    )
                     worker.blocks.append((ref, block))
         return bool(self._waiting) or any(worker.blocks for worker in self._workers)
+
+    def _may_have(self, worker: _Worker, block: range) -> bool:
+        # One block alone shows whether the job can be scored at all. The local engine goes by its
+        # first block too, and an error comes once.
+        if not self._proven:
+            return not any(each.blocks for each in self._workers)
+        # A block under suspicion is alone with its worker: if that dies, it is the reason.
+        held = [each for _, each in worker.blocks]
+        return not held or not any(each in self._deaths for each in [*held, block])
 
     def _take_in(self) -> None:
         """Wait until something happens, and deal with it."""
@@ -330,7 +384,10 @@ class _Run:
             scored = self._got(worker.blocks[0][0])
             _, block = worker.blocks.popleft()
             self._deaths.pop(block, None)
-            self._barren = 0
+            self._barren, self._proven = 0, True
+            if scored.batch_size < self._batch_size:
+                self._batch_size = scored.batch_size
+                self._smaller(scored.batch_size)
             for category, message in scored.warned - self._warned:
                 self._warned.add((category, message))
                 warnings.warn(message, category, stacklevel=2)

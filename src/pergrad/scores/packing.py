@@ -10,13 +10,15 @@ import io
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from pergrad.errors import UsageError
+from pergrad.matrix import GradientMatrix
+from pergrad.scores.work import Work
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,31 @@ def packed(parts: Mapping[str, Any], cloudpickle: ModuleType) -> bytes:
             ) from error
 
 
-def unpacked(content: bytes, device: torch.device | str) -> dict[str, Any]:
-    """The objects again, their tensors on a device."""
+def unpacked(content: bytes) -> dict[str, Any]:
+    """The objects again; tensors from a GPU land on this process's first, or in plain memory."""
     # Not weights_only: the job is code, sent by the process that started this one.
-    return torch.load(io.BytesIO(content), map_location=device, weights_only=False)
+    return torch.load(io.BytesIO(content), map_location=_landing, weights_only=False)
+
+
+def _landing(storage: Any, location: str) -> Any:
+    """Where a tensor's memory goes; None stands for where it was."""
+    if not location.startswith("cuda"):
+        return None
+    return storage.cuda(0) if torch.cuda.is_available() else storage
+
+
+def on_device(work: Work, device: str | None) -> Work:
+    """The work with its references on a device, beside the model."""
+    if device is None:
+        return work
+    moved = []
+    for reference in work.references:
+        value = reference.value
+        if isinstance(value, GradientMatrix):
+            moved.append(replace(reference, value=value.to(device)))
+        else:
+            moved.append(replace(reference, value={n: v.to(device) for n, v in value.items()}))
+    return replace(work, references=tuple(moved))
 
 
 def _saved(value: Any, cloudpickle: ModuleType) -> bytes:
