@@ -438,8 +438,8 @@ class _Run:
         return WorkerError(
             f"{DEATHS} workers of Ray died, one after another, on {_named(self._aside)}. {rest} "
             "Too little memory, or code that crashes Python on one of these examples, are the "
-            "usual reasons. Scan again with engine='local' and the same folder: it goes on with what is "
-            "missing, and shows the crash itself."
+            "usual reasons. Scan again with engine='local' and the same folder: it goes on with "
+            "what is missing, and shows the crash itself."
         )
 
     def _say(self, message: str) -> None:

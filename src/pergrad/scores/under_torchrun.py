@@ -1,21 +1,35 @@
-"""The ranks of a distributed run that score one data set together.
+"""The ranks of a distributed run score one data set together, each its share of the blocks.
 
-Owns: who is who, what all ranks must hear before they start and when they are done.
+Owns: who is who, and what the ranks tell each other before they start and when they are done.
 Does not know: how a block is scored, how the store is kept.
+
+The first rank holds the lock, writes the manifest and shows the progress; every rank writes parts
+of its own into the folder that they share. An error on one rank is an error on all, so that no rank
+waits for one that will not come.
 """
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from pergrad.errors import UsageError, WorkerError
+from pergrad.errors import UsageError, WorkerError, WorkerWarning
+from pergrad.scores import driver
+from pergrad.scores.driver import Opened, Request
+from pergrad.scores.manifest import differences
+from pergrad.scores.scorer import prepared
+from pergrad.scores.store import Store
+
+T = TypeVar("T")
 
 # Ranks wait for the slowest one, which may take days longer; a rank that dies ends the waiting.
 NEVER = timedelta(days=365)
@@ -34,10 +48,6 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the rank that owns the lock, the manifest and the progress bar."""
         return self.rank == 0
-
-    def share(self, blocks: list[range]) -> list[range]:
-        """This rank's part of the blocks: every size-th, so that all advance alike."""
-        return blocks[self.rank :: self.size]
 
     def gather(self, value: Any) -> list[Any]:
         """What every rank says, on every rank; anything that JSON can hold."""
@@ -65,19 +75,21 @@ class Ranks:
                 "missing."
             ) from error
 
-    def agree(self, error: BaseException | None) -> None:
-        """Meet the other ranks; if one of them has failed, fail on all."""
-        said = self.gather(None if error is None else f"{type(error).__name__}: {error}")
+    def agree(self, error: BaseException | None, value: Any = None) -> list[Any]:
+        """Meet the other ranks: what each says; if one of them has failed, all fail."""
+        reason = None if error is None else f"{type(error).__name__}: {error}"
+        said = self.gather([reason, value])
         if error is not None:
             raise error
-        failed = {rank: each for rank, each in enumerate(said) if each is not None}
+        failed = {rank: reason for rank, (reason, _) in enumerate(said) if reason is not None}
         if failed:
-            rank, message = next(iter(failed.items()))
+            rank, reason = next(iter(failed.items()))
             raise WorkerError(
-                f"Rank {rank} has failed, so the scan is not complete: {message} What the others "
+                f"Rank {rank} has failed, so the scan is not complete: {reason} What all ranks "
                 "have scored is stored. Start the same command again when the cause is gone: it "
                 "goes on with what is missing."
             )
+        return [value for _, value in said]
 
 
 @contextmanager
@@ -105,3 +117,97 @@ def ranks() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size(), group)
     finally:
         dist.destroy_process_group(None if own else group)
+
+
+def run(request: Request) -> Store:
+    """Score what is not scored yet, together with the other ranks.
+
+    Raises:
+        UsageError: this is not a distributed run, or ranks have different weights, data or
+            settings.
+        WorkerError: another rank has failed or died.
+    """
+    with ranks() as own, ExitStack() as stack:
+        scan = _opened(request, own, stack)
+        if scan.wanted.any():
+            size, error = _tried(lambda: _scored(request, scan, own))
+            if error is not None:
+                warnings.warn(
+                    f"Rank {own.rank} has failed, and waits for the other ranks to finish what "
+                    f"they can: {type(error).__name__}: {error}",
+                    WorkerWarning,
+                    stacklevel=2,
+                )
+            sizes = own.agree(error, size)
+            if own.first:
+                scan.manifest["settings"]["batch_size"] = min(sizes)
+                _, error = _tried(lambda: driver.finish(scan))
+            own.agree(error)
+    return Store(request.folder)
+
+
+def _tried(step: Callable[[], T]) -> tuple[T, None] | tuple[None, Exception]:
+    """What a step returns, or what it raises: the others must hear of it before it goes on."""
+    try:
+        return step(), None
+    except Exception as error:
+        return None, error
+
+
+def _opened(request: Request, own: Ranks, stack: ExitStack) -> Opened:
+    """The store, opened by the first rank and joined by the others."""
+    if own.first:
+        scan, error = _tried(lambda: stack.enter_context(driver.opened(request)))
+        own.agree(error, None if scan is None else [scan.manifest, _runs(scan.wanted)])
+    else:
+        manifest, left = own.agree(None)[0]
+        scan, error = _tried(lambda: stack.enter_context(_joined(request, manifest, left, own)))
+    own.agree(error)
+    assert scan is not None
+    return scan
+
+
+def _runs(mask: np.ndarray) -> list[list[int]]:
+    """Where a mask is set, as pairs of start and stop."""
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8), prepend=0, append=0))
+    return edges.reshape(-1, 2).tolist()
+
+
+@contextmanager
+def _joined(
+    request: Request, manifest: dict[str, Any], left: list[list[int]], own: Ranks
+) -> Iterator[Opened]:
+    """The store that the first rank has opened, if this rank sees the same and means the same."""
+    store = Store(request.folder)
+    if store.manifest is None or store.manifest["created"] != manifest["created"]:
+        raise UsageError(
+            f"Rank {own.rank} does not see in {request.folder} what rank 0 has written there. Give "
+            "the scores a folder on a disk that all ranks share."
+        )
+    with prepared(request.job.model, request.mode, request.device):
+        work, mine = driver.described(request, manifest)
+        differ = differences(manifest, mine)
+        if not differ and work.settings.batch_size != manifest["settings"]["batch_size"]:
+            differ = ["the batch size"]
+        if differ:
+            raise UsageError(
+                f"Rank {own.rank} would score something else than rank 0: {'; '.join(differ)}. "
+                "Load the same weights and the same data set on every rank (`torch.manual_seed` "
+                "before a model is made at random), and call scan with the same arguments."
+            )
+        wanted = np.zeros(len(request.job), dtype=bool)
+        for start, stop in left:
+            wanted[start:stop] = True
+        yield Opened(store, manifest, work, wanted)
+
+
+def _scored(request: Request, scan: Opened, own: Ranks) -> int:
+    """Score this rank's share: every size-th block. The batch size that memory allowed."""
+    sizes = [scan.work.settings.batch_size]
+    share = islice(driver.blocks(scan.wanted, sizes[0]), own.rank, None, own.size)
+    left = int(scan.wanted.sum())
+    shown = replace(request, progress=request.progress and own.first)
+    with driver.bar(shown, len(scan.wanted), left) as advance:
+        # The ranks advance alike, so the first one's progress stands for all.
+        driver.score(request, scan, share, lambda rows: advance(rows * own.size), sizes.append)
+    return min(sizes)
