@@ -89,7 +89,7 @@ class OnRay:
         import ray
         import ray.cloudpickle
 
-        content = packed({"Job": work.job, "Work": work}, ray.cloudpickle)
+        content = packed(work, ray.cloudpickle)
         with _session(ray, self.address, self.workers):
             crew = _plan(ray, self.workers, work.settings.device)
             run = _Run(ray, crew, ray.put(content), work.settings.batch_size, write, smaller)
@@ -219,7 +219,7 @@ class _Scoring:
         sys.path.extend(path for path in paths if path not in sys.path and os.path.exists(path))
         try:
             numerics.apply()
-            work: Work = unpacked(content)["work"]
+            work = unpacked(content)
             self._life = ExitStack()  # the process ends with the actor, so nothing is put back
             self._life.enter_context(prepared(work.job.model, work.settings.mode, device))
             self._scorer = Scorer(on_device(work, device))

@@ -18,6 +18,7 @@ import torch
 
 from pergrad.errors import UsageError
 from pergrad.matrix import GradientMatrix
+from pergrad.scores.job import Job
 from pergrad.scores.work import Work
 
 
@@ -55,29 +56,31 @@ class Numerics:
         cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = self.cudnn
 
 
-def packed(parts: Mapping[str, Any], cloudpickle: ModuleType) -> bytes:
-    """The bytes of objects, by name; what they share (a model's parameters) stays shared.
+def packed(work: Work, cloudpickle: ModuleType) -> bytes:
+    """The bytes of a job and all that goes with it; what its parts share stays shared.
 
-    torch.save and not plain pickle: it keeps tensors that share memory together and lets the other
-    side say on which device they land.
+    torch.save and not plain pickle: it keeps tensors that share memory together, and the other side
+    can say on which device they land.
     """
-    with _by_value(_only_here(parts.values()), cloudpickle):
+    parts = {"job": work.job, "settings": work.settings}
+    parts |= {f"against[{r.name!r}]": r.value for r in work.references}
+    with _by_value(_only_here(work.job), cloudpickle):
         try:
-            return _saved(dict(parts), cloudpickle)
+            return _saved(work, cloudpickle)
         except Exception as error:  # whatever an object's own __reduce__ or __getstate__ raises
-            path, culprit, reason = _culprit(parts, cloudpickle) or ("the job", parts, error)
-            kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}"
+            path, culprit, reason = _culprit(parts, cloudpickle) or ("job", work.job, error)
+            kind = type(culprit)
             raise UsageError(
-                f"{path} ({kind}) cannot be sent to the workers: {type(reason).__name__}: "
-                f"{reason}. Every worker gets a copy of the job, made by cloudpickle. Open files, "
-                "locks and connections where they are first needed (in the data set's "
-                "`__getitem__`) instead of keeping them, or leave them out of the copy with "
-                "`__getstate__`; or use engine='local', which makes no copy."
+                f"`{path}` ({kind.__module__}.{kind.__qualname__}) cannot be sent to another "
+                f"process: {type(reason).__name__}: {reason}. Every worker gets a copy of the job, "
+                "made by cloudpickle. Open files, locks and connections where they are first "
+                "needed (in the data set's `__getitem__`) instead of keeping them, or leave them "
+                'out of the copy with `__getstate__`; or use engine="local", which makes no copy.'
             ) from error
 
 
-def unpacked(content: bytes) -> dict[str, Any]:
-    """The objects again; tensors from a GPU land on this process's first, or in plain memory."""
+def unpacked(content: bytes) -> Work:
+    """The work again; tensors from a GPU land on this process's first, or in plain memory."""
     # Not weights_only: the job is code, sent by the process that started this one.
     return torch.load(io.BytesIO(content), map_location=_landing, weights_only=False)
 
@@ -139,14 +142,13 @@ def _inside(value: Any) -> dict[str, Any]:
     return {f".{name}": item for name, item in getattr(value, "__dict__", {}).items()}
 
 
-def _only_here(values: Iterator[Any] | Any) -> set[str]:
-    """Modules of the given objects' classes and functions that another process cannot import."""
+def _only_here(job: Job) -> set[str]:
+    """Modules of a job's classes and functions that another process cannot import."""
     names: set[str] = set()
-    for value in values:
-        for thing in (value, *_inside(value).values()):
+    for part in _inside(job).values():
+        for thing in (part, *_inside(part).values()):
             names |= {getattr(each, "__module__", None) or "" for each in (thing, type(thing))}
-            if isinstance(thing, torch.nn.Module):
-                names |= {type(module).__module__ for module in thing.modules()}
+    names |= {type(module).__module__ for module in job.model.modules()}
     return {name for name in names if name in sys.modules and not _importable(name)}
 
 
