@@ -4,6 +4,7 @@ Owns: what is left to do, opening or making the store, references, parts, the pr
 Does not know: how a block is scored (the engine does), or the files' form (the store does).
 """
 
+import math
 import shlex
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,9 @@ from pergrad.scores import manifest
 from pergrad.scores.job import Job, MeanGradient
 from pergrad.scores.local import Local
 from pergrad.scores.on_ray import OnRay
-from pergrad.scores.scorer import mean_gradient, prepared
-from pergrad.scores.store import Store, locked, say_damaged
+from pergrad.scores.results import Scores
+from pergrad.scores.scorer import Scorer, mean_gradient, prepared, sensible_batch_size
+from pergrad.scores.store import Store, Survey, locked, say_damaged
 from pergrad.scores.work import Engine, Mode, Reference, Settings, Work
 
 ROWS_PER_PART = 2**16
@@ -120,75 +123,171 @@ class Opened:
     store: Store
     manifest: dict[str, Any]
     work: Work
-    wanted: np.ndarray
+    missing: np.ndarray  # masks: without rows, and
+    failed: np.ndarray  # those that have failed and are to be tried again
+
+    @property
+    def wanted(self) -> np.ndarray:
+        """A mask of the examples to score now."""
+        return self.missing | self.failed
+
+    def blocks(self) -> Iterator[range]:
+        """The same as blocks."""
+        size = self.work.settings.batch_size
+        return chain(_blocks(self.missing, size), _runs(self.failed, size))
+
+
+def run(request: Request) -> Store:
+    """Score what is not scored yet."""
+    with opened(request) as scan:
+
+        def smaller(size: int) -> None:
+            scan.manifest["settings"]["batch_size"] = size
+            scan.store.save(scan.manifest)
+
+        if scan.wanted.any():
+            score(request, scan, scan.blocks(), smaller)
+        finish(request, scan)
+    return scan.store
 
 
 @contextmanager
 def opened(request: Request) -> Iterator[Opened]:
-    """Open or make the store, and see what is left to do."""
+    """Make the store, or make sure that it is about the same, and see what is left to do."""
     job = request.job
     with locked(request.folder) as store, prepared(job.model, request.mode, request.device):
-        old = store.manifest
-        work, new = described(request, old)
+        old = store.manifest if store.parts() else None  # nothing is lost by starting anew
+        if old is not None and not request.resume:
+            raise StoreError(
+                f"{store.folder} already has scores, and resume is False. Take another folder, or "
+                "remove this one if you do not need what is in it."
+            )
+        work, new = described(request, store, old)
         if old is None:
             store.save(new)
+            everything = np.ones(len(job), dtype=bool)
+            yield Opened(store, new, work, everything, ~everything)
         else:
-            _check_same(request, store, old, new)
-            new["created"] = old["created"]
-        yield Opened(store, new, work, _wanted(request, store, len(job)))
+            yield _reopened(request, store, old, new, work)
 
 
-def described(request: Request, old: Mapping[str, Any] | None) -> tuple[Work, dict[str, Any]]:
-    """The work, and the manifest that says so; `old` is the manifest there is."""
+def described(
+    request: Request, store: Store, old: Mapping[str, Any] | None
+) -> tuple[Work, dict[str, Any]]:
+    """What is to be scored, for the engine and for the manifest; `old` is the manifest there is."""
     settings = _settings(request, old)
-    references = _references(request, settings)
-    return Work(request.job, settings, references), _manifest(request, settings, references)
+    references = references_for(request, store, settings)
+    work = Work(request.job, settings, references, proven=old is not None)
+    return work, _manifest(request, settings, references)
+
+
+def _reopened(
+    request: Request, store: Store, old: dict[str, Any], new: dict[str, Any], work: Work
+) -> Opened:
+    """Make sure that the store is about the same; what is left to do."""
+    differ = manifest.differences(old, new)
+    if differ:
+        raise StoreError(
+            f"The scores in {store.folder} are of something else, so this scan cannot go on with "
+            f"them: {'; '.join(differ)}. Nothing was changed. Scan into another folder, or bring "
+            "back what was."
+        )
+    new["created"], new["finished"] = old["created"], old["finished"]
+    survey = store.survey(len(request.job))
+    if survey.damaged and request.rescore != "damaged":
+        raise StoreError(say_damaged(store.folder, survey.damaged))
+    if request.recheck:
+        _recheck(store, work, survey)
+    for part in survey.damaged:
+        store.set_aside(part)
+    again = np.zeros_like(survey.failed)
+    if request.rescore == "failed":
+        for part in survey.failed_parts:
+            store.set_aside(part)
+        again = survey.failed
+    scan = Opened(store, new, work, ~survey.present, again)
+    if scan.wanted.any():
+        new["finished"] = False
+        store.save(new)
+    return scan
 
 
 def score(
     request: Request,
     scan: Opened,
     blocks: Iterable[range],
-    advance: Callable[[int], None],
     smaller: Callable[[int], None],
+    share: int = 1,
 ) -> None:
-    """Score blocks into the store. Whatever happens, what was scored is written."""
-    writer = _Writer(scan.store, scan.wanted)
+    """Let the engine score blocks, one part in `share` of all, and write what it finds."""
+    wanted = scan.wanted
+    writer = _Writer(scan.store, wanted)
+    with _bar(request, len(wanted), int(wanted.sum())) as advance:
 
-    def write(table: pa.Table) -> None:
-        advance(writer.add(table))
+        def write(table: pa.Table) -> None:
+            advance(writer.add(table) * share)
 
-    try:
-        request.engine.run(scan.work, blocks, write, smaller)
-    except StoreError:
-        raise
-    except BaseException:
+        try:
+            request.engine.run(scan.work, blocks, write, smaller)
+        except StoreError:
+            raise  # the disk takes no more
+        except BaseException:
+            # Also when Ctrl-C was pressed: what is scored is kept. Not what has failed: it may be
+            # that nothing was wrong with these examples.
+            writer.flush(failed=False)
+            raise
         writer.flush()
-        raise
-    writer.flush()
 
 
-def run(request: Request) -> Store:
-    """Score what is not scored yet."""
-    with opened(request) as scan:
-        if not scan.wanted.any():
-            return scan.store
-
-        def smaller(size: int) -> None:
-            scan.manifest["settings"]["batch_size"] = size
-            scan.store.save(scan.manifest)
-
-        with bar(request, len(scan.wanted), int(scan.wanted.sum())) as advance:
-            todo = blocks(scan.wanted, scan.work.settings.batch_size)
-            score(request, scan, todo, advance, smaller)
-        finish(scan)
-    return scan.store
+def _recheck(store: Store, work: Work, survey: Survey) -> None:
+    """Score the first and the last finished batch again: what the hashes do not see (the loss
+    function, the examples themselves) shows in the numbers.
+    """
+    good = np.flatnonzero(survey.present & ~survey.failed)
+    if not len(good):
+        return
+    size, total = work.settings.batch_size, len(survey.present)
+    scorer = Scorer(work)
+    stored = {name: np.full(total, np.nan) for name in ("loss", "norm")}
+    firsts = sorted({int(good[0]) // size * size, int(good[-1]) // size * size})
+    blocks = [range(lo, min(lo + size, total)) for lo in firsts]
+    for _, table in store.tables(["index", "loss", "norm"]):
+        if table is not None:
+            index = table["index"].to_numpy()
+            near = np.isin(index // size * size, firsts)
+            for name, values in stored.items():
+                values[index[near]] = table[name].to_numpy()[near]
+    precision = [torch.finfo(p.dtype).eps for p in manifest.parameters_of(work.job).values()]
+    tolerance = max(1e-3, 32 * max(precision))  # another machine's rounding, and far below a change
+    for block in blocks:
+        table = scorer.score(block)
+        for name, values in stored.items():
+            was = values[block.start : block.stop]
+            now = table[name].to_numpy()
+            known = np.isfinite(was)
+            scale = np.fmax(abs(was), abs(now)) + 1e-2 * np.max(abs(was[known]), initial=0)
+            wrong = np.flatnonzero(known & ~(abs(was - now) <= tolerance * scale))
+            if len(wrong):
+                at = wrong[0]
+                raise StoreError(
+                    f"The scores in {store.folder} are of something else, so this scan cannot go "
+                    f"on with them: the {name} of example {block[at]} was {was[at]:.6g} and is now "
+                    f"{now[at]:.6g} ({len(wrong)} of {len(block)} examples differ). Model and "
+                    "settings are the same, so the loss function, the collate function or the data "
+                    "must have changed, or draw random numbers of their own. Nothing was changed. "
+                    "Scan into another folder, bring back what was, or pass recheck=False if the "
+                    "difference is meant."
+                )
 
 
 def _settings(request: Request, old: Mapping[str, Any] | None) -> Settings:
     size = request.batch_size
     if size is None:
-        size = old["settings"]["batch_size"] if old is not None else 64
+        size = (
+            old["settings"]["batch_size"]
+            if old is not None
+            else sensible_batch_size(request.job, request.seed)
+        )
     return Settings(
         batch_size=size,
         automatic=request.batch_size is None,
@@ -220,43 +319,22 @@ def _manifest(
     }
 
 
-def _check_same(
-    request: Request, store: Store, old: Mapping[str, Any], new: Mapping[str, Any]
-) -> None:
-    if not request.resume:
-        raise StoreError(
-            f"{store.folder} already has scores, and resume is False. Take another folder, or "
-            "remove this one if you do not need what is in it."
-        )
-    differ = manifest.differences(old, new)
-    if differ:
-        raise StoreError(
-            f"The scores in {store.folder} are of something else, so this scan cannot go on with "
-            f"them: {'; '.join(differ)}. Nothing was changed. Scan into another folder, or bring "
-            "back what was."
-        )
-
-
-def _wanted(request: Request, store: Store, total: int) -> np.ndarray:
-    """A mask of the examples to score now."""
-    damaged = store.damaged()
-    if damaged and request.rescore != "damaged":
-        raise StoreError(say_damaged(store.folder, damaged))
-    for part in damaged:
-        store.set_aside(part)
-    if request.rescore == "failed":
-        for part in store.failed():
-            store.set_aside(part)
-    return ~store.present(total)
-
-
-def blocks(wanted: np.ndarray, size: int) -> Iterator[range]:
+def _blocks(wanted: np.ndarray, size: int) -> Iterator[range]:
     """The blocks that have an example to score, whole: an example's numbers must not depend on
     which of its neighbours were scored before.
     """
     for lo in range(0, len(wanted), size):
         if wanted[lo : lo + size].any():
             yield range(lo, min(lo + size, len(wanted)))
+
+
+def _runs(mask: np.ndarray, size: int) -> Iterator[range]:
+    """The marked examples as runs of neighbours in one block."""
+    marked = np.flatnonzero(mask)
+    cuts = np.flatnonzero((np.diff(marked) > 1) | (np.diff(marked // size) > 0)) + 1
+    for run in np.split(marked, cuts):
+        if len(run):
+            yield range(int(run[0]), int(run[-1]) + 1)
 
 
 class _Writer:
@@ -284,58 +362,104 @@ class _Writer:
             self.flush()
         return len(table)
 
-    def flush(self) -> None:
-        """Write what has been collected; examples that failed into a part of their own."""
+    def flush(self, *, failed: bool = True) -> None:
+        """Write what has been collected; examples that failed go into a part of their own, after
+        the others, so that they can be tried again without touching any other.
+        """
         if self.pending:
             table = pa.concat_tables(self.pending)
-            failed = pc.is_valid(table["error"])
-            for rows in (table.filter(pc.invert(failed)), table.filter(failed)):
+            bad = pc.is_valid(table["error"])
+            for rows in (table.filter(pc.invert(bad)), table.filter(bad) if failed else ()):
                 if len(rows):
                     self.store.add(rows)
         self.pending, self.rows, self.last = [], 0, time.monotonic()
 
 
-def finish(scan: Opened) -> None:
-    """Count, and say in the manifest that all is there."""
+def finish(request: Request, scan: Opened) -> None:
+    """Count, and say in the manifest whether all is there."""
     store, new = scan.store, scan.manifest
-    table = store.read(["loss", "norm", "error"])
-    failed = len(table) - table["error"].null_count
-    finite = pc.and_(pc.is_finite(table["loss"]), pc.is_finite(table["norm"]))
-    new["counts"] = {
-        "examples": len(table),
-        "scored": len(table) - failed,
-        "failed": failed,
-        "not finite": pc.sum(pc.invert(finite)).as_py() or 0,
-    }
-    new["finished"] = len(table) == new["scored"]["examples"]
-    store.save(new)
+    if not new["finished"]:
+        survey = store.survey(new["scored"]["examples"])
+        there, failed = int(survey.present.sum()), int(survey.failed.sum())
+        new["counts"] = {
+            "examples": there,
+            "scored": there - failed,
+            "failed": failed,
+            "not finite": survey.not_finite,
+        }
+        new["finished"] = bool(survey.present.all())
+        store.save(new)
+    if request.progress:
+        _say(store)
 
 
-def _references(request: Request, settings: Settings) -> tuple[Reference, ...]:
+def references_for(request: Request, store: Store, settings: Settings) -> tuple[Reference, ...]:
+    """What each example's gradient is compared with."""
     params = manifest.parameters_of(request.job)
     shapes = {n: tuple(p.shape) for n, p in params.items()}
     devices = {n: p.device for n, p in params.items()}
     found = []
     for name, value in request.against.items():
         if isinstance(value, GradientMatrix):
+            _check_shapes(name, value, shapes)
             norms = tuple(value.norms().double().tolist())
-            found.append(
-                Reference(name, value, norms, manifest.hash_of_tensors(value.dense().items()))
+            rows = (item for k in range(len(value)) for item in value[k].dense().items())
+            found.append(Reference(name, value, norms, manifest.hash_of_tensors(rows)))
+        else:
+            if isinstance(value, MeanGradient):
+                value = _mean(request, store, settings, name, value)
+            v = inputs.direction(value, shapes, devices, f"against[{name!r}]")
+            v = {n: part.detach() for n, part in v.items()}
+            norm = float(torch.stack([p.double().cpu().norm() for p in v.values()]).norm())
+            found.append(Reference(name, v, (norm,), manifest.hash_of_tensors(v.items())))
+        if not all(map(math.isfinite, found[-1].norms)):
+            raise UsageError(
+                f"The reference against[{name!r}] has numbers that are not finite, so no inner "
+                "product with it would be. Find the example or the parameter it comes from."
             )
-            continue
-        if isinstance(value, MeanGradient):
-            value = mean_gradient(request.job, value.data, settings.batch_size, settings.seed)
-        direction = inputs.direction(value, shapes, devices, f"against[{name!r}]")
-        found.append(
-            Reference(
-                name, direction, (_norm(direction),), manifest.hash_of_tensors(direction.items())
-            )
-        )
     return tuple(found)
 
 
-def _norm(direction: Mapping[str, Tensor]) -> float:
-    return float(torch.stack([d.double().norm() for d in direction.values()]).norm())
+def _check_shapes(name: str, J: GradientMatrix, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    differ = [n for n in {**shapes, **J.shapes} if J.shapes.get(n) != shapes.get(n)]
+    if differ:
+        raise UsageError(
+            f"The reference against[{name!r}] is not about the parameters that are scored: "
+            f"{inputs.names_list(differ)} differ or are only on one side. Pass the same selection "
+            "of parameters to pergrad.gradients and as the job's `params`."
+        )
+
+
+def _mean(
+    request: Request, store: Store, settings: Settings, name: str, value: MeanGradient
+) -> dict[str, Tensor]:
+    """The mean gradient: the stored one if it is the same but for rounding, so that a scan that is
+    resumed on another machine compares with the very same numbers.
+    """
+    mean = mean_gradient(request.job, value.data, settings.batch_size, settings.seed)
+    safe = manifest.hash_of_strings([name])
+    kept = store.load_tensors(safe)
+    if kept is not None and _close(kept, mean):
+        return {n: kept[n].to(m.device) for n, m in mean.items()}
+    if kept is None or not store.parts():
+        store.save_tensors(safe, mean)
+    return mean
+
+
+def _close(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether two directions differ by rounding at most."""
+    if [(n, t.shape, t.dtype) for n, t in a.items()] != [
+        (n, t.shape, t.dtype) for n, t in b.items()
+    ]:
+        return False
+    pairs = [(a[n].double().cpu(), b[n].double().cpu()) for n in a]
+    apart = sum(float((x - y).square().sum()) for x, y in pairs)
+    return apart <= 1e-6 * sum(float(y.square().sum()) for _, y in pairs)
+
+
+def _say(store: Store) -> None:
+    """On stderr: what there is now."""
+    Console(stderr=True).print(repr(Scores(store)), highlight=False, soft_wrap=True)
 
 
 class _Rate(ProgressColumn):
@@ -347,7 +471,7 @@ class _Rate(ProgressColumn):
 
 
 @contextmanager
-def bar(request: Request, total: int, todo: int) -> Iterator[Callable[[int], None]]:
+def _bar(request: Request, total: int, todo: int) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr, with rate and time left."""
     if not request.progress:
         yield lambda count: None

@@ -15,7 +15,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,7 @@ class OnRay:
         content = packed(work, ray.cloudpickle)
         with _session(ray, self.address, self.workers):
             crew = _plan(ray, self.workers, work.settings.device)
-            run = _Run(ray, crew, ray.put(content), work.settings.batch_size, write, smaller)
+            run = _Run(ray, crew, ray.put(content), work, write, smaller)
             run.finish(chain([first], blocks))
 
 
@@ -222,7 +222,8 @@ class _Scoring:
             work = unpacked(content)
             self._life = ExitStack()  # the process ends with the actor, so nothing is put back
             self._life.enter_context(prepared(work.job.model, work.settings.mode, device))
-            self._scorer = Scorer(on_device(work, device))
+            self._work = on_device(work, device)
+            self._scorer = Scorer(self._work)
         except ImportError as error:
             where = f" It runs Python {sys.version.split()[0]}, {sys.executable}."
             return _Raised(_not_there(str(error), where), traceback.format_exc())
@@ -232,9 +233,11 @@ class _Scoring:
 
     def score(self, start: int, stop: int, batch_size: int, proven: bool) -> _Scored | _Raised:
         """The rows of one block, given what is known of memory and of the job."""
+        if proven and not self._work.proven:
+            self._work = replace(self._work, proven=True)
+            self._scorer = Scorer(self._work)
         scorer = self._scorer
         scorer.batch_size = min(scorer.batch_size, batch_size)
-        scorer.scored += proven
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             try:
@@ -281,12 +284,12 @@ class _Run:
         ray: Any,
         crew: _Crew,
         content: Any,
-        batch_size: int,
+        work: Work,
         write: "Callable[[pa.Table], None]",
         smaller: Callable[[int], None],
     ) -> None:
         self._ray, self._crew, self._content = ray, crew, content
-        self._batch_size, self._write, self._smaller = batch_size, write, smaller
+        self._batch_size, self._write, self._smaller = work.settings.batch_size, write, smaller
         self._actor = ray.remote(_Scoring).options(
             num_cpus=crew.cpus, num_gpus=crew.gpus, max_restarts=0, max_task_retries=0
         )
@@ -300,7 +303,7 @@ class _Run:
         self._aside: list[range] = []
         self._unborn = 0  # workers in a row that died before they had the model
         self._barren = 0  # blocks in a row that were set aside
-        self._proven = False  # whether a block has been scored
+        self._proven = work.proven
         self._patient = True
         self._warned: set[tuple[type[Warning], str]] = set()
 
@@ -342,10 +345,11 @@ class _Run:
         return bool(self._waiting) or any(worker.blocks for worker in self._workers)
 
     def _may_have(self, worker: _Worker, block: range) -> bool:
-        # One block alone shows whether the job can be scored at all. The local engine goes by its
-        # first block too, and an error comes once.
+        # Until an example could be scored one worker goes ahead alone: it is the one to tell that
+        # the job cannot be scored at all, and others would tell the same.
         if not self._proven:
-            return not any(each.blocks for each in self._workers)
+            ahead = next(each for each in self._workers if each.pid is not None)
+            return worker is ahead and not any(each.blocks for each in self._workers)
         # A block under suspicion is alone with its worker: if that dies, it is the reason.
         held = [each for _, each in worker.blocks]
         return not held or not any(each in self._deaths for each in [*held, block])
@@ -384,7 +388,8 @@ class _Run:
             scored = self._got(worker.blocks[0][0])
             _, block = worker.blocks.popleft()
             self._deaths.pop(block, None)
-            self._barren, self._proven = 0, True
+            self._barren = 0
+            self._proven = self._proven or scored.rows["error"].null_count > 0
             if scored.batch_size < self._batch_size:
                 self._batch_size = scored.batch_size
                 self._smaller(scored.batch_size)

@@ -60,8 +60,9 @@ def packed(work: Work, cloudpickle: ModuleType) -> bytes:
     """The bytes of a job and all that goes with it; what its parts share stays shared.
 
     torch.save and not plain pickle: it keeps tensors that share memory together, and the other side
-    can say on which device they land.
+    can say on which device they land. Without the job's `show`, which workers have no use for.
     """
+    work = replace(work, job=replace(work.job, show=None))
     parts = {"job": work.job, "settings": work.settings}
     parts |= {f"against[{r.name!r}]": r.value for r in work.references}
     with _by_value(_only_here(work.job), cloudpickle):

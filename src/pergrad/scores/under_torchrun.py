@@ -139,10 +139,10 @@ def run(request: Request) -> Store:
                     stacklevel=2,
                 )
             sizes = own.agree(error, size)
-            if own.first:
-                scan.manifest["settings"]["batch_size"] = min(sizes)
-                _, error = _tried(lambda: driver.finish(scan))
-            own.agree(error)
+            scan.manifest["settings"]["batch_size"] = min(sizes)
+        if own.first:
+            _, error = _tried(lambda: driver.finish(request, scan))
+        own.agree(error)
     return Store(request.folder)
 
 
@@ -158,10 +158,11 @@ def _opened(request: Request, own: Ranks, stack: ExitStack) -> Opened:
     """The store, opened by the first rank and joined by the others."""
     if own.first:
         scan, error = _tried(lambda: stack.enter_context(driver.opened(request)))
-        own.agree(error, None if scan is None else [scan.manifest, _runs(scan.wanted)])
+        plan = scan and [scan.manifest, scan.work.proven, _runs(scan.missing), _runs(scan.failed)]
+        own.agree(error, plan)
     else:
-        manifest, left = own.agree(None)[0]
-        scan, error = _tried(lambda: stack.enter_context(_joined(request, manifest, left, own)))
+        plan = own.agree(None)[0]
+        scan, error = _tried(lambda: stack.enter_context(_joined(request, own, *plan)))
     own.agree(error)
     assert scan is not None
     return scan
@@ -173,9 +174,22 @@ def _runs(mask: np.ndarray) -> list[list[int]]:
     return edges.reshape(-1, 2).tolist()
 
 
+def _mask(runs: list[list[int]], size: int) -> np.ndarray:
+    """The mask again."""
+    mask = np.zeros(size, dtype=bool)
+    for start, stop in runs:
+        mask[start:stop] = True
+    return mask
+
+
 @contextmanager
 def _joined(
-    request: Request, manifest: dict[str, Any], left: list[list[int]], own: Ranks
+    request: Request,
+    own: Ranks,
+    manifest: dict[str, Any],
+    proven: bool,
+    missing: list[list[int]],
+    failed: list[list[int]],
 ) -> Iterator[Opened]:
     """The store that the first rank has opened, if this rank sees the same and means the same."""
     store = Store(request.folder)
@@ -185,7 +199,7 @@ def _joined(
             "the scores a folder on a disk that all ranks share."
         )
     with prepared(request.job.model, request.mode, request.device):
-        work, mine = driver.described(request, manifest)
+        work, mine = driver.described(request, store, manifest)
         differ = differences(manifest, mine)
         if not differ and work.settings.batch_size != manifest["settings"]["batch_size"]:
             differ = ["the batch size"]
@@ -195,19 +209,16 @@ def _joined(
                 "Load the same weights and the same data set on every rank (`torch.manual_seed` "
                 "before a model is made at random), and call scan with the same arguments."
             )
-        wanted = np.zeros(len(request.job), dtype=bool)
-        for start, stop in left:
-            wanted[start:stop] = True
-        yield Opened(store, manifest, work, wanted)
+        total = len(request.job)
+        work = replace(work, proven=proven)
+        yield Opened(store, manifest, work, _mask(missing, total), _mask(failed, total))
 
 
 def _scored(request: Request, scan: Opened, own: Ranks) -> int:
     """Score this rank's share: every size-th block. The batch size that memory allowed."""
     sizes = [scan.work.settings.batch_size]
-    share = islice(driver.blocks(scan.wanted, sizes[0]), own.rank, None, own.size)
-    left = int(scan.wanted.sum())
+    share = islice(scan.blocks(), own.rank, None, own.size)
+    # The ranks advance alike, so the first one's progress stands for all.
     shown = replace(request, progress=request.progress and own.first)
-    with driver.bar(shown, len(scan.wanted), left) as advance:
-        # The ranks advance alike, so the first one's progress stands for all.
-        driver.score(request, scan, share, lambda rows: advance(rows * own.size), sizes.append)
+    driver.score(shown, scan, share, sizes.append, share=own.size)
     return min(sizes)
