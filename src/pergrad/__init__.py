@@ -30,6 +30,8 @@ from pergrad.errors import (
     StoreError,
     UnsupportedError,
     UsageError,
+    WorkerError,
+    WorkerWarning,
 )
 from pergrad.matrix import GradientMatrix
 
@@ -54,6 +56,8 @@ __all__ = [
     "StoreError",
     "UnsupportedError",
     "UsageError",
+    "WorkerError",
+    "WorkerWarning",
     "backward",
     "check",
     "clip",

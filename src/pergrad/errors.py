@@ -25,5 +25,13 @@ class MissingExtraError(PergradError, ImportError):
     """A package is not installed that this part of pergrad needs."""
 
 
+class WorkerError(PergradError):
+    """Workers of a distributed scan were lost. What they had finished is stored."""
+
+
 class FallbackWarning(UserWarning):
     """An op has no rule: its per-example gradients are exact, but cost a backward per example."""
+
+
+class WorkerWarning(RuntimeWarning):
+    """A worker of a distributed scan died or does not start; the scan goes on without it."""

@@ -8,7 +8,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -41,6 +41,7 @@ from pergrad.matrix import GradientMatrix
 from pergrad.scores import manifest
 from pergrad.scores.job import Job, MeanGradient
 from pergrad.scores.local import Local
+from pergrad.scores.on_ray import OnRay
 from pergrad.scores.results import Scores
 from pergrad.scores.scorer import Scorer, mean_gradient, prepared, sensible_batch_size
 from pergrad.scores.store import Store, Survey, locked, say_damaged
@@ -77,11 +78,13 @@ def engine(name: str, workers: int | None, address: str | None) -> Engine:
     """The engine of a name."""
     if workers is not None and (not isinstance(workers, int) or workers < 0):
         raise UsageError(f"workers is {workers!r}; pass a number of processes.")
-    if name == "local":
+    if name in ("local", "torchrun"):  # which is the local engine on every rank
         if address is not None:
-            raise UsageError('address is for engine="ray"; the local engine runs in this process.')
+            raise UsageError('address is for engine="ray"; the others run in this process.')
         return Local(workers or 0)
-    raise UsageError(f'There is no engine {name!r}. Pass "local" or "ray".')
+    if name == "ray":
+        return OnRay(workers, address)
+    raise UsageError(f'There is no engine {name!r}. Pass "local", "ray" or "torchrun".')
 
 
 def resolve_groups(groups: Any, job: Job) -> dict[str, tuple[str, ...]]:
@@ -117,8 +120,44 @@ def resolve_groups(groups: Any, job: Job) -> dict[str, tuple[str, ...]]:
     return {str(group): tuple(members) for group, members in groups.items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A store that is ours to write to, and what is left to do in it."""
+
+    store: Store
+    manifest: dict[str, Any]
+    work: Work
+    missing: np.ndarray  # masks: without rows, and
+    failed: np.ndarray  # those that have failed and are to be tried again
+
+    @property
+    def wanted(self) -> np.ndarray:
+        """A mask of the examples to score now."""
+        return self.missing | self.failed
+
+    def blocks(self) -> Iterator[range]:
+        """The same as blocks."""
+        size = self.work.settings.batch_size
+        return chain(_blocks(self.missing, size), _runs(self.failed, size))
+
+
 def run(request: Request) -> Store:
     """Score what is not scored yet."""
+    with opened(request) as scan:
+
+        def smaller(size: int) -> None:
+            scan.manifest["settings"]["batch_size"] = size
+            scan.store.save(scan.manifest)
+
+        if scan.wanted.any():
+            score(request, scan, scan.blocks(), smaller)
+        finish(request, scan)
+    return scan.store
+
+
+@contextmanager
+def opened(request: Request) -> Iterator[Opened]:
+    """Make the store, or make sure that it is about the same, and see what is left to do."""
     job = request.job
     with locked(request.folder) as store, prepared(job.model, request.mode, request.device):
         old = store.manifest if store.parts() else None  # nothing is lost by starting anew
@@ -127,31 +166,29 @@ def run(request: Request) -> Store:
                 f"{store.folder} already has scores, and resume is False. Take another folder, or "
                 "remove this one if you do not need what is in it."
             )
-        settings = _settings(request, old)
-        references = references_for(request, store, settings)
-        new = _manifest(request, settings, references)
-        work = Work(job, settings, references, proven=old is not None)
-        wanted, todo = _open(request, store, old, new, work)
-        if wanted.any():
-            _score(request, store, new, work, wanted, todo)
-        if wanted.any() or not old or not old["finished"]:
-            _finish(store, new)
-        if request.progress:
-            _say(store)
-    return store
+        work, new = described(request, store, old)
+        if old is None:
+            store.save(new)
+            everything = np.ones(len(job), dtype=bool)
+            yield Opened(store, new, work, everything, ~everything)
+        else:
+            yield _reopened(request, store, old, new, work)
 
 
-def _open(
-    request: Request, store: Store, old: dict[str, Any] | None, new: dict[str, Any], work: Work
-) -> tuple[np.ndarray, Iterator[range]]:
-    """Make the store or make sure that it is about the same; what is left to do, as a mask and as
-    blocks.
-    """
-    total, size = len(request.job), work.settings.batch_size
-    if old is None:
-        store.save(new)
-        everything = np.ones(total, dtype=bool)
-        return everything, _blocks(everything, size)
+def described(
+    request: Request, store: Store, old: Mapping[str, Any] | None
+) -> tuple[Work, dict[str, Any]]:
+    """What is to be scored, for the engine and for the manifest; `old` is the manifest there is."""
+    settings = _settings(request, old)
+    references = references_for(request, store, settings)
+    work = Work(request.job, settings, references, proven=old is not None)
+    return work, _manifest(request, settings, references)
+
+
+def _reopened(
+    request: Request, store: Store, old: dict[str, Any], new: dict[str, Any], work: Work
+) -> Opened:
+    """Make sure that the store is about the same; what is left to do."""
     differ = manifest.differences(old, new)
     if differ:
         raise StoreError(
@@ -159,48 +196,43 @@ def _open(
             f"them: {'; '.join(differ)}. Nothing was changed. Scan into another folder, or bring "
             "back what was."
         )
-    new["created"] = old["created"]
-    survey = store.survey(total)
+    new["created"], new["finished"] = old["created"], old["finished"]
+    survey = store.survey(len(request.job))
     if survey.damaged and request.rescore != "damaged":
         raise StoreError(say_damaged(store.folder, survey.damaged))
     if request.recheck:
         _recheck(store, work, survey)
     for part in survey.damaged:
         store.set_aside(part)
-    missing = ~survey.present
-    wanted, todo = missing, _blocks(missing, size)
+    again = np.zeros_like(survey.failed)
     if request.rescore == "failed":
         for part in survey.failed_parts:
             store.set_aside(part)
-        wanted = missing | survey.failed
-        todo = chain(todo, _runs(survey.failed, size))
-    if wanted.any():
+        again = survey.failed
+    scan = Opened(store, new, work, ~survey.present, again)
+    if scan.wanted.any():
+        new["finished"] = False
         store.save(new)
-    return wanted, todo
+    return scan
 
 
-def _score(
+def score(
     request: Request,
-    store: Store,
-    new: dict[str, Any],
-    work: Work,
-    wanted: np.ndarray,
-    todo: Iterator[range],
+    scan: Opened,
+    blocks: Iterable[range],
+    smaller: Callable[[int], None],
+    share: int = 1,
 ) -> None:
-    """Let the engine score the blocks, and write what it finds."""
-    writer = _Writer(store, wanted)
-
-    def smaller(size: int) -> None:
-        new["settings"]["batch_size"] = size
-        store.save(new)
-
+    """Let the engine score blocks, one part in `share` of all, and write what it finds."""
+    wanted = scan.wanted
+    writer = _Writer(scan.store, wanted)
     with _bar(request, len(wanted), int(wanted.sum())) as advance:
 
         def write(table: pa.Table) -> None:
-            advance(writer.add(table))
+            advance(writer.add(table) * share)
 
         try:
-            request.engine.run(work, todo, write, smaller)
+            request.engine.run(scan.work, blocks, write, smaller)
         except StoreError:
             raise  # the disk takes no more
         except BaseException:
@@ -347,18 +379,22 @@ class _Writer:
         self.pending, self.rows, self.last = [], 0, time.monotonic()
 
 
-def _finish(store: Store, new: dict[str, Any]) -> None:
+def finish(request: Request, scan: Opened) -> None:
     """Count, and say in the manifest whether all is there."""
-    survey = store.survey(new["scored"]["examples"])
-    there, failed = int(survey.present.sum()), int(survey.failed.sum())
-    new["counts"] = {
-        "examples": there,
-        "scored": there - failed,
-        "failed": failed,
-        "not finite": survey.not_finite,
-    }
-    new["finished"] = bool(survey.present.all())
-    store.save(new)
+    store, new = scan.store, scan.manifest
+    if not new["finished"]:
+        survey = store.survey(new["scored"]["examples"])
+        there, failed = int(survey.present.sum()), int(survey.failed.sum())
+        new["counts"] = {
+            "examples": there,
+            "scored": there - failed,
+            "failed": failed,
+            "not finite": survey.not_finite,
+        }
+        new["finished"] = bool(survey.present.all())
+        store.save(new)
+    if request.progress:
+        _say(store)
 
 
 def references_for(request: Request, store: Store, settings: Settings) -> tuple[Reference, ...]:

@@ -27,7 +27,7 @@ def scan(
     out: str | PathLike[str],
     *,
     batch_size: int | Literal["auto"] = "auto",
-    engine: Literal["local", "ray"] = "local",
+    engine: Literal["local", "ray", "torchrun"] = "local",
     workers: int | None = None,
     resume: bool = True,
     against: Against = None,
@@ -54,9 +54,11 @@ def scan(
         out: the folder, made if need be.
         batch_size: how many examples go through the model at once. "auto" starts from an estimate
             of the memory that an example needs, and halves when memory runs out.
-        engine: "local" or "ray".
-        workers: local: how many processes fetch examples ahead (default 0: this process does);
-            ray: how many score.
+        engine: "local": this process. "ray": workers of Ray, on this machine or a cluster.
+            "torchrun": this call is made on every rank, and each scores its share; see
+            docs/scale-out.md.
+        workers: local, torchrun: how many processes fetch examples ahead (default 0: this process
+            does); ray: how many score (default one for each GPU; without GPUs one for each CPU).
         resume: go on where an earlier scan into this folder stopped. With False the folder must not
             have scores yet.
         against: name -> what to compare each example's gradient with: a GradientMatrix (a column
@@ -84,13 +86,14 @@ def scan(
             another model, data set or settings, or a file in it is damaged.
         MixedExamplesError, UnsupportedError: the model's gradients cannot be had, as in
             `pergrad.norms`.
+        WorkerError: workers of Ray or ranks were lost; what they had finished is stored.
         MissingExtraError: a package is missing; `pip install 'pergrad[scan]'` brings it.
 
     Cost: that of `pergrad.norms` on each batch and a few per cent; with references that of
         `pergrad.gradients`. Memory does not grow with the data set, but for one byte per example.
     """
     need("scan", "numpy", "pyarrow", "filelock", "rich")
-    from pergrad.scores import driver
+    from pergrad.scores import driver, under_torchrun
 
     if not isinstance(job, Job):
         raise UsageError(
@@ -121,7 +124,8 @@ def scan(
         command=command,
         options=options,
     )
-    return Scores(driver.run(request))
+    run = under_torchrun.run if engine == "torchrun" else driver.run
+    return Scores(run(request))
 
 
 def _check_options(options: Mapping[str, Any]) -> None:
