@@ -264,7 +264,8 @@ def scan(
         found = {"store": str(out), **counts, "columns": list(scores.manifest["columns"])}
         typer.echo(printing.as_json(found))
     else:
-        typer.echo(repr(scores))
+        if quiet or not (sys.stdout.isatty() and sys.stderr.isatty()):
+            typer.echo(repr(scores))  # otherwise it stands under the progress bar already
         look = ["top", "report", *(["top --failed"] if counts["failed"] else [])]
         lines = [f"  pergrad {word} {shlex.quote(str(out))}" for word in look]
         typer.echo("\n".join(["\nTo look at them:", *lines]))
