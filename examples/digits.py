@@ -64,22 +64,27 @@ def picture(image: Tensor) -> Image.Image:
     return Image.fromarray((255 - image.reshape(8, 8) * 255).byte().numpy())
 
 
-def job_of(model: nn.Module, images: Tensor, labels: Tensor) -> pergrad.Job:
+def job_of(model: nn.Module, images: Tensor, true: Tensor, given: Tensor) -> pergrad.Job:
     """What pergrad is to score: this model's loss on each of these examples."""
-    return pergrad.Job(
-        model=model,
-        data=TensorDataset(images, labels),
-        losses=losses,
-        show=lambda i: {"image": picture(images[i]), "label": int(labels[i])},
-    )
+
+    def show(i: int) -> dict[str, object]:
+        """What a person sees of an example in the report; what is None is left out."""
+        wrong = given[i] != true[i]
+        return {
+            "image": picture(images[i]),
+            "label": int(given[i]),
+            "flipped on purpose": f"it is a {true[i]}" if wrong else None,
+        }
+
+    return pergrad.Job(model=model, data=TensorDataset(images, given), losses=losses, show=show)
 
 
 def job() -> pergrad.Job:
     """The same for the command line: it takes no arguments."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
-    images, _, given = load(generator)
-    return job_of(train(images, given, generator), images, given)
+    images, true, given = load(generator)
+    return job_of(train(images, given, generator), images, true, given)
 
 
 def draw(
@@ -154,7 +159,7 @@ def main(out: Path) -> dict[str, int | str]:
     folder = out / "scores"
     if (folder / "manifest.json").is_file():
         shutil.rmtree(folder)  # of an earlier demo
-    scores = pergrad.scan(job_of(model, images, given), folder)
+    scores = pergrad.scan(job_of(model, images, true, given), folder)
     table = scores.table(["loss", "norm"])
     values = {name: torch.tensor(table[name].to_numpy()) for name in ("norm", "loss")}
     norms = values["norm"]

@@ -313,6 +313,9 @@ def report(
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Where to. By default DIR/report.html."),
     ] = None,
+    title: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="By default it names the model.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML page about the scores, to open in a browser; it needs no network.
@@ -320,9 +323,9 @@ def report(
     \b
     Examples:
         pergrad report scores
-        pergrad report scores --out scores.html
+        pergrad report scores --out scores.html --title "Training data, May"
     """
-    page = pergrad.open_scores(folder).report(out or folder / "report.html")
+    page = pergrad.open_scores(folder).report(out or folder / "report.html", title=title)
     typer.echo(printing.as_json({"report": str(page)}) if as_json else str(page))
 
 
