@@ -16,8 +16,8 @@ from scanning import Listed, data, job, scan
 
 from pergrad.scores import driver
 
-COUNT = 60
-SETTINGS = {"batch_size": 8, "groups": "layer"}
+COUNT = 40
+SETTINGS = {"batch_size": 8}
 
 
 def child(folder: Path, kill_at: int | None) -> tuple[bool, int]:
@@ -64,8 +64,8 @@ def main(folder: Path, kills: int) -> None:
         out = folder / f"killed-{k}"
         killed, _ = child(out, moment)
         assert killed
-        # every third is killed again while it goes on
-        if k % 3 == 0:
+        # every fourth is killed again while it goes on
+        if k % 4 == 0:
             child(out, choose.randrange(1, calls))
         killed, _ = child(out, None)
         assert not killed

@@ -54,7 +54,7 @@ def prepared(model: nn.Module, mode: Mode, device: str | None = None) -> Iterato
 
 def _random_states() -> dict[str, Any]:
     states = {"torch": torch.get_rng_state(), "random": random.getstate()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
     if "numpy" in sys.modules:
         states["numpy"] = np.random.get_state()
@@ -73,7 +73,12 @@ def _set_random_states(states: Mapping[str, Any]) -> None:
 def seed_for(seed: int, first: int) -> None:
     """The same random numbers for a block whenever and wherever it is scored."""
     value = (seed * 0x9E3779B97F4A7C15 + first) % 2**63
-    torch.manual_seed(value)
+    # not torch.manual_seed, which formats a traceback for each kind of device there might be
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(value)
     random.seed(value)
     np.random.seed(value % 2**32)
 
