@@ -97,7 +97,7 @@ def fetch(job: Job, data: Any, block: Sequence[int], seed: int) -> Any:
     seed_for(seed, block[0])
     many = getattr(data, "__getitems__", None)
     items = many(list(block)) if callable(many) else [data[i] for i in block]
-    return (job.collate or default_collate)(list(items))
+    return (job.collate or default_collate)(items)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
