@@ -352,7 +352,7 @@ def findings(found: Summary) -> list[str]:
             story = "the norm says something that the loss does not"
         else:
             story = "examples with a larger loss tend to have a smaller gradient"
-        said.append(f"Norm and loss have a rank correlation of {rho:.2f}: {story}.")
+        said.append(f"Norm and loss have a rank correlation of {rho:.3f}: {story}.")
     bad = []
     if found.failed:
         bad.append(f"{found.failed:,} could not be scored")
