@@ -4,6 +4,7 @@ Owns: what is left to do, opening or making the store, references, parts, the pr
 Does not know: how a block is scored (the engine does), or the files' form (the store does).
 """
 
+import math
 import shlex
 import sys
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,9 @@ from pergrad.matrix import GradientMatrix
 from pergrad.scores import manifest
 from pergrad.scores.job import Job, MeanGradient
 from pergrad.scores.local import Local
-from pergrad.scores.scorer import mean_gradient, prepared
-from pergrad.scores.store import Store, locked, say_damaged
+from pergrad.scores.results import Scores
+from pergrad.scores.scorer import Scorer, mean_gradient, prepared, sensible_batch_size
+from pergrad.scores.store import Store, Survey, locked, say_damaged
 from pergrad.scores.work import Engine, Mode, Reference, Settings, Work
 
 ROWS_PER_PART = 2**16
@@ -100,11 +103,15 @@ def resolve_groups(groups: Any, job: Job) -> dict[str, tuple[str, ...]]:
             "list of parameters' names."
         )  # fmt: skip
     for group, members in groups.items():
-        unknown = [n for n in members if n not in names]
+        unknown = [] if isinstance(members, str) else [n for n in members if n not in names]
         if isinstance(members, str) or unknown or not members:
             raise UsageError(
                 f"The group {group!r} has "
-                + (f"no parameters called {inputs.names_list(unknown)}" if unknown else "no list")
+                + (
+                    f"no parameters called {inputs.names_list(unknown)}"
+                    if unknown
+                    else "no list of names"
+                )
                 + f". The parameters are {inputs.names_list(names, 10)}."
             )
     return {str(group): tuple(members) for group, members in groups.items()}
@@ -114,47 +121,145 @@ def run(request: Request) -> Store:
     """Score what is not scored yet."""
     job = request.job
     with locked(request.folder) as store, prepared(job.model, request.mode, request.device):
-        old = store.manifest
+        old = store.manifest if store.parts() else None  # nothing is lost by starting anew
+        if old is not None and not request.resume:
+            raise StoreError(
+                f"{store.folder} already has scores, and resume is False. Take another folder, or "
+                "remove this one if you do not need what is in it."
+            )
         settings = _settings(request, old)
-        references = _references(request, store, settings)
+        references = references_for(request, store, settings)
         new = _manifest(request, settings, references)
-        if old is None:
-            store.save(new)
-        else:
-            _check_same(request, store, old, new)
-            new["created"] = old["created"]
-        wanted = _wanted(request, store, len(job))
-        work = Work(job, settings, references)
-        if not wanted.any():
-            return store
-        writer = _Writer(store, wanted)
-        todo = _blocks(wanted, settings.batch_size)
-
-        def smaller(size: int) -> None:
-            new["settings"]["batch_size"] = size
-            store.save(new)
-
-        with _bar(request, len(job), int(wanted.sum())) as advance:
-
-            def write(table: pa.Table) -> None:
-                advance(writer.add(table))
-
-            try:
-                request.engine.run(work, todo, write, smaller)
-            except StoreError:
-                raise
-            except BaseException:
-                writer.flush()
-                raise
-            writer.flush()
-        _finish(store, new)
+        work = Work(job, settings, references, proven=old is not None)
+        wanted, todo = _open(request, store, old, new, work)
+        if wanted.any():
+            _score(request, store, new, work, wanted, todo)
+        if wanted.any() or not old or not old["finished"]:
+            _finish(store, new)
+        if request.progress:
+            _say(store)
     return store
+
+
+def _open(
+    request: Request, store: Store, old: dict[str, Any] | None, new: dict[str, Any], work: Work
+) -> tuple[np.ndarray, Iterator[range]]:
+    """Make the store or make sure that it is about the same; what is left to do, as a mask and as
+    blocks.
+    """
+    total, size = len(request.job), work.settings.batch_size
+    if old is None:
+        store.save(new)
+        everything = np.ones(total, dtype=bool)
+        return everything, _blocks(everything, size)
+    differ = manifest.differences(old, new)
+    if differ:
+        raise StoreError(
+            f"The scores in {store.folder} are of something else, so this scan cannot go on with "
+            f"them: {'; '.join(differ)}. Nothing was changed. Scan into another folder, or bring "
+            "back what was."
+        )
+    new["created"] = old["created"]
+    survey = store.survey(total)
+    if survey.damaged and request.rescore != "damaged":
+        raise StoreError(say_damaged(store.folder, survey.damaged))
+    if request.recheck:
+        _recheck(store, work, survey)
+    for part in survey.damaged:
+        store.set_aside(part)
+    missing = ~survey.present
+    wanted, todo = missing, _blocks(missing, size)
+    if request.rescore == "failed":
+        for part in survey.failed_parts:
+            store.set_aside(part)
+        wanted = missing | survey.failed
+        todo = chain(todo, _runs(survey.failed, size))
+    if wanted.any():
+        store.save(new)
+    return wanted, todo
+
+
+def _score(
+    request: Request,
+    store: Store,
+    new: dict[str, Any],
+    work: Work,
+    wanted: np.ndarray,
+    todo: Iterator[range],
+) -> None:
+    """Let the engine score the blocks, and write what it finds."""
+    writer = _Writer(store, wanted)
+
+    def smaller(size: int) -> None:
+        new["settings"]["batch_size"] = size
+        store.save(new)
+
+    with _bar(request, len(wanted), int(wanted.sum())) as advance:
+
+        def write(table: pa.Table) -> None:
+            advance(writer.add(table))
+
+        try:
+            request.engine.run(work, todo, write, smaller)
+        except StoreError:
+            raise  # the disk takes no more
+        except BaseException:
+            # Also when Ctrl-C was pressed: what is scored is kept. Not what has failed: it may be
+            # that nothing was wrong with these examples.
+            writer.flush(failed=False)
+            raise
+        writer.flush()
+
+
+def _recheck(store: Store, work: Work, survey: Survey) -> None:
+    """Score the first and the last finished batch again: what the hashes do not see (the loss
+    function, the examples themselves) shows in the numbers.
+    """
+    good = np.flatnonzero(survey.present & ~survey.failed)
+    if not len(good):
+        return
+    size, total = work.settings.batch_size, len(survey.present)
+    scorer = Scorer(work)
+    stored = {name: np.full(total, np.nan) for name in ("loss", "norm")}
+    firsts = sorted({int(good[0]) // size * size, int(good[-1]) // size * size})
+    blocks = [range(lo, min(lo + size, total)) for lo in firsts]
+    for _, table in store.tables(["index", "loss", "norm"]):
+        if table is not None:
+            index = table["index"].to_numpy()
+            near = np.isin(index // size * size, firsts)
+            for name, values in stored.items():
+                values[index[near]] = table[name].to_numpy()[near]
+    precision = [torch.finfo(p.dtype).eps for p in manifest.parameters_of(work.job).values()]
+    tolerance = max(1e-3, 32 * max(precision))  # another machine's rounding, and far below a change
+    for block in blocks:
+        table = scorer.score(block)
+        for name, values in stored.items():
+            was = values[block.start : block.stop]
+            now = table[name].to_numpy()
+            known = np.isfinite(was)
+            scale = np.fmax(abs(was), abs(now)) + 1e-2 * np.max(abs(was[known]), initial=0)
+            wrong = np.flatnonzero(known & ~(abs(was - now) <= tolerance * scale))
+            if len(wrong):
+                at = wrong[0]
+                raise StoreError(
+                    f"The scores in {store.folder} are of something else, so this scan cannot go "
+                    f"on with them: the {name} of example {block[at]} was {was[at]:.6g} and is now "
+                    f"{now[at]:.6g} ({len(wrong)} of {len(block)} examples differ). Model and "
+                    "settings are the same, so the loss function, the collate function or the data "
+                    "must have changed, or draw random numbers of their own. Nothing was changed. "
+                    "Scan into another folder, bring back what was, or pass recheck=False if the "
+                    "difference is meant."
+                )
 
 
 def _settings(request: Request, old: Mapping[str, Any] | None) -> Settings:
     size = request.batch_size
     if size is None:
-        size = old["settings"]["batch_size"] if old is not None else 64
+        size = (
+            old["settings"]["batch_size"]
+            if old is not None
+            else sensible_batch_size(request.job, request.seed)
+        )
     return Settings(
         batch_size=size,
         automatic=request.batch_size is None,
@@ -186,36 +291,6 @@ def _manifest(
     }
 
 
-def _check_same(
-    request: Request, store: Store, old: Mapping[str, Any], new: Mapping[str, Any]
-) -> None:
-    if not request.resume:
-        raise StoreError(
-            f"{store.folder} already has scores, and resume is False. Take another folder, or "
-            "remove this one if you do not need what is in it."
-        )
-    differ = manifest.differences(old, new)
-    if differ:
-        raise StoreError(
-            f"The scores in {store.folder} are of something else, so this scan cannot go on with "
-            f"them: {'; '.join(differ)}. Nothing was changed. Scan into another folder, or bring "
-            "back what was."
-        )
-
-
-def _wanted(request: Request, store: Store, total: int) -> np.ndarray:
-    """A mask of the examples to score now."""
-    damaged = store.damaged()
-    if damaged and request.rescore != "damaged":
-        raise StoreError(say_damaged(store.folder, damaged))
-    for part in damaged:
-        store.set_aside(part)
-    if request.rescore == "failed":
-        for part in store.failed():
-            store.set_aside(part)
-    return ~store.present(total)
-
-
 def _blocks(wanted: np.ndarray, size: int) -> Iterator[range]:
     """The blocks that have an example to score, whole: an example's numbers must not depend on
     which of its neighbours were scored before.
@@ -223,6 +298,15 @@ def _blocks(wanted: np.ndarray, size: int) -> Iterator[range]:
     for lo in range(0, len(wanted), size):
         if wanted[lo : lo + size].any():
             yield range(lo, min(lo + size, len(wanted)))
+
+
+def _runs(mask: np.ndarray, size: int) -> Iterator[range]:
+    """The marked examples as runs of neighbours in one block."""
+    marked = np.flatnonzero(mask)
+    cuts = np.flatnonzero((np.diff(marked) > 1) | (np.diff(marked // size) > 0)) + 1
+    for run in np.split(marked, cuts):
+        if len(run):
+            yield range(int(run[0]), int(run[-1]) + 1)
 
 
 class _Writer:
@@ -250,65 +334,109 @@ class _Writer:
             self.flush()
         return len(table)
 
-    def flush(self) -> None:
-        """Write what has been collected; examples that failed into a part of their own."""
+    def flush(self, *, failed: bool = True) -> None:
+        """Write what has been collected; examples that failed go into a part of their own, after
+        the others, so that they can be tried again without touching any other.
+        """
         if self.pending:
             table = pa.concat_tables(self.pending)
-            failed = pc.is_valid(table["error"])
-            for rows in (table.filter(pc.invert(failed)), table.filter(failed)):
+            bad = pc.is_valid(table["error"])
+            for rows in (table.filter(pc.invert(bad)), table.filter(bad) if failed else ()):
                 if len(rows):
                     self.store.add(rows)
         self.pending, self.rows, self.last = [], 0, time.monotonic()
 
 
 def _finish(store: Store, new: dict[str, Any]) -> None:
-    """Count, and say in the manifest that all is there."""
-    table = store.read(["loss", "norm", "error"])
-    failed = len(table) - table["error"].null_count
-    finite = pc.and_(pc.is_finite(table["loss"]), pc.is_finite(table["norm"]))
+    """Count, and say in the manifest whether all is there."""
+    survey = store.survey(new["scored"]["examples"])
+    there, failed = int(survey.present.sum()), int(survey.failed.sum())
     new["counts"] = {
-        "examples": len(table),
-        "scored": len(table) - failed,
+        "examples": there,
+        "scored": there - failed,
         "failed": failed,
-        "not finite": pc.sum(pc.invert(finite)).as_py() or 0,
+        "not finite": survey.not_finite,
     }
-    new["finished"] = len(table) == new["scored"]["examples"]
+    new["finished"] = bool(survey.present.all())
     store.save(new)
 
 
-def _references(request: Request, store: Store, settings: Settings) -> tuple[Reference, ...]:
+def references_for(request: Request, store: Store, settings: Settings) -> tuple[Reference, ...]:
+    """What each example's gradient is compared with."""
     params = manifest.parameters_of(request.job)
     shapes = {n: tuple(p.shape) for n, p in params.items()}
     devices = {n: p.device for n, p in params.items()}
     found = []
     for name, value in request.against.items():
         if isinstance(value, GradientMatrix):
+            _check_shapes(name, value, shapes)
             norms = tuple(value.norms().double().tolist())
-            found.append(
-                Reference(name, value, norms, manifest.hash_of_tensors(value.dense().items()))
+            rows = (item for k in range(len(value)) for item in value[k].dense().items())
+            found.append(Reference(name, value, norms, manifest.hash_of_tensors(rows)))
+        else:
+            if isinstance(value, MeanGradient):
+                value = _mean(request, store, settings, name, value)
+            v = inputs.direction(value, shapes, devices, f"against[{name!r}]")
+            v = {n: part.detach() for n, part in v.items()}
+            norm = float(torch.stack([p.double().cpu().norm() for p in v.values()]).norm())
+            found.append(Reference(name, v, (norm,), manifest.hash_of_tensors(v.items())))
+        if not all(map(math.isfinite, found[-1].norms)):
+            raise UsageError(
+                f"The reference against[{name!r}] has numbers that are not finite, so no inner "
+                "product with it would be. Find the example or the parameter it comes from."
             )
-            continue
-        if isinstance(value, MeanGradient):
-            value = mean_gradient(request.job, value.data, settings.batch_size, settings.seed)
-        direction = inputs.direction(value, shapes, devices, f"against[{name!r}]")
-        found.append(
-            Reference(
-                name, direction, (_norm(direction),), manifest.hash_of_tensors(direction.items())
-            )
-        )
     return tuple(found)
 
 
-def _norm(direction: Mapping[str, Tensor]) -> float:
-    return float(torch.stack([d.double().norm() for d in direction.values()]).norm())
+def _check_shapes(name: str, J: GradientMatrix, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    differ = [n for n in {**shapes, **J.shapes} if J.shapes.get(n) != shapes.get(n)]
+    if differ:
+        raise UsageError(
+            f"The reference against[{name!r}] is not about the parameters that are scored: "
+            f"{inputs.names_list(differ)} differ or are only on one side. Pass the same selection "
+            "of parameters to pergrad.gradients and as the job's `params`."
+        )
+
+
+def _mean(
+    request: Request, store: Store, settings: Settings, name: str, value: MeanGradient
+) -> dict[str, Tensor]:
+    """The mean gradient: the stored one if it is the same but for rounding, so that a scan that is
+    resumed on another machine compares with the very same numbers.
+    """
+    mean = mean_gradient(request.job, value.data, settings.batch_size, settings.seed)
+    safe = manifest.hash_of_strings([name])
+    kept = store.load_tensors(safe)
+    if kept is not None and _close(kept, mean):
+        return {n: kept[n].to(m.device) for n, m in mean.items()}
+    if kept is None or not store.parts():
+        store.save_tensors(safe, mean)
+    return mean
+
+
+def _close(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Whether two directions differ by rounding at most."""
+    if [(n, t.shape, t.dtype) for n, t in a.items()] != [
+        (n, t.shape, t.dtype) for n, t in b.items()
+    ]:
+        return False
+    pairs = [(a[n].double().cpu(), b[n].double().cpu()) for n in a]
+    apart = sum(float((x - y).square().sum()) for x, y in pairs)
+    return apart <= 1e-6 * sum(float(y.square().sum()) for _, y in pairs)
+
+
+def _say(store: Store) -> None:
+    """On stderr: what there is now."""
+    Console(stderr=True).print(repr(Scores(store)), highlight=False, soft_wrap=True)
 
 
 class _Rate(ProgressColumn):
-    """Examples per second."""
+    """Examples per second of this run."""
 
     def render(self, task: Any) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} examples/s", style="cyan")
+        seconds = task.finished_time or task.elapsed or 0
+        done = task.completed - task.fields["before"]
+        return Text(f"{done / seconds:,.0f} examples/s" if done and seconds else "", style="cyan")
 
 
 @contextmanager
@@ -328,7 +456,8 @@ def _bar(request: Request, total: int, todo: int) -> Iterator[Callable[[int], No
         f"Scoring {todo:,} of {total:,} examples into {request.folder}, the model "
         f"{how[request.mode]}.",
         highlight=False,
+        soft_wrap=True,
     )
     with bar:
-        task = bar.add_task("scan", total=total, completed=total - todo)
+        task = bar.add_task("scan", total=total, completed=total - todo, before=total - todo)
         yield lambda count: bar.advance(task, count)

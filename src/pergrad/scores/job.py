@@ -4,7 +4,7 @@ Owns: `Job` and `MeanGradient`, and the messages about what is wrong with them.
 Does not know: where scores go, or how they are computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +47,8 @@ class Job:
             of such with a "label".
 
     Raises:
-        UsageError: the data set has no length or no items by number, or something that has to be
-            called cannot be.
+        UsageError: the data set has no length or no items by number, or is empty; or something
+            that has to be called cannot be.
 
         >>> import torch, pergrad
         >>> data = [(torch.randn(4), i % 3) for i in range(10)]
@@ -76,6 +76,8 @@ class Job:
                 "`losses`."
             )
         _check_data(self.data, "data")
+        if len(self.data) == 0:
+            raise UsageError("The data set `data` is empty. Pass at least one example.")
         if not callable(self.losses):
             raise UsageError(
                 f"`losses` is a {type(self.losses).__name__}. Pass a function of the model and a "
@@ -85,6 +87,14 @@ class Job:
             value = getattr(self, name)
             if value is not None and not callable(value):
                 raise UsageError(f"`{name}` is a {type(value).__name__}. Pass a function or None.")
+        if not isinstance(self.params, (nn.Module, Mapping, Tensor, list, type(None))):
+            try:  # an iterator, such as model.parameters(), is used up by reading it once
+                object.__setattr__(self, "params", list(self.params))
+            except TypeError:
+                raise UsageError(
+                    f"`params` is a {type(self.params).__name__}. Pass a module, a mapping from "
+                    "names to tensors, or an iterable of tensors."
+                ) from None
 
     def __len__(self) -> int:
         """How many examples there are."""
@@ -113,7 +123,7 @@ class MeanGradient:
     data: Any
 
     def __post_init__(self) -> None:
-        _check_data(self.data, "data")
+        _check_data(self.data, "MeanGradient.data")
         if len(self.data) == 0:
             raise UsageError(
                 "MeanGradient got an empty data set, which has no mean. Pass at least one example."

@@ -32,8 +32,16 @@ class Local:
     ) -> None:
         """Score all blocks."""
         scorer = Scorer(work, smaller)
-        for block, fetched in self._fetched(work, blocks):
-            write(scorer.score(block, fetched))
+        left = list(blocks)
+        while left:
+            size = scorer.batch_size
+            done = 0
+            for block, fetched in self._fetched(work, left):
+                write(scorer.score(block, fetched))
+                done += 1
+                if scorer.batch_size < size:
+                    break
+            left = recut(left[done:], scorer.batch_size)
 
     def _fetched(
         self, work: Work, blocks: Iterable[range]
@@ -45,6 +53,11 @@ class Local:
         loader = DataLoader(source, batch_size=None, num_workers=self.workers, collate_fn=_as_it_is)
         for block, batch in zip(source.blocks, loader, strict=True):
             yield block, None if isinstance(batch, _Failed) else Fetched(block, batch)
+
+
+def recut(blocks: Iterable[range], size: int) -> list[range]:
+    """The same examples in blocks of at most `size`."""
+    return [block[lo : lo + size] for block in blocks for lo in range(0, len(block), size)]
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import pergrad
 from pergrad import api, inputs
-from pergrad.errors import StoreError
+from pergrad.errors import StoreError, UsageError
 from pergrad.scores.job import Job
 from pergrad.scores.work import Reference, Settings
 
@@ -47,6 +47,18 @@ def parameters_of(job: Job) -> dict[str, Tensor]:
     return inputs.named(job.model if job.params is None else job.params)
 
 
+def key_of(job: Job, i: int) -> str:
+    """The stable name of example i."""
+    assert job.key is not None
+    try:
+        return str(job.key(i))
+    except Exception as error:
+        raise UsageError(
+            f"`job.key({i})` raised {type(error).__name__}: {error}. Every example needs a name, "
+            "also one that cannot be loaded: make `key` a function of the number alone."
+        ) from error
+
+
 def weights_of(model: nn.Module, params: Mapping[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
     """Everything a loss may depend on: parameters and buffers, and what else gradients are for."""
     yield from model.named_parameters()
@@ -60,7 +72,7 @@ def scored(job: Job) -> dict[str, Any]:
     params = parameters_of(job)
     keys = None
     if job.key is not None:
-        keys = hash_of_strings(str(job.key(i)) for i in range(len(job)))
+        keys = hash_of_strings(key_of(job, i) for i in range(len(job)))
     return {
         "model": type(job.model).__qualname__,
         "losses": getattr(job.losses, "__qualname__", type(job.losses).__qualname__),
@@ -143,7 +155,15 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     elif was["keys_hash"] != now["keys_hash"]:
         found.append("the keys of the examples have changed")
     before, after = old["settings"], new["settings"]
-    for name in sorted({*before, *after} - {"batch_size", "automatic", "device"}):
+    against_before, against_after = before.get("against", {}), after.get("against", {})
+    for name in {**against_before, **against_after}:
+        if name not in against_after:
+            found.append(f"the reference {name!r} is not given any more")
+        elif name not in against_before:
+            found.append(f"the reference {name!r} is new")
+        elif against_before[name] != against_after[name]:
+            found.append(f"the reference {name!r} has other values")
+    for name in sorted({*before, *after} - {"batch_size", "automatic", "device", "against"}):
         if before.get(name) != after.get(name):
             found.append(f"{name} was {before.get(name)!r} and is {after.get(name)!r}")
     mixing = before.get("options", {}).get("on_mixing") == "exact"
@@ -152,7 +172,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             f"batch_size was {before['batch_size']} and is {after['batch_size']}, and with "
             'on_mixing="exact" scores depend on it'
         )
-    if list(old["columns"]) != list(new["columns"]) and not found:
+    if list(old["columns"]) != list(new["columns"]) and not found:  # keys are given, or no longer
         found.append(f"the columns were {list(old['columns'])} and are {list(new['columns'])}")
     return found
 

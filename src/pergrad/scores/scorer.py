@@ -5,6 +5,7 @@ memory runs out or an example cannot be scored, and the columns' numbers.
 Does not know: files, or which blocks are left to do.
 """
 
+import math
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from pergrad import api
+from pergrad import api, inputs
 from pergrad.errors import PergradError, UsageError
+from pergrad.factors.workspace import free_bytes
 from pergrad.matrix import GradientMatrix
 from pergrad.scores import manifest
 from pergrad.scores.job import Job
@@ -52,7 +54,7 @@ def prepared(model: nn.Module, mode: Mode, device: str | None = None) -> Iterato
 
 def _random_states() -> dict[str, Any]:
     states = {"torch": torch.get_rng_state(), "random": random.getstate()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
     if "numpy" in sys.modules:
         states["numpy"] = np.random.get_state()
@@ -71,7 +73,12 @@ def _set_random_states(states: Mapping[str, Any]) -> None:
 def seed_for(seed: int, first: int) -> None:
     """The same random numbers for a block whenever and wherever it is scored."""
     value = (seed * 0x9E3779B97F4A7C15 + first) % 2**63
-    torch.manual_seed(value)
+    # not torch.manual_seed, which formats a traceback for each kind of device there might be
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(value)
     random.seed(value)
     np.random.seed(value % 2**32)
 
@@ -121,6 +128,10 @@ def home_of(params: Mapping[str, Tensor]) -> torch.device | None:
     return devices.pop() if len(devices) == 1 else None
 
 
+GIVE_UP_AFTER = 64  # failures in a row from the start
+MOST_LETTERS = 2000  # of an error that is stored
+
+
 @dataclass(frozen=True, slots=True)
 class Fetched:
     """A batch that was fetched ahead of time."""
@@ -149,7 +160,8 @@ class Scorer:
         self._finite = all(
             bool(p.isfinite().all()) for p in [*self._params.values(), *work.job.model.parameters()]
         )
-        self.scored = 0
+        self._hopeful = work.proven
+        self._failed = 0
 
     def score(self, block: range, fetched: Fetched | None = None) -> pa.Table:
         """A row for every example of the block, in order.
@@ -172,7 +184,7 @@ class Scorer:
             if error is None:
                 at = piece[0] - block[0]
                 values[:, at : at + len(piece)] = found
-                self.scored += len(piece)
+                self._hopeful = True
             elif out_of_memory(error) and not self.work.settings.automatic and len(piece) > 1:
                 raise UsageError(
                     f"Memory ran out on a batch of {len(piece)} examples. Scores so far are kept. "
@@ -185,22 +197,23 @@ class Scorer:
                 half = len(piece) // 2
                 todo += [piece[half:], piece[:half]]
             else:
-                errors[piece[0]] = f"{type(error).__name__}: {error}"
-            if error is not None and len(piece) == 1:
-                self._hopeless(block, errors, error)
+                errors[piece[0]] = f"{type(error).__name__}: {error}"[:MOST_LETTERS]
+                self._count_failure(piece[0], error)
         if short:
             self.batch_size = max(1, self.batch_size // 2)
             self._smaller(self.batch_size)
         self._alone(block, values, errors)
         return self._table(block, values, errors)
 
-    def _hopeless(self, block: range, errors: Mapping[int, str], error: BaseException) -> None:
+    def _count_failure(self, index: int, error: BaseException) -> None:
         """It is not the examples if none of them can be scored."""
-        if self.scored == 0 and len(errors) == len(block):
+        self._failed += 1
+        if not self._hopeful and self._failed >= min(GIVE_UP_AFTER, len(self.work.job)):
             raise UsageError(
-                f"None of the first {len(block)} examples could be scored, so it is not they that "
-                f"are at fault. The last one, {block[-1]}, failed with {errors[block[-1]]}. Try "
-                "`job.losses(job.model, batch)` on a batch of a few examples."
+                f"None of the first {self._failed} examples could be scored, so it is hardly they "
+                f"that are at fault. Example {index} failed with {type(error).__name__}: {error}. "
+                "Try `job.losses(job.model, batch)` on a batch of a few "
+                "examples."
             ) from error
 
     def _attempt(
@@ -209,8 +222,8 @@ class Scorer:
         """Numbers (columns, examples), or what went wrong if that may be an example's fault."""
         try:
             return self._numbers_of(piece, ready), None
-        except PergradError:
-            raise
+        except (PergradError, Warning):
+            raise  # about the model or the losses (a warning, if warnings are errors)
         except Exception as error:
             if isinstance(error, getattr(torch, "AcceleratorError", ())):
                 raise  # the device is lost, whatever is tried next
@@ -228,10 +241,7 @@ class Scorer:
         seed_for(work.settings.seed, piece[0])
         losses = work.job.losses(work.job.model, batch)
         if isinstance(losses, Tensor) and losses.dim() == 1 and len(losses) != len(piece):
-            raise UsageError(
-                f"`losses` returned {len(losses)} numbers for a batch of {len(piece)} examples. "
-                "Return one loss per example, in the batch's order."
-            )
+            raise UsageError(_wrong_count(len(losses), len(piece)))
         rows = self._gradient_columns(losses)
         return torch.stack([_wide(losses), *rows]).numpy()
 
@@ -277,7 +287,7 @@ class Scorer:
         bad = np.array([i in errors for i in block]) if errors else None
         arrays: dict[str, pa.Array] = {"index": pa.array(np.arange(block.start, block.stop))}
         if self.work.job.key is not None:
-            arrays["key"] = pa.array([str(self.work.job.key(i)) for i in block], pa.string())
+            arrays["key"] = pa.array([manifest.key_of(self.work.job, i) for i in block])
         for name, row in zip(self._numbers, values, strict=True):
             arrays[name] = pa.array(row, mask=bad).cast(self._schema.field(name).type, safe=False)
         arrays["error"] = (
@@ -302,21 +312,78 @@ def _products(J: GradientMatrix, reference: Reference) -> Iterator[tuple[Tensor,
 
 
 def mean_gradient(job: Job, data: Any, batch_size: int, seed: int) -> dict[str, Tensor]:
-    """The mean gradient of a data set, by name: float64 sums of ordinary backward passes."""
+    """The mean gradient of a data set, by name: float64 sums of ordinary backward passes.
+
+    Raises:
+        UsageError: an example cannot be scored, or the losses are not one for each.
+    """
     params = manifest.parameters_of(job)
     home = home_of(params)
     wide = torch.float32 if home is not None and home.type == "mps" else torch.float64
     total = {n: torch.zeros_like(p, dtype=wide) for n, p in params.items()}
     for lo in range(0, len(data), batch_size):
         block = range(lo, min(lo + batch_size, len(data)))
-        batch = fetch(job, data, block, seed)
-        if home is not None and home.type != "cpu":
-            batch = to_device(batch, home)
-        seed_for(seed, lo)
-        losses = job.losses(job.model, batch)
-        grads = torch.autograd.grad(losses.sum(), list(params.values()), allow_unused=True)
+        try:
+            batch = fetch(job, data, block, seed)
+            if home is not None and home.type != "cpu":
+                batch = to_device(batch, home)
+            seed_for(seed, lo)
+            losses = inputs.check_losses(job.losses(job.model, batch))
+            grads = torch.autograd.grad(losses.sum(), list(params.values()), allow_unused=True)
+        except PergradError:
+            raise
+        except Exception as error:
+            raise UsageError(
+                f"The mean gradient needs every example of its data set, and those from {lo} to "
+                f"{block[-1]} raised {type(error).__name__}: {error}. Take out the ones at fault."
+            ) from error
+        if len(losses) != len(block):
+            raise UsageError(_wrong_count(len(losses), len(block)))
         for sum_, grad in zip(total.values(), grads, strict=True):
             if grad is not None:
                 sum_ += grad.detach()
     dtype = api.result_dtype(params)
     return {n: (sum_ / len(data)).to(dtype) for n, sum_ in total.items()}
+
+
+def _wrong_count(got: int, wanted: int) -> str:
+    return (
+        f"`losses` returned {got} numbers for a batch of {wanted} examples. Return one loss per "
+        "example, in the batch's order."
+    )
+
+
+MOST_EXAMPLES = 1024
+FALLBACK_SIZE = 32
+_SHARE_OF_FREE = 8  # at most one part in eight
+# Beyond this, larger batches are hardly faster, and a block should not take minutes.
+_ACTIVATIONS = {"cpu": 2**29, "other": 2**32}
+_TIMES_SAVED = 4  # what a pass needs in all, in units of what the forward pass saved
+
+
+def sensible_batch_size(job: Job, seed: int) -> int:
+    """A power of two, from the memory that the first examples' forward pass saves for backward."""
+    params = manifest.parameters_of(job)
+    home = home_of(params) or torch.device("cpu")
+    owned = {p.untyped_storage().data_ptr() for p in [*params.values(), *job.model.parameters()]}
+    saved: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # an op's own output would keep the op, and itself, alive
+
+    block = range(min(2, len(job)))
+    try:
+        batch = fetch(job, job.data, block, seed)
+        seed_for(seed, 0)
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            job.losses(job.model, batch if home.type == "cpu" else to_device(batch, home))
+    except Exception:
+        return FALLBACK_SIZE  # what is wrong will be seen when these examples are scored
+    each = max(1, sum(saved.values()) // len(block)) * _TIMES_SAVED
+    most = _ACTIVATIONS["cpu" if home.type == "cpu" else "other"]
+    free = free_bytes(home)
+    budget = most if free is None else min(most, free // _SHARE_OF_FREE)
+    return 2 ** int(math.log2(min(MOST_EXAMPLES, max(1, budget // each))))

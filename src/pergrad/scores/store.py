@@ -13,12 +13,13 @@ that is not whole; the checksum in its name tells when it has changed since. No 
 which examples are done: the parts do.
 """
 
+import io
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import torch
+from torch import Tensor
 
 from pergrad.errors import StoreError
 from pergrad.scores.manifest import check_format
 
 _NAME = re.compile(r"part-(\d{12,})-(\d+)-([0-9a-f]{32})\.parquet")
-_OURS = {"manifest.json", ".lock", "parts", "shown", "set-aside", "references"}
+_OURS = {"manifest.json", "parts", "shown", "set-aside", "references"}
 _TYPES = {"int64": pa.int64(), "float": pa.float32(), "double": pa.float64(), "string": pa.string()}
 
 
@@ -102,7 +105,6 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.manifest: dict[str, Any] | None = self._read_manifest()
-        self._known: dict[str, bool] = {}  # names of parts already compared with their checksums
 
     # --- the manifest ----------------------------------------------------------------------------
 
@@ -119,7 +121,7 @@ class Store:
         try:
             found = json.loads(text)
         except ValueError:
-            found = None
+            found = None  # not ours
         return check_format(found, str(self.folder))
 
     @property
@@ -189,12 +191,40 @@ class Store:
         """The parts whose content does not agree with their checksum. Reads everything."""
         return [part for part in self.parts() if self.load(part) is None]
 
+    def tables(self, names: Sequence[str]) -> Iterator[tuple[Part, "pa.Table | None"]]:
+        """The parts one by one, each with its rows, or None where it is damaged."""
+        for part in self.parts():
+            content = self.load(part)
+            if content is None:
+                yield part, None
+                continue
+            with pa.BufferReader(content) as source:
+                table = pq.read_table(source, columns=list(names), use_threads=False)
+            yield part, table.select(names)
+
     def set_aside(self, part: Part) -> None:
         """Move a part out of the way; its examples count as not scored."""
         with _disk(self.folder):
             aside = self.folder / "set-aside"
             aside.mkdir(exist_ok=True)
             os.replace(part.path, aside / part.path.name)
+
+    # --- references ------------------------------------------------------------------------------
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep tensors by name."""
+        sink = io.BytesIO()
+        torch.save({n: t.cpu() for n, t in tensors.items()}, sink)
+        with _disk(self.folder):
+            (self.folder / "references").mkdir(exist_ok=True)
+            _write_whole(self.folder / "references" / f"{name}.pt", sink.getvalue())
+
+    def load_tensors(self, name: str) -> dict[str, Tensor] | None:
+        """Tensors that were kept, None if there are none of that name."""
+        path = self.folder / "references" / f"{name}.pt"
+        return torch.load(path, weights_only=True) if path.exists() else None
+
+    # --- reading ---------------------------------------------------------------------------------
 
     def read(self, names: Sequence[str] | None = None) -> pa.Table:
         """The rows of all parts, sorted by index, each checked against its checksum.
@@ -211,13 +241,9 @@ class Store:
             )
         asked = list(dict.fromkeys(["index", *wanted]))
         shape = pa.schema([schema(self.columns).field(name) for name in asked])
-        tables, damaged = [], []
-        for part in self.parts():
-            content = self.load(part)
-            if content is None:
-                damaged.append(part)
-                continue
-            tables.append(pq.read_table(pa.BufferReader(content), columns=asked).select(asked))
+        parts = list(self.tables(asked))
+        damaged = [part for part, table in parts if table is None]
+        tables = [table for _, table in parts if table is not None]
         if damaged:
             raise StoreError(say_damaged(self.folder, damaged))
         if not tables:
@@ -236,25 +262,33 @@ class Store:
                 )
         return table.select(wanted).combine_chunks()
 
-    def present(self, total: int) -> np.ndarray:
-        """Which of the examples 0 .. total - 1 have rows in sound parts, as a mask."""
-        mask = np.zeros(total, dtype=bool)
-        for part in self.parts():
-            content = self.load(part)
-            if content is not None:
-                mask[pq.read_table(pa.BufferReader(content), columns=["index"])["index"]] = True
-        return mask
-
-    def failed(self) -> list[Part]:
-        """The parts that hold examples that could not be scored; they have parts of their own."""
-        found = []
-        for part in self.parts():
-            content = self.load(part)
-            if content is not None:
-                error = pq.read_table(pa.BufferReader(content), columns=["error"])["error"]
-                if error.null_count < len(error):
-                    found.append(part)
+    def survey(self, total: int) -> "Survey":
+        """What there is of the examples 0 .. total - 1. Reads everything once."""
+        found = Survey(np.zeros(total, dtype=bool), np.zeros(total, dtype=bool))
+        for part, table in self.tables(["index", "loss", "norm", "error"]):
+            if table is None:
+                found.damaged.append(part)
+                continue
+            index = table["index"].to_numpy()
+            found.present[index] = True
+            failed = table["error"].is_valid().to_numpy()
+            if failed.any():
+                found.failed[index[failed]] = True
+                found.failed_parts.append(part)
+            finite = pc.and_(pc.is_finite(table["loss"]), pc.is_finite(table["norm"]))
+            found.not_finite += pc.sum(pc.invert(finite)).as_py() or 0
         return found
+
+
+@dataclass(slots=True)
+class Survey:
+    """Which examples there are, as masks, and which parts need attention."""
+
+    present: np.ndarray  # has a row, with scores or with an error
+    failed: np.ndarray  # has an error
+    failed_parts: list[Part] = field(default_factory=list)  # nothing but errors is in them
+    damaged: list[Part] = field(default_factory=list)
+    not_finite: int = 0
 
 
 def say_damaged(folder: Path, parts: Sequence[Part]) -> str:
@@ -279,8 +313,8 @@ def locked(folder: Path) -> Iterator[Store]:
     with _disk(folder):
         if folder.exists() and not folder.is_dir():
             raise StoreError(f"{folder} is a file. Give the scores a folder of their own.")
-        foreign = sorted(set(os.listdir(folder)) - _OURS) if folder.exists() else []
-        foreign = [name for name in foreign if not name.startswith(".manifest.json.")]
+        there = set(os.listdir(folder)) if folder.exists() else set()
+        foreign = sorted(name for name in there - _OURS if not name.startswith("."))
         if foreign and not (folder / "manifest.json").exists():
             raise StoreError(
                 f"{folder} is not a folder of scores: it has {', '.join(foreign[:3])}"
@@ -300,7 +334,7 @@ def locked(folder: Path) -> Iterator[Store]:
     try:
         store = Store(folder)
         with _disk(folder):
-            for left in [*folder.glob(".*.tmp"), *folder.glob("parts/.*.tmp")]:
+            for left in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
                 left.unlink()  # of a scan that was killed while it wrote
         yield store
     finally:

@@ -60,6 +60,7 @@ class Work:
     job: Job
     settings: Settings
     references: tuple[Reference, ...] = ()
+    proven: bool = False  # whether examples have been scored before, so that the job works
 
 
 class Engine(Protocol):
