@@ -8,10 +8,13 @@ import base64
 import io
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pergrad.errors import UsageError
 from pergrad.extras import need
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 IMAGE_PIXELS = 192  # of the longer side; a report shows it no larger
 TEXT_CHARACTERS = 4_000
@@ -78,7 +81,7 @@ class Preview:
         )
 
     def stored(self) -> tuple[str, str | None, bytes]:
-        """(kind, label, data), as the store keeps it: kind is "image", "text", "dict" or "error"."""
+        """(kind, label, data) for the store; kind is "image", "text", "dict" or "error"."""
         if self.error is not None:
             return "error", self.label, _utf8(self.error)
         if self.image is not None and self.text is None and not self.more:
@@ -138,19 +141,20 @@ def _image_of(array: Any) -> Any:
     from PIL import Image
 
     array = array.detach().cpu() if hasattr(array, "detach") else array
-    values = np.asarray(array) if hasattr(array, "__array__") else np.empty(())
-    if values.ndim == 3 and values.shape[-1] not in (1, 3, 4) and values.shape[0] in (1, 3, 4):
+    values: NDArray[Any] = np.asarray(array) if hasattr(array, "__array__") else np.empty(())
+    shape = values.shape
+    if len(shape) == 3 and shape[-1] not in (1, 3, 4) and shape[0] in (1, 3, 4):
         values = np.moveaxis(values, 0, -1)
     if values.ndim == 3 and values.shape[-1] == 1:
         values = values[..., 0]
-    depth = values.shape[2:] if values.ndim == 3 else ()
-    if values.ndim not in (2, 3) or depth not in ((), (3,), (4,)) or values.dtype.kind not in "buif":
-        shape = f" of shape {tuple(values.shape)}" if hasattr(array, "__array__") else ""
+    drawable = values.ndim == 2 or (values.ndim == 3 and values.shape[-1] in (3, 4))
+    if not drawable or values.dtype.kind not in "buif":
+        kind = f"{type(array).__module__}.{type(array).__qualname__}"
         raise UsageError(
-            f"`show` returned, or has as its \"image\", a {type(array).__module__}."
-            f"{type(array).__qualname__}{shape}, which a report cannot draw. Return a PIL image, an "
-            "array (height, width), (height, width, 3) or (3, height, width), a str, or a dict with "
-            'the keys "image", "text", "label".'
+            f"`show` returned, or has as its 'image', a {kind}"
+            f"{f' of shape {shape}' if shape else ''}, which a report cannot draw. Return a PIL "
+            "image, an array (height, width), (height, width, 3) or (3, height, width), a str, or "
+            "a dict with the keys 'image', 'text', 'label'."
         )
     if values.dtype != np.uint8:
         values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)

@@ -41,6 +41,7 @@ from pergrad.matrix import GradientMatrix
 from pergrad.scores import manifest
 from pergrad.scores.job import Job, MeanGradient
 from pergrad.scores.local import Local
+from pergrad.scores.previews import remember
 from pergrad.scores.results import Scores
 from pergrad.scores.scorer import Scorer, mean_gradient, prepared, sensible_batch_size
 from pergrad.scores.store import Store, Survey, locked, say_damaged
@@ -136,6 +137,7 @@ def run(request: Request) -> Store:
             _score(request, store, new, work, wanted, todo)
         if wanted.any() or not old or not old["finished"]:
             _finish(store, new)
+        remember(job, store)
         if request.progress:
             _say(store)
     return store
