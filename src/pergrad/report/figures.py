@@ -5,7 +5,7 @@ Does not know: colours (the page's style sheet has them), the scores, HTML.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from bokeh.model import Model
@@ -143,14 +143,19 @@ def _figure(
     plot.toolbar.logo = None
     for axis, ticks in ((plot.xaxis, x_scale.ticks()), (plot.yaxis, y_scale.ticks(5))):
         _label(axis, ticks)
-    for scale, dimension in ((x_scale, "height"), (y_scale, "width")):
-        if scale.strip is not None:  # zeros do not belong on a log axis: a line sets them apart
-            edge = (scale.strip + np.log10(scale.floor)) / 2
-            plot.add_layout(
-                Span(location=edge, dimension=dimension, line_dash=[2, 4], name="guide")
-            )
+    if x_scale.strip is not None:  # zeros do not belong on a log axis: a line sets them apart
+        plot.add_layout(_guide(x_scale, "height"))
+    if y_scale.strip is not None:
+        plot.add_layout(_guide(y_scale, "width"))
     plot.min_border_right = 12
     return plot
+
+
+def _guide(scale: Scale, dimension: Literal["height", "width"]) -> Span:
+    """The line between the zeros' strip and the rest of a log axis."""
+    assert scale.strip is not None
+    edge = (scale.strip + float(np.log10(scale.floor))) / 2
+    return Span(location=edge, dimension=dimension, line_dash=[2, 4], name="guide")
 
 
 def _label(axis: Any, ticks: Sequence[tuple[float, str]]) -> None:

@@ -343,8 +343,8 @@ def findings(found: Summary) -> list[str]:
         quiet = found.zero + found.small
         if quiet:
             said.append(
-                f"{quiet:,} {'example is' if quiet == 1 else 'examples are'} as good as solved: the gradient is exactly zero for "
-                f"{found.zero:,}, and under 1 % of the typical size for {found.small:,}. Together "
+                f"{quiet:,} {'example is' if quiet == 1 else 'examples are'} as good as solved: the "
+                f"gradient is exactly zero for {found.zero:,}, and under 1 % of the typical size for {found.small:,}. Together "
                 f"they carry {percent(found.small_share)} of the total squared norm."
             )
         else:
@@ -364,13 +364,10 @@ def findings(found: Summary) -> list[str]:
     if found.failed:
         bad.append(f"{found.failed:,} could not be scored")
     if found.non_finite:
-        bad.append(
-            f"{found.non_finite:,} {_has(found.non_finite)} a loss or norm that is not finite"
-        )
+        have = "has" if found.non_finite == 1 else "have"
+        bad.append(f"{found.non_finite:,} {have} a loss or norm that is not finite")
     if bad:
-        said.append(
-            f"{' and '.join(bad)}; they are listed below and left out of the other numbers."
-        )
+        said.append(f"{' and '.join(bad)}: listed below, and left out of the other numbers.")
     return said
 
 
