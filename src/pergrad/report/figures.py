@@ -5,6 +5,7 @@ Does not know: colours (the page's style sheet has them), the scores, HTML.
 """
 
 from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 from bokeh.model import Model
@@ -18,9 +19,9 @@ from bokeh.models import (
     NumeralTickFormatter,
     Range1d,
     Scatter,
-    Span,
     TapTool,
 )
+from bokeh.models.annotations import Span
 from bokeh.plotting import figure
 
 from pergrad.report.numbers import Density, Floats, Histogram, Ints, Scale, percent
@@ -34,7 +35,12 @@ def plane(
     """Norm against loss: a mark per listed example, over the density of all of them if given.
 
     Args:
-        x: (n,) losses. y: (n,) norms. rows: (n,) where each example is in the page's list.
+        x: (n,) losses of the listed examples.
+        y: (n,) their norms.
+        rows: (n,) where each of them is in the page's list.
+        x_scale: of all losses.
+        y_scale: of all norms.
+        cells: the density of all examples, if not all are listed.
     """
     plot = _figure(x_scale, y_scale, "loss", "gradient norm", height=460, name="plane")
     if cells is not None:
@@ -98,12 +104,9 @@ def curve(x: Floats, y: Floats) -> Model:
         scale, Scale("linear", 0.0, 1.03), "examples, those with the largest norms first",
         "share of the squared norm", height=230, name="curve",
     )  # fmt: skip
-    ticks = [p for p, _ in scale.ticks()]
-    plot.xaxis.major_label_overrides = {p: percent_short(10**p) for p in ticks}
-    plot.yaxis.ticker = FixedTicker(ticks=[0, 0.25, 0.5, 0.75, 1])
-    plot.yaxis.major_label_overrides = {
-        v: percent(v) for v in (0.25, 0.5, 0.75)
-    } | {0: "0 %", 1: "100 %"}  # fmt: skip
+    _label(plot.xaxis, [(p, percent_short(10**p)) for p, _ in scale.ticks()])
+    quarters = (0, 0.25, 0.5, 0.75, 1)
+    _label(plot.yaxis, [(v, percent_short(v)) for v in quarters])
     source = ColumnDataSource(
         {"x": np.log10(x), "y": y,
          "label": [f"The top {percent(a)} carry {percent(b)}" for a, b in zip(x, y, strict=True)]},
@@ -130,8 +133,8 @@ def _figure(
         height=height,
         sizing_mode="stretch_width",
         min_width=200,
-        x_range=Range1d(x_scale.low, x_scale.high),
-        y_range=Range1d(y_scale.low, y_scale.high),
+        x_range=Range1d(start=x_scale.low, end=x_scale.high),
+        y_range=Range1d(start=y_scale.low, end=y_scale.high),
         x_axis_label=x_axis,
         y_axis_label=y_axis,
         tools="",
@@ -140,17 +143,22 @@ def _figure(
     plot.toolbar.logo = None
     for axis, ticks in ((plot.xaxis, x_scale.ticks()), (plot.yaxis, y_scale.ticks(5))):
         _label(axis, ticks)
-    for scale, dimension in ((x_scale, "height"), (y_scale, "width")):
-        if scale.strip is not None:  # zeros do not belong on a log axis: a line sets them apart
-            edge = (scale.strip + np.log10(scale.floor)) / 2
-            plot.add_layout(
-                Span(location=edge, dimension=dimension, line_dash=[2, 4], name="guide")
-            )
+    if x_scale.strip is not None:  # zeros do not belong on a log axis: a line sets them apart
+        plot.add_layout(_guide(x_scale, "height"))
+    if y_scale.strip is not None:
+        plot.add_layout(_guide(y_scale, "width"))
     plot.min_border_right = 12
     return plot
 
 
-def _label(axis: Model, ticks: Sequence[tuple[float, str]]) -> None:
+def _guide(scale: Scale, dimension: Literal["height", "width"]) -> Span:
+    """The line between the zeros' strip and the rest of a log axis."""
+    assert scale.strip is not None
+    edge = (scale.strip + float(np.log10(scale.floor))) / 2
+    return Span(location=edge, dimension=dimension, line_dash=[2, 4], name="guide")
+
+
+def _label(axis: Any, ticks: Sequence[tuple[float, str]]) -> None:
     """Ticks at fixed places, with what to write there."""
     axis.ticker = FixedTicker(ticks=[place for place, _ in ticks])
     axis.major_label_overrides = dict(ticks)

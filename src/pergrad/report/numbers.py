@@ -335,7 +335,9 @@ def percent(fraction: float) -> str:
         return "under 0.1 %"
     if 0.999 < fraction < 1 - 1e-9:
         return "over 99.9 %"
-    shown = f"{100 * fraction:.1f}" if fraction < 0.1 or fraction > 0.99 else f"{100 * fraction:.0f}"
+    shown = (
+        f"{100 * fraction:.1f}" if fraction < 0.1 or fraction > 0.99 else f"{100 * fraction:.0f}"
+    )
     return f"{shown.removesuffix('.0')} %"
 
 

@@ -6,6 +6,7 @@
   const examples = data.examples;
   const get = (id) => document.getElementById(id);
   const figures = {};
+  const FIRST = 12; // cards, before "Show more"
   const PAGE = 48;
 
   // --- small things ----------------------------------------------------------------------------
@@ -77,13 +78,10 @@
       button.append(element("span", "extra", `${key}: ${value}`));
     }
     const numbers = element("span", "numbers");
-    numbers.append(element("b", "", name(row)), ` norm ${number(examples.norm[row])}`);
     const share = percent(examples.share[row]);
-    if (note !== undefined) numbers.append(`, cosine ${number(note)}`);
-    else {
-      if (share !== null) numbers.append(` (${share})`);
-      numbers.append(`, loss ${number(examples.loss[row])}`);
-    }
+    const norm = `norm ${number(examples.norm[row])}${share === null ? "" : ` (${share})`}`;
+    const other = note === undefined ? `loss ${number(examples.loss[row])}` : `cosine ${number(note)}`;
+    numbers.append(element("b", "", name(row)), element("span", "", norm), element("span", "", other));
     button.append(numbers);
     button.addEventListener("click", () => open(row));
     item.append(button);
@@ -121,7 +119,7 @@
   function fill(list, more, rows, notes) {
     let shown = 0;
     const grow = () => {
-      const next = rows.slice(shown, shown + PAGE);
+      const next = rows.slice(shown, shown + (shown ? PAGE : FIRST));
       list.append(...next.map((row, k) => card(row, notes ? notes[shown + k] : undefined)));
       shown += next.length;
       if (more) {
@@ -203,7 +201,8 @@
     const colour = (role) => style.getPropertyValue(`--${role}`).trim();
     const [ink, soft, line] = ["ink", "soft", "line"].map(colour);
     for (const figure of Object.values(figures)) {
-      figure.setv({ border_fill_color: null, background_fill_color: null, outline_line_color: null });
+      // opaque: on a transparent one a repaint leaves a rim
+      figure.setv({ border_fill_color: colour("card"), background_fill_color: colour("card"), outline_line_color: null });
       for (const axis of [...figure.below, ...figure.left]) {
         axis.setv({
           axis_label_text_color: soft, axis_label_text_font: "system-ui, sans-serif",
@@ -296,6 +295,10 @@
     const pane = get("figure-plane");
     const events = inside(pane, ".bk-events");
     const tools = { box: find("plane", "box"), lasso: find("plane", "lasso") };
+    if (events) { // the plot is one stop of the tab key: this one, with keys of its own
+      events.tabIndex = -1;
+      events.style.outline = "none";
+    }
     let at = null; // the point under the cursor
 
     function point(k) {
@@ -422,6 +425,8 @@
     for (const [figure, item] of Object.entries(data.figures)) {
       const views = await Bokeh.embed.embed_item(item, `figure-${figure}`);
       figures[figure] = views.roots[0].model;
+      const events = inside(get(`figure-${figure}`), ".bk-events");
+      if (events) events.tabIndex = -1;
     }
     paint();
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);

@@ -42,11 +42,13 @@ from pergrad.report.numbers import (
 )
 from pergrad.report.preview import Preview
 
-LISTED = 20_000  # up to so many examples, each is in the page; with more, a density and some of them
+LISTED = (
+    20_000  # up to so many examples, each is in the page; with more, a density and some of them
+)
 RANKED = 500  # with more: so many of the largest norms and losses, and of the smallest norms
 SPREAD = 2_000  # and so many evenly over the data set
 CARDS = 96  # of each ranking, as cards
-SIMILAR = 24  # of each reference, at each end
+SIMILAR = 12  # of each reference, at each end
 REFERENCES = 200  # as many columns of references as the page has room for
 ROWS = 500  # of the table of examples without scores
 PREVIEW_BYTES = 5_000_000  # of pictures and texts, in the page
@@ -117,7 +119,7 @@ def html(
     )
 
 
-# --- the columns -----------------------------------------------------------------------------------
+# --- the columns ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def _shares(norms: Floats) -> Floats:
     return shares
 
 
-# --- which examples are in the page ----------------------------------------------------------------
+# --- which examples are in the page --------------------------------------------------------------
 
 
 def _listed(
@@ -250,7 +252,11 @@ def _previews(
     """Previews by place in the list, the most wanted first until the page is full; how many more
     there would be.
     """
-    order = [*lists.values(), *(r.similar for r in references), *(r.conflicting for r in references)]
+    order = [
+        *lists.values(),
+        *(r.similar for r in references),
+        *(r.conflicting for r in references),
+    ]
     rest = listed[largest(np.nan_to_num(scores.norm[listed], nan=-1.0), len(listed))]
     place = {int(row): at for at, row in enumerate(listed)}
     shown: dict[int, dict[str, Any]] = {}
@@ -272,7 +278,7 @@ def _previews(
     return shown, without
 
 
-# --- figures ---------------------------------------------------------------------------------------
+# --- figures -------------------------------------------------------------------------------------
 
 
 def _figures(scores: _Columns, listed: Ints, references: list[Reference]) -> dict[str, Model]:
@@ -304,7 +310,7 @@ def _figures(scores: _Columns, listed: Ints, references: list[Reference]) -> dic
     return drawn
 
 
-# --- words -----------------------------------------------------------------------------------------
+# --- words ---------------------------------------------------------------------------------------
 
 
 def headline(found: Summary) -> str:
@@ -318,15 +324,16 @@ def headline(found: Summary) -> str:
     if found.scored == 1:
         return "One example was scored."
     share, top = percent(found.top_share), found.top
-    largest_ones = "the example" if top == 1 else f"the {top:,} examples"
-    carry = "carries" if top == 1 else "carry"
-    rest = f"{largest_ones} with the largest gradients (the top 1 %) {carry} {share} of the total"
+    who = f"the {top:,} examples with the largest gradients (the top 1 %) carry"
+    if top == 1:
+        who = "the example with the largest gradient carries"
+    rest = f"{who} {share} of the total squared gradient norm."
     ratio = found.top_share * found.scored / top  # 1 if all norms are alike
     if found.top_share >= 0.5:
-        return f"A few examples dominate: {rest} squared gradient norm."
+        return f"A few examples dominate: {rest}"
     if ratio >= 3:
-        return f"The gradients are uneven: {rest} squared gradient norm."
-    return f"The gradients are spread evenly: {rest} squared gradient norm."
+        return f"The gradients are uneven: {rest}"
+    return f"The gradients are spread evenly: {rest}"
 
 
 def findings(found: Summary) -> list[str]:
@@ -336,8 +343,8 @@ def findings(found: Summary) -> list[str]:
         quiet = found.zero + found.small
         if quiet:
             said.append(
-                f"{quiet:,} {_are(quiet)} as good as solved: the gradient is exactly zero for "
-                f"{found.zero:,}, and under 1 % of the typical size for {found.small:,}. Together "
+                f"{quiet:,} {'example is' if quiet == 1 else 'examples are'} as good as solved: the "
+                f"gradient is exactly zero for {found.zero:,}, and under 1 % of the typical size for {found.small:,}. Together "
                 f"they carry {percent(found.small_share)} of the total squared norm."
             )
         else:
@@ -352,23 +359,16 @@ def findings(found: Summary) -> list[str]:
             story = "the norm says something that the loss does not"
         else:
             story = "examples with a larger loss tend to have a smaller gradient"
-        said.append(f"Norm and loss have a rank correlation of {rho:.2f}: {story}.")
+        said.append(f"Norm and loss have a rank correlation of {rho:.3f}: {story}.")
     bad = []
     if found.failed:
         bad.append(f"{found.failed:,} could not be scored")
     if found.non_finite:
-        bad.append(f"{found.non_finite:,} {_has(found.non_finite)} a loss or norm that is not finite")
+        have = "has" if found.non_finite == 1 else "have"
+        bad.append(f"{found.non_finite:,} {have} a loss or norm that is not finite")
     if bad:
-        said.append(f"{' and '.join(bad)}; they are listed below and left out of the other numbers.")
+        said.append(f"{' and '.join(bad)}: listed below, and left out of the other numbers.")
     return said
-
-
-def _are(count: int) -> str:
-    return "example is" if count == 1 else "examples are"
-
-
-def _has(count: int) -> str:
-    return "has" if count == 1 else "have"
 
 
 def _failures(scores: _Columns) -> list[dict[str, Any]]:
@@ -419,7 +419,7 @@ def _span(rows: list[Group]) -> tuple[float, float]:
     return max(math.log10(min(values)), high - 6), high
 
 
-# --- putting it together ---------------------------------------------------------------------------
+# --- putting it together -------------------------------------------------------------------------
 
 
 def _plain(values: Floats) -> list[float | str]:

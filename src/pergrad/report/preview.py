@@ -8,9 +8,13 @@ import base64
 import io
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pergrad.errors import UsageError
+from pergrad.extras import need
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 IMAGE_PIXELS = 192  # of the longer side; a report shows it no larger
 TEXT_CHARACTERS = 4_000
@@ -33,12 +37,13 @@ class Preview:
         """The preview of what a job's `show` returned.
 
         Args:
-            shown: a PIL image, a string, or a dict. Of a dict, "image", "text" and "label" are shown
-                as such, other keys as lines "key: value". Pictures are shrunk to 192 pixels and
-                texts cut after 4,000 characters, and the cut is marked.
+            shown: a PIL image, an array of one, a string, or a dict. Of a dict, "image", "text" and
+                "label" are shown as such, other keys as lines "key: value". Pictures are shrunk to
+                192 pixels and texts cut after 4,000 characters, and the cut is marked.
 
         Raises:
             UsageError: it is none of these.
+            MissingExtraError: it is a picture, and Pillow is not installed.
         """
         if isinstance(shown, str):
             return cls(text=_cut(shown, TEXT_CHARACTERS))
@@ -76,7 +81,7 @@ class Preview:
         )
 
     def stored(self) -> tuple[str, str | None, bytes]:
-        """(kind, label, data), as the store keeps it: kind is "image", "text", "dict" or "error"."""
+        """(kind, label, data) for the store; kind is "image", "text", "dict" or "error"."""
         if self.error is not None:
             return "error", self.label, _utf8(self.error)
         if self.image is not None and self.text is None and not self.more:
@@ -109,17 +114,12 @@ def _cut(text: str, characters: int) -> str:
 
 
 def _encode(image: Any) -> bytes:
-    """A PIL image as PNG or JPEG of at most 192 pixels a side."""
-    try:
-        from PIL import Image
-    except ImportError:  # then it cannot be a PIL image either
-        Image = None  # type: ignore[assignment]
-    if Image is None or not isinstance(image, Image.Image):
-        raise UsageError(
-            f"What `show` returned holds a {type(image).__module__}.{type(image).__qualname__}, "
-            "which a report cannot draw. Return a PIL image (of an array: "
-            "`PIL.Image.fromarray(array)`), a str, or a dict with the keys 'image', 'text', 'label'."
-        )
+    """A PIL image, or an array of one, as PNG or JPEG of at most 192 pixels a side."""
+    need("report", "PIL")
+    from PIL import Image
+
+    if not isinstance(image, Image.Image):
+        image = _image_of(image)
     image = image.copy()  # the user's image stays as it is
     if image.mode not in ("1", "L", "LA", "RGB", "RGBA"):
         image = image.convert("L" if image.mode in ("I", "F", "I;16") else "RGBA")
@@ -129,6 +129,38 @@ def _encode(image: Any) -> bytes:
         return png
     jpeg = _bytes(image.convert("RGB"), "JPEG", quality=85)
     return min(png, jpeg, key=len)
+
+
+def _image_of(array: Any) -> Any:
+    """An array or tensor, (H, W), (H, W, C) or (C, H, W), as a PIL image.
+
+    Bytes are taken as they are; other numbers from their smallest (black) to their largest (white).
+    """
+    need("report", "PIL", "numpy")
+    import numpy as np
+    from PIL import Image
+
+    array = array.detach().cpu() if hasattr(array, "detach") else array
+    values: NDArray[Any] = np.asarray(array) if hasattr(array, "__array__") else np.empty(())
+    shape = values.shape
+    if len(shape) == 3 and shape[-1] not in (1, 3, 4) and shape[0] in (1, 3, 4):
+        values = np.moveaxis(values, 0, -1)
+    if values.ndim == 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    drawable = values.ndim == 2 or (values.ndim == 3 and values.shape[-1] in (3, 4))
+    if not drawable or values.dtype.kind not in "buif":
+        kind = f"{type(array).__module__}.{type(array).__qualname__}"
+        raise UsageError(
+            f"`show` returned, or has as its 'image', a {kind}"
+            f"{f' of shape {shape}' if shape else ''}, which a report cannot draw. Return a PIL "
+            "image, an array (height, width), (height, width, 3) or (3, height, width), a str, or "
+            "a dict with the keys 'image', 'text', 'label'."
+        )
+    if values.dtype != np.uint8:
+        values = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        low, high = (values.min(), values.max()) if values.size else (0.0, 0.0)
+        values = ((values - low) * (255 / (high - low) if high > low else 0.0)).round()
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def _bytes(image: Any, kind: str, **options: Any) -> bytes:

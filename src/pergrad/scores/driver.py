@@ -42,6 +42,7 @@ from pergrad.scores import manifest
 from pergrad.scores.job import Job, MeanGradient
 from pergrad.scores.local import Local
 from pergrad.scores.on_ray import OnRay
+from pergrad.scores.previews import remember
 from pergrad.scores.results import Scores
 from pergrad.scores.scorer import Scorer, mean_gradient, prepared, sensible_batch_size
 from pergrad.scores.store import Store, Survey, locked, say_damaged
@@ -393,6 +394,7 @@ def finish(request: Request, scan: Opened) -> None:
         }
         new["finished"] = bool(survey.present.all())
         store.save(new)
+    remember(request.job, store)
     if request.progress:
         _say(store)
 

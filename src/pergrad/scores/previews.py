@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pergrad.errors import StoreError
 from pergrad.report.numbers import largest
 from pergrad.report.preview import Preview
 from pergrad.scores.job import Job
@@ -39,6 +40,9 @@ def remember(job: Job, store: Store) -> None:
     `show` may have changed since. An example whose `show` raises, or returns what cannot be drawn,
     is kept with that error, and costs nothing else. Without a `show` nothing changes.
 
+    Raises:
+        StoreError: the disk takes no more; the scores are whole.
+
     Cost: a call of `show` for up to 5,000 examples.
     """
     if job.show is None:
@@ -50,18 +54,23 @@ def remember(job: Job, store: Store) -> None:
         except Exception as error:  # whatever the user's function raises
             preview = Preview(error=f"{type(error).__name__}: {error}"[:500])
         rows.append((i, *preview.stored()))
-    table = pa.table(
-        [pa.array(column, field.type) for column, field in zip(_columns(rows), SCHEMA, strict=True)],
-        schema=SCHEMA,
-    )
+    names = SCHEMA.names
+    table = pa.Table.from_pylist([dict(zip(names, row, strict=True)) for row in rows], SCHEMA)
     folder = store.folder / "shown"
-    folder.mkdir(exist_ok=True)
     temporary = folder / f".previews.{os.getpid()}.tmp"
     try:
-        pq.write_table(table, temporary, compression="zstd")
-        os.replace(temporary, folder / "previews.parquet")
-    finally:
-        temporary.unlink(missing_ok=True)
+        folder.mkdir(exist_ok=True)
+        try:
+            pq.write_table(table, temporary, compression="zstd")
+            os.replace(temporary, folder / "previews.parquet")
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"Cannot write to {folder}: {error.strerror or error}. The scores are whole; what the "
+            "job's `show` gives is not there. Make room (or a folder that can be written to), and "
+            "run the same scan again: it only collects what is to be shown."
+        ) from error
 
 
 def recall(folder: Path) -> dict[int, Preview]:
@@ -100,8 +109,3 @@ def chosen(store: Store) -> list[int]:
         cosines = column(name)
         picks += [largest(cosines, EACH_REFERENCE), largest(-cosines, EACH_REFERENCE)]
     return index[np.unique(np.concatenate(picks))].tolist()
-
-
-def _columns(rows: list[tuple[int, str, str | None, bytes]]) -> list[list[object]]:
-    """Rows as columns, four of them also when there are no rows."""
-    return [[row[k] for row in rows] for k in range(len(SCHEMA))]

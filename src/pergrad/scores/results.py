@@ -94,15 +94,28 @@ class Scores:
         """The names of files that are not what was written. Empty if all is well."""
         return [part.path.name for part in self._store.damaged()]
 
-    def report(self, path: str | PathLike[str] = "report.html", **options: Any) -> Path:
+    def report(
+        self, path: str | PathLike[str] = "report.html", *, title: str | None = None
+    ) -> Path:
         """Write the scores as one HTML page that needs no network; see docs/report.md.
 
-        Returns: the page's path.
+        Args:
+            path: the page's file; one that is there is replaced.
+            title: the page's title; by default it names the model's class.
+
+        Returns:
+            The page's path.
+
+        Raises:
+            UsageError: the file cannot be written.
+            StoreError: a file of the scores is damaged.
+            MissingExtraError: a package is missing; `pip install 'pergrad[report]'` brings it.
+
+        Cost: some seconds for a million examples; the table is read into memory.
         """
-        need("report", "jinja2")
         from pergrad import report
 
-        return report.write(self, path, **options)
+        return report.write(self, path, title=title)
 
     def __repr__(self) -> str:
         settings, about = self.manifest["settings"], self.manifest["scored"]
