@@ -1,5 +1,6 @@
 """The command line: finding jobs, each command, what is printed where, exit codes, Ctrl-C."""
 
+import io
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -24,15 +26,15 @@ JOB = """
 import torch, pergrad
 
 class Data:
+    def __init__(self, bad=()):
+        self.bad = bad
     def __len__(self):
         return 40
     def __getitem__(self, i):
-        if i in BAD:
+        if i in self.bad:
             raise ValueError(f"cannot read file {i}.png")
         generator = torch.Generator().manual_seed(i)
         return torch.randn(3, generator=generator), i % 2
-
-BAD = ()
 
 def losses(model, batch):
     x, y = batch
@@ -43,9 +45,8 @@ def job():
     return pergrad.Job(torch.nn.Linear(3, 2), Data(), losses)
 
 def bad():
-    global BAD
-    BAD = (7, 31)
-    return job()
+    torch.manual_seed(0)
+    return pergrad.Job(torch.nn.Linear(3, 2), Data(bad=(7, 31)), losses)
 
 def valid(job):
     return pergrad.MeanGradient(torch.utils.data.Subset(job.data, range(4)))
@@ -120,6 +121,15 @@ def test_a_file_named_as_a_module_of_python_does_not_replace_it(file: Path) -> N
     import random
 
     assert hasattr(random, "randint")
+
+
+def test_a_file_is_run_once(file: Path) -> None:
+    file.write_text(f"{JOB}\nprint('ran')")
+    out = io.StringIO()
+    with redirect_stdout(out):
+        jobs.job(f"{file}:job")
+        jobs.function(f"{file}:valid")
+    assert out.getvalue() == "ran\n"
 
 
 def test_a_main_block_does_not_run(file: Path) -> None:
@@ -262,6 +272,19 @@ def test_scan_passes_its_options_on(pergrad_: Run, file: Path, tmp_path: Path) -
     assert code == 0
     columns = set(pergrad.open_scores(out).table().column_names)
     assert {"norm:weight", "norm:bias", "dot:few", "cosine:few", "dot:a", "dot:b"} <= columns
+
+
+def test_examples_that_mix_are_refused_unless_paid_for(
+    pergrad_: Run, file: Path, tmp_path: Path
+) -> None:
+    normed = "torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))"
+    file.write_text(JOB.replace("torch.nn.Linear(3, 2)", normed))
+    train = ["scan", f"{file}:job", "--mode", "train", "-o"]
+    code, _, complained = pergrad_(*train, tmp_path / "scores")
+    assert code == 1
+    assert "on_mixing" in complained
+    code, _, _ = pergrad_(*train, tmp_path / "others", "--on-mixing", "exact")
+    assert code == 0
 
 
 def test_failed_examples_have_an_exit_code_of_their_own(

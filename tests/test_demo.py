@@ -75,6 +75,15 @@ def test_what_it_says_is_what_is_stored(demo: tuple[str, Path]) -> None:
         assert re.search(rf"by {name}: +{hits} of 90", said)
 
 
+def test_its_job_has_the_same_scores_from_the_command_line(demo: tuple[str, Path]) -> None:
+    _, out = demo
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    run("-m", "pergrad", "scan", "digits.py:job", "--out", "alone", folder=out.parent,
+        PYTHONPATH=path)  # fmt: skip
+    alone = pergrad.open_scores(out.parent / "alone").table()
+    assert alone.equals(pergrad.open_scores(out / "scores").table())
+
+
 def test_the_installed_command_runs_it(tmp_path: Path) -> None:
     run("-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path), folder=ROOT)
     (wheel,) = tmp_path.glob("*.whl")

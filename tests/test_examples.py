@@ -6,7 +6,9 @@ Their real inputs are not there on every machine; `make examples` runs them on t
 import gzip
 import importlib.util
 import io
+import json
 import re
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import pergrad
+from pergrad.command import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +33,18 @@ def load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
+    """Run the command line here: its exit code, standard output, standard error."""
+    monkeypatch.setattr(sys, "argv", ["pergrad", *map(str, arguments)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    capsys.readouterr()
+    code = main()
+    sys.modules.pop("fashion", None)
+    return code, *capsys.readouterr()
 
 
 def found(pattern: str, text: str) -> tuple[str, ...]:
@@ -74,6 +89,23 @@ def test_fashion(fashion: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixt
     assert (tmp_path / "out" / "report.html").is_file()
     scores = pergrad.open_scores(tmp_path / "out" / "scores")
     assert len(scores.table()) == 200
+
+
+def test_fashion_on_the_command_line_goes_on_with_the_same_scores(
+    fashion: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with torch.random.fork_rng():
+        fashion.main(tmp_path / "out")
+    file = ROOT / "examples" / "fashion.py"
+    code, said, complained = command(
+        monkeypatch, capsys, "scan", f"{file}:job", "--against", f"held_out={file}:held_out",
+        "--out", tmp_path / "out" / "scores", "--no-recheck", "--json",
+    )  # fmt: skip
+    assert code == 0, complained
+    assert json.loads(said)["scored"] == 200
 
 
 def test_fashion_says_what_to_install(

@@ -255,7 +255,7 @@ def scan(
             progress=not quiet,
             source=job,
             command=_again(),
-            on_mixing=on_mixing.value,
+            **({} if on_mixing is OnMixing.refuse else {"on_mixing": on_mixing.value}),
         )
     if os.environ.get("RANK", "0") != "0" and engine is Engine.torchrun:
         return  # the first rank says it for all

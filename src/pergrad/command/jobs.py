@@ -14,6 +14,7 @@ import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,29 +106,35 @@ def _is_file(where: str) -> bool:
 
 
 def _from_file(where: str) -> ModuleType:
-    """The module that running this file gives."""
+    """The module that running this file gives; run once, however often it is named."""
     path = Path(where).resolve()
     if not path.is_file():
         raise UsageError(
             f"There is no file {where} (looked for {path}). JOB is {FORM}; a path is taken from "
             "the current folder."
         )
+    about = path.stat()
+    return _run(path, (about.st_mtime_ns, about.st_size))
+
+
+@lru_cache
+def _run(path: Path, stamp: tuple[int, int]) -> ModuleType:
+    """Run a file, as it is at a stamp of its time and size."""
     # Under its own name, so that worker processes can import what it defines; unless that name is
     # taken, by `random`, say.
     taken = path.stem in sys.modules or path.stem in sys.stdlib_module_names
-    spec = importlib.util.spec_from_file_location(
-        f"pergrad_job_{path.stem}" if taken else path.stem, path
-    )
+    name = f"pergrad_job_{path.stem}" if taken else path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise UsageError(f"{where} is not a Python file. JOB is {FORM}.")
+        raise UsageError(f"{path} is not a Python file. JOB is {FORM}.")
     module = importlib.util.module_from_spec(spec)
     _search(str(path.parent))
-    sys.modules[spec.name] = module
+    sys.modules[name] = module
     try:
-        with told(f"Loading {where}"):
+        with told(f"Loading {path}"):
             spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[spec.name]
+        del sys.modules[name]
         raise
     return module
 
