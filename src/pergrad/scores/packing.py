@@ -137,7 +137,7 @@ def _inside(value: Any) -> dict[str, Any]:
         return {f".{field.name}": getattr(value, field.name) for field in fields(value)}
     if inspect.isfunction(value):
         seen = inspect.getclosurevars(value)
-        return {f": `{name}`": item for name, item in {**seen.globals, **seen.nonlocals}.items()}
+        return {f" -> {name}": item for name, item in {**seen.globals, **seen.nonlocals}.items()}
     if inspect.ismethod(value):
         return {".__self__": value.__self__}
     return {f".{name}": item for name, item in getattr(value, "__dict__", {}).items()}
