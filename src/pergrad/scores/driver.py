@@ -106,11 +106,15 @@ def resolve_groups(groups: Any, job: Job) -> dict[str, tuple[str, ...]]:
             "list of parameters' names."
         )  # fmt: skip
     for group, members in groups.items():
-        unknown = [n for n in members if n not in names]
+        unknown = [] if isinstance(members, str) else [n for n in members if n not in names]
         if isinstance(members, str) or unknown or not members:
             raise UsageError(
                 f"The group {group!r} has "
-                + (f"no parameters called {inputs.names_list(unknown)}" if unknown else "no list")
+                + (
+                    f"no parameters called {inputs.names_list(unknown)}"
+                    if unknown
+                    else "no list of names"
+                )
                 + f". The parameters are {inputs.names_list(names, 10)}."
             )
     return {str(group): tuple(members) for group, members in groups.items()}
@@ -463,11 +467,12 @@ def _say(store: Store) -> None:
 
 
 class _Rate(ProgressColumn):
-    """Examples per second."""
+    """Examples per second of this run."""
 
     def render(self, task: Any) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.0f} examples/s", style="cyan")
+        seconds = task.finished_time or task.elapsed or 0
+        done = task.completed - task.fields["before"]
+        return Text(f"{done / seconds:,.0f} examples/s" if done and seconds else "", style="cyan")
 
 
 @contextmanager
@@ -480,14 +485,15 @@ def _bar(request: Request, total: int, todo: int) -> Iterator[Callable[[int], No
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
         _Rate(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        console=console,
+        console=console, refresh_per_second=2,
     )  # fmt: skip
     how = {"eval": "in eval mode (dropout off)", "train": "in train mode", "as is": "as it is"}
     console.print(
         f"Scoring {todo:,} of {total:,} examples into {request.folder}, the model "
         f"{how[request.mode]}.",
         highlight=False,
+        soft_wrap=True,
     )
     with bar:
-        task = bar.add_task("scan", total=total, completed=total - todo)
+        task = bar.add_task("scan", total=total, completed=total - todo, before=total - todo)
         yield lambda count: bar.advance(task, count)

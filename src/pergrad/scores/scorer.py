@@ -54,7 +54,7 @@ def prepared(model: nn.Module, mode: Mode, device: str | None = None) -> Iterato
 
 def _random_states() -> dict[str, Any]:
     states = {"torch": torch.get_rng_state(), "random": random.getstate()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
     if "numpy" in sys.modules:
         states["numpy"] = np.random.get_state()
@@ -73,7 +73,12 @@ def _set_random_states(states: Mapping[str, Any]) -> None:
 def seed_for(seed: int, first: int) -> None:
     """The same random numbers for a block whenever and wherever it is scored."""
     value = (seed * 0x9E3779B97F4A7C15 + first) % 2**63
-    torch.manual_seed(value)
+    # not torch.manual_seed, which formats a traceback for each kind of device there might be
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
+    if torch.backends.mps.is_available():
+        torch.mps.manual_seed(value)
     random.seed(value)
     np.random.seed(value % 2**32)
 
@@ -92,7 +97,7 @@ def fetch(job: Job, data: Any, block: Sequence[int], seed: int) -> Any:
     seed_for(seed, block[0])
     many = getattr(data, "__getitems__", None)
     items = many(list(block)) if callable(many) else [data[i] for i in block]
-    return (job.collate or default_collate)(list(items))
+    return (job.collate or default_collate)(items)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -150,6 +155,7 @@ class Scorer:
         self._home = home_of(self._params)
         self._columns = manifest.columns(work.job, work.settings, work.references)
         self._schema = schema(self._columns)
+        self._dtype = np.float64 if self._columns["loss"]["type"] == "double" else np.float32
         self._numbers = [n for n, c in self._columns.items() if c["type"] in ("float", "double")]
         # With weights that are not finite every example would be looked at alone, for nothing.
         self._finite = all(
@@ -157,6 +163,7 @@ class Scorer:
         )
         self._hopeful = work.proven
         self._failed = 0
+        self._nulls: pa.Array | None = None
 
     def score(self, block: range, fetched: Fetched | None = None) -> pa.Table:
         """A row for every example of the block, in order.
@@ -164,7 +171,7 @@ class Scorer:
         Raises:
             PergradError: it is the model or the losses that cannot be served, not an example.
         """
-        values = np.full((len(self._numbers), len(block)), np.nan)
+        values = np.full((len(self._numbers), len(block)), np.nan, dtype=self._dtype)
         errors: dict[int, str] = {}
         size = self.batch_size
         short = False
@@ -207,7 +214,7 @@ class Scorer:
             raise UsageError(
                 f"None of the first {self._failed} examples could be scored, so it is hardly they "
                 f"that are at fault. Example {index} failed with {type(error).__name__}: {error}. "
-                "Nothing was stored. Try `job.losses(job.model, batch)` on a batch of a few "
+                "Try `job.losses(job.model, batch)` on a batch of a few "
                 "examples."
             ) from error
 
@@ -280,17 +287,20 @@ class Scorer:
 
     def _table(self, block: range, values: np.ndarray, errors: Mapping[int, str]) -> pa.Table:
         bad = np.array([i in errors for i in block]) if errors else None
-        arrays: dict[str, pa.Array] = {"index": pa.array(np.arange(block.start, block.stop))}
+        arrays = {"index": pa.array(np.arange(block.start, block.stop))}
         if self.work.job.key is not None:
             arrays["key"] = pa.array([manifest.key_of(self.work.job, i) for i in block])
         for name, row in zip(self._numbers, values, strict=True):
-            arrays[name] = pa.array(row, mask=bad).cast(self._schema.field(name).type, safe=False)
-        arrays["error"] = (
-            pa.array([errors.get(i) for i in block], pa.string())
-            if errors
-            else pa.nulls(len(block), pa.string())
-        )
-        return pa.table([arrays[n] for n in self._schema.names], schema=self._schema)
+            arrays[name] = pa.array(row, mask=bad)
+        said = [errors.get(i) for i in block] if errors else None
+        arrays["error"] = pa.array(said, pa.string()) if said else self._no_errors(len(block))
+        return pa.Table.from_arrays([arrays[n] for n in self._schema.names], schema=self._schema)
+
+    def _no_errors(self, count: int) -> pa.Array:
+        """Nulls; the same array for all blocks of one length."""
+        if self._nulls is None or len(self._nulls) != count:
+            self._nulls = pa.nulls(count, pa.string())
+        return self._nulls
 
 
 def _wide(column: Tensor) -> Tensor:
