@@ -281,6 +281,30 @@ def test_arguments_that_make_no_sense_on_ray(cluster: str, tmp_path: Path) -> No
         on_ray._plan(ray, 1, "cuda")
 
 
+class Nodes:
+    """A cluster of some nodes, as far as Ray tells of it."""
+
+    def __init__(self, *resources: dict[str, float]) -> None:
+        self._nodes = [{"Alive": True, "Resources": each} for each in resources]
+
+    def nodes(self) -> list[dict]:
+        return [*self._nodes, {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}]
+
+
+def test_a_worker_for_each_gpu_or_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    two = Nodes({"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0})
+    crew = on_ray._plan(two, None, None)
+    assert (crew.workers, crew.gpus, crew.device) == (2, 1, "cuda")
+    assert on_ray._plan(two, 1, "cuda:1").device == "cuda"  # the only one that a worker sees
+    crew = on_ray._plan(two, None, "cpu")
+    assert (crew.workers, crew.gpus, crew.cpus, crew.threads) == (12, 0, 1, 1)
+    assert on_ray._plan(two, 3, "cpu").threads == 4
+    assert on_ray._plan(Nodes({"CPU": 2.0}, {"CPU": 2.0}), 1, None).threads == 2  # one node's
+    assert on_ray._plan(Nodes({"CPU": 32.0}), 2, None).threads == 6  # as here
+    assert on_ray._plan(Nodes({"CPU": 1.0}), 5, None).threads == 1
+
+
 def test_absent_ray_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pergrad.extras.find_spec", lambda name: None if name == "ray" else name)
     with pytest.raises(pergrad.MissingExtraError, match=r"pip install 'pergrad\[ray\]'"):
