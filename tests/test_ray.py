@@ -28,6 +28,12 @@ def cluster() -> Iterator[str]:
     ray.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is busy with other things is no reason for a warning here."""
+    monkeypatch.setattr(on_ray, "PATIENCE", 3600.0)
+
+
 @pytest.fixture
 def deaths(tmp_path: Path) -> Path:
     """Where those who die are counted."""
@@ -186,23 +192,28 @@ def test_control_c_leaves_a_store_that_is_resumed(
 # --- Ray as it was -------------------------------------------------------------------------------
 
 ALONE = """
-import os, signal, sys
+import dataclasses, os, signal, sys
 from pathlib import Path
 import pergrad, pytest, ray
 from killing import Examples, job
+from pergrad.scores import on_ray
 
+on_ray.PATIENCE = 3600.0
+def losses(model, x):  # of the script itself
+    return model(x).square().sum(1)
+scored = dataclasses.replace(job(Examples(6)), losses=losses)
 address, out = sys.argv[1:]
 def state():
     return signal.getsignal(signal.SIGTERM), {k: v for k, v in os.environ.items()}
 before = state()
 for name, more in {"cluster": {"address": address}, "own": {}}.items():
-    scores = pergrad.scan(job(Examples(6)), Path(out, name), engine="ray", workers=1,
+    scores = pergrad.scan(scored, Path(out, name), engine="ray", workers=1,
                           batch_size=4, progress=False, **more)
     assert scores.complete
     assert not ray.is_initialized()
     assert state() == before
 with pytest.raises(pergrad.UsageError, match="No Ray cluster(.|\\n)*ray start --head"):
-    pergrad.scan(job(Examples(6)), Path(out, "none"), engine="ray", address="127.0.0.1:1")
+    pergrad.scan(scored, Path(out, "none"), engine="ray", address="127.0.0.1:1")
 """
 
 
