@@ -45,6 +45,7 @@ demo: $(STAMP)  ## find wrongly labelled digits by their gradient norms (under a
 bench: $(STAMP)  ## measure the costs, and write the tables (some minutes, on an idle machine)
 	$(BIN)/python benchmarks/norms.py
 	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/scan.py
 	$(BIN)/python benchmarks/tables.py
 
 # torchvision and timm go to a folder of their own and without what they ask for: next to a CPU build

@@ -29,6 +29,36 @@ def read_import() -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def read_scan() -> dict[str, Any] | None:
+    path = harness.RESULTS / "scan.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _scan(record: dict[str, Any]) -> str:
+    """What a scan costs beyond the norms."""
+    whole, memory = record["whole"], record["whole"]["memory_bytes"]
+    rows = [
+        [title, _share(record[name]["processor_ratio"]), _share(record[name]["clock_ratio"])]
+        for name, title in (
+            ("compared", "as it is"),
+            ("compared_steady_allocator", "with an allocator that gives no memory back"),
+        )
+    ]
+    head = ["a scan, as a share of a bare loop of `pergrad.norms`", "processor time", "clock"]
+    marks = " ".join(
+        f"After {name}: {seen['now'] / 1e6:.0f} MB in memory, {seen['peak'] / 1e6:.0f} MB at most."
+        for name, seen in memory.items()
+    )
+    return (
+        f"### scan\n\nPerceptron 256-512-512-1 in batches of 1024; "
+        f"{record['compared']['examples']:,} examples a round, "
+        f"{record['compared']['clock_ratio']['runs']} rounds.\n\n{_table(head, rows)}\n\n"
+        f"{whole['examples']:,} examples at once: {whole['bytes_per_example']} bytes each in "
+        f"{whole['files']} files for index, loss and norm. {marks} Of that "
+        f"{whole['data_bytes'] / 1e6:.0f} MB are the data.\n\n{_machine(record)}."
+    )
+
+
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -111,6 +141,9 @@ def full(records: dict[str, dict[str, Any]]) -> str:
             "`import torch` "
             f"(claim: at most {imported['claims']['seconds']} s).\n\n{_machine(imported)}."
         )
+    scanned = read_scan()
+    if scanned:
+        parts.append(_scan(scanned))
     return "\n\n".join(parts)
 
 
@@ -133,6 +166,16 @@ def broken(records: dict[str, dict[str, Any]]) -> list[str]:
     imported = read_import()
     if imported and imported["pergrad_seconds"]["median"] > imported["claims"]["seconds"]:
         found.append("import time")
+    scanned = read_scan()
+    if scanned:
+        claims, memory = scanned["claims"], scanned["whole"]["memory_bytes"]
+        overhead = scanned["compared_steady_allocator"]["processor_ratio"]["median"] - 1
+        if overhead > claims["overhead"]:
+            found.append("scan: time")
+        if scanned["whole"]["bytes_per_example"] > claims["bytes_per_example"]:
+            found.append("scan: size")
+        if memory["100 %"]["peak"] > (1 + claims["memory_growth"]) * memory["10 %"]["peak"]:
+            found.append("scan: memory")
     return found
 
 

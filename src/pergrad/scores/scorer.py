@@ -7,7 +7,7 @@ Does not know: files, or which blocks are left to do.
 
 import math
 import random
-import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +34,15 @@ def prepared(model: nn.Module, mode: Mode, device: str | None = None) -> Iterato
     """The model in a mode and on a device, autograd on; all of it and all random states as before
     afterwards, also after an exception.
     """
+    if device is not None and torch.device(device).type == "cuda":
+        torch.cuda.init()  # so that its random state is there to be kept
     modes = [(module, module.training) for module in model.modules()]
+    # batch norm in training mode changes its buffers, and moving a model replaces them
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     homes = {id(p): p.device for p in [*model.parameters(), *model.buffers()]}
     states = _random_states()
     try:
@@ -49,15 +57,22 @@ def prepared(model: nn.Module, mode: Mode, device: str | None = None) -> Iterato
             module.training = training
         if device is not None and len(set(homes.values())) == 1:
             model.to(next(iter(homes.values())))
+        for module, name, buffer, value in buffers:
+            if getattr(module, name) is not buffer:
+                setattr(module, name, buffer)
+            if not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
         _set_random_states(states)
 
 
 def _random_states() -> dict[str, Any]:
     states = {"torch": torch.get_rng_state(), "random": random.getstate()}
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
-    if "numpy" in sys.modules:
-        states["numpy"] = np.random.get_state()
+    states["numpy"] = np.random.get_state()
     return states
 
 
@@ -66,8 +81,9 @@ def _set_random_states(states: Mapping[str, Any]) -> None:
     random.setstate(states["random"])
     if "cuda" in states:
         torch.cuda.set_rng_state_all(states["cuda"])
-    if "numpy" in states:
-        np.random.set_state(states["numpy"])
+    if "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
+    np.random.set_state(states["numpy"])
 
 
 def seed_for(seed: int, first: int) -> None:
@@ -164,6 +180,7 @@ class Scorer:
         self._hopeful = work.proven
         self._failed = 0
         self._nulls: pa.Array | None = None
+        self._warned = False
 
     def score(self, block: range, fetched: Fetched | None = None) -> pa.Table:
         """A row for every example of the block, in order.
@@ -175,6 +192,7 @@ class Scorer:
         errors: dict[int, str] = {}
         size = self.batch_size
         short = False
+        together: Exception | None = None  # why examples could not be scored in one batch
         todo = [block[lo : lo + size] for lo in range(0, len(block), size)][::-1]
         while todo:
             piece = todo.pop()
@@ -196,6 +214,7 @@ class Scorer:
                 size, short = max(1, len(piece) // 2), True
                 todo.append(piece)
             elif len(piece) > 1:
+                together = together or error
                 half = len(piece) // 2
                 todo += [piece[half:], piece[:half]]
             else:
@@ -204,6 +223,14 @@ class Scorer:
         if short:
             self.batch_size = max(1, self.batch_size // 2)
             self._smaller(self.batch_size)
+        if together is not None and not errors and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The examples {block[0]} to {block[-1]} can be scored, but not in one batch: "
+                f"{type(together).__name__}: {together}. Their scores are right, and slow to get. "
+                "If they differ in size, give the Job a `collate` that pads them, or batch_size=1.",
+                stacklevel=2,
+            )
         self._alone(block, values, errors)
         return self._table(block, values, errors)
 
