@@ -168,7 +168,7 @@ def test_a_matrix_that_is_out_of_date_does_not_travel() -> None:
     layer, x = nn.Linear(2, 1), torch.ones(3, 2)
     J = pergrad.gradients(layer(x).squeeze(1), layer)
     x.add_(1)
-    with pytest.raises(pergrad.UsageError, match="changed in place(.|\n)*clone that tensor"):
+    with pytest.raises(pergrad.UsageError, match=r"changed in place(.|\n)*clone that tensor"):
         pickle.dumps(J)
 
 

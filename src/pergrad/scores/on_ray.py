@@ -4,6 +4,7 @@ Owns: how many workers, what each is given, which block is where, and what a dea
 Does not know: how a block is scored, how the store is kept.
 """
 
+import logging
 import os
 import pickle
 import signal
@@ -120,7 +121,7 @@ def _session(ray: Any, address: str | None, workers: int | None) -> Iterator[Non
             os.environ["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
         _answers(address)
         try:
-            ray.init(address, log_to_driver=False, logging_level="ERROR", **options)
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             raise _no_cluster(address, error) from error
         try:

@@ -8,9 +8,10 @@ import importlib.machinery
 import inspect
 import io
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
+from operator import attrgetter
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,36 @@ from pergrad.matrix import GradientMatrix
 from pergrad.scores.job import Job
 from pergrad.scores.work import Work
 
+# What decides how products are rounded, the general before the special; not all of it is in every
+# release of torch.
+FLAGS = (
+    "cudnn.benchmark",
+    "cudnn.deterministic",
+    "cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction",
+)
+OLDER_FLAGS = ("cudnn.allow_tf32",)  # with torch.get_float32_matmul_precision
+NEWER_FLAGS = (
+    "fp32_precision",
+    "cuda.matmul.fp32_precision",
+    "cudnn.fp32_precision",
+    "cudnn.conv.fp32_precision",
+    "cudnn.rnn.fp32_precision",
+    "mkldnn.fp32_precision",
+    "mkldnn.matmul.fp32_precision",
+    "mkldnn.conv.fp32_precision",
+    "mkldnn.rnn.fp32_precision",
+)
+
+
+def _flags(names: Iterable[str]) -> dict[str, Any]:
+    """torch.backends's settings here, by name."""
+    found = {}
+    for name in names:
+        with suppress(AttributeError):
+            found[name] = attrgetter(name)(torch.backends)
+    return found
+
 
 @dataclass(frozen=True)
 class Numerics:
@@ -28,32 +59,41 @@ class Numerics:
 
     threads: int
     dtype: torch.dtype
-    matmul: str
     deterministic: bool
     warn_only: bool
-    cudnn: tuple[bool, bool, bool]
+    matmul: str | None
+    flags: dict[str, Any]
 
     @classmethod
     def here(cls, threads: int) -> "Numerics":
         """Those of this process, with another number of threads per op."""
-        cudnn = torch.backends.cudnn
+        matmul = None
+        try:
+            matmul = torch.get_float32_matmul_precision()
+            flags = _flags((*FLAGS, *OLDER_FLAGS))
+        except RuntimeError:
+            # The newer names were used, and torch refuses to mix: neither here nor over there.
+            flags = _flags((*FLAGS, *NEWER_FLAGS))
         return cls(
             threads,
             torch.get_default_dtype(),
-            torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
-            (cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic),
+            matmul,
+            flags,
         )
 
     def apply(self) -> None:
         """Set them in this process."""
         torch.set_num_threads(self.threads)
         torch.set_default_dtype(self.dtype)
-        torch.set_float32_matmul_precision(self.matmul)
         torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warn_only)
-        cudnn = torch.backends.cudnn
-        cudnn.allow_tf32, cudnn.benchmark, cudnn.deterministic = self.cudnn
+        if self.matmul is not None and torch.get_float32_matmul_precision() != self.matmul:
+            torch.set_float32_matmul_precision(self.matmul)
+        for name, value in self.flags.items():
+            if _flags([name]) != {name: value}:
+                place, _, flag = f"backends.{name}".rpartition(".")
+                setattr(attrgetter(place)(torch), flag, value)
 
 
 def packed(work: Work, cloudpickle: ModuleType) -> bytes:
@@ -137,7 +177,7 @@ def _inside(value: Any) -> dict[str, Any]:
         return {f".{field.name}": getattr(value, field.name) for field in fields(value)}
     if inspect.isfunction(value):
         seen = inspect.getclosurevars(value)
-        return {f": `{name}`": item for name, item in {**seen.globals, **seen.nonlocals}.items()}
+        return {f" -> {name}": item for name, item in {**seen.globals, **seen.nonlocals}.items()}
     if inspect.ismethod(value):
         return {".__self__": value.__self__}
     return {f".{name}": item for name, item in getattr(value, "__dict__", {}).items()}

@@ -100,7 +100,10 @@ def ranks() -> Iterator[Ranks]:
         UsageError: neither is there.
     """
     if not dist.is_available():
-        raise UsageError("engine='torchrun' needs torch.distributed, which this torch lacks.")
+        raise UsageError(
+            "engine='torchrun' needs torch.distributed, which this torch lacks. Leave engine out, "
+            "or install a torch that has it."
+        )
     own = not dist.is_initialized()
     if own:
         missing = [name for name in NEEDED if name not in os.environ]
