@@ -136,8 +136,11 @@ class Scale:
             return cls("linear", 0.0, 1.0)
         low, high = float(values.min()), float(values.max())
         if low >= 0 and high > 0:
-            floor = max(float(values[values > 0].min()), high / 10**DECADES)
-            if high / floor > 100:
+            positive = values[values > 0]
+            floor = max(float(positive.min()), high / 10**DECADES)
+            # not by the smallest one: equally likely values have one near 0, and no use for decades
+            typical = float(np.quantile(positive, 0.05, method="lower"))
+            if high / max(typical, floor) > 50:
                 under = values < floor
                 start, end = math.log10(floor), math.log10(high)
                 pad = 0.03 * (end - start)
@@ -148,7 +151,7 @@ class Scale:
                 )  # fmt: skip
         sizes = np.abs(values[values != 0])
         if len(sizes) and low < 0:
-            typical = max(float(np.median(sizes)), sizes.max() / 10**DECADES)
+            typical = max(_median(sizes), sizes.max() / 10**DECADES)
             if sizes.max() / typical > 100 or not math.isfinite(high - low):
                 scale = cls("symlog", 0.0, 1.0, width=typical / 10)
                 start, end = scale.place(np.array([low, high]))
@@ -174,7 +177,7 @@ class Scale:
         if self.kind == "log":
             return float(10.0**position)
         if self.kind == "symlog":
-            return float(np.sign(position) * (10.0 ** abs(position) - 1) * self.width)
+            return math.copysign((10.0 ** abs(position) - 1) * self.width, position)
         return float(position)
 
     def ticks(self, most: int = 7) -> list[tuple[float, str]]:
@@ -212,9 +215,13 @@ class Histogram:
     label: list[str]  # "0.1 to 0.2"
 
 
-def histogram(values: Floats, scale: Scale, bins: int = 48) -> Histogram:
-    """How many of the finite values lie where: equal widths on the scale, zeros apart on a log."""
+def histogram(values: Floats, scale: Scale, bins: int | None = None) -> Histogram:
+    """How many of the finite values lie where: equal widths on the scale, zeros apart on a log.
+
+    Without `bins` there are as many as the square root of the count, 8 at least and 48 at most.
+    """
     places = scale.place(values)
+    bins = bins or min(48, max(8, math.isqrt(len(values))))
     start = scale.low
     on_strip = np.zeros(len(values), dtype=bool)
     if scale.strip is not None:
@@ -382,9 +389,11 @@ def _rms(values: Floats) -> float:
 
 def _median(values: Floats) -> float:
     """The median; NaN of nothing."""
-    return float(np.median(values)) if len(values) else math.nan
+    largest = float(np.abs(values).max(initial=0.0)) or 1.0  # two of 1e308 would overflow
+    return largest * float(np.median(values / largest)) if len(values) else math.nan
 
 
 def _mean(values: Floats) -> float:
     """The mean; NaN of nothing."""
-    return float(values.mean()) if len(values) else math.nan
+    largest = float(np.abs(values).max(initial=0.0)) or 1.0
+    return largest * float((values / largest).mean()) if len(values) else math.nan

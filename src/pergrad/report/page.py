@@ -220,10 +220,12 @@ def _listed(
     scores: _Columns, references: list[Reference], previews: dict[int, Preview]
 ) -> tuple[Ints, dict[str, Ints]]:
     """The rows of the table that are in the page, and the rankings among them."""
-    known = np.where(scores.failed, math.nan, scores.norm)
+    finite = scores.finite & ~scores.failed
+    known = np.where(finite, scores.norm, math.nan)
+    losses = np.where(finite, scores.loss, math.nan)
     lists = {
         "norm": largest(known, CARDS),
-        "loss": largest(np.where(scores.failed, math.nan, scores.loss), CARDS),
+        "loss": largest(losses, CARDS),
         "small": largest(-known, CARDS),
     }
     if len(scores.index) <= LISTED:
@@ -231,10 +233,10 @@ def _listed(
     picks = [
         largest(known, RANKED),
         largest(-known, RANKED),
-        largest(scores.loss, RANKED),
+        largest(losses, RANKED),
         np.linspace(0, len(scores.index) - 1, SPREAD).astype(np.int64),
         np.searchsorted(scores.index, sorted(previews)),
-        np.flatnonzero(scores.failed | ~scores.finite)[:ROWS],
+        np.flatnonzero(~finite)[:ROWS],
     ]
     for r in references:
         picks += [r.similar, r.conflicting]
@@ -343,9 +345,10 @@ def findings(found: Summary) -> list[str]:
         quiet = found.zero + found.small
         if quiet:
             said.append(
-                f"{quiet:,} {'example is' if quiet == 1 else 'examples are'} as good as solved: the "
-                f"gradient is exactly zero for {found.zero:,}, and under 1 % of the typical size for {found.small:,}. Together "
-                f"they carry {percent(found.small_share)} of the total squared norm."
+                f"{quiet:,} {'example is' if quiet == 1 else 'examples are'} as good as solved: "
+                f"the gradient is exactly zero for {found.zero:,}, and under 1 % of the typical "
+                f"size for {found.small:,}. Together they carry {percent(found.small_share)} of "
+                "the total squared norm."
             )
         else:
             said.append("No example is solved: every gradient is over 1 % of the typical size.")

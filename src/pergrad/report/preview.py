@@ -140,10 +140,12 @@ def _image_of(array: Any) -> Any:
     import numpy as np
     from PIL import Image
 
-    array = array.detach().cpu() if hasattr(array, "detach") else array
+    tensor = hasattr(array, "detach")
+    array = array.detach().cpu() if tensor else array
     values: NDArray[Any] = np.asarray(array) if hasattr(array, "__array__") else np.empty(())
     shape = values.shape
-    if len(shape) == 3 and shape[-1] not in (1, 3, 4) and shape[0] in (1, 3, 4):
+    # where both ends could be channels, each library's habit decides
+    if len(shape) == 3 and shape[0] in (1, 3, 4) and (tensor or shape[-1] not in (1, 3, 4)):
         values = np.moveaxis(values, 0, -1)
     if values.ndim == 3 and values.shape[-1] == 1:
         values = values[..., 0]
