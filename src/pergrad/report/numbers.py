@@ -5,6 +5,7 @@ Does not know: pyarrow, drawing, HTML.
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -153,7 +154,7 @@ class Scale:
         if len(sizes) and low < 0:
             typical = max(_median(sizes), sizes.max() / 10**DECADES)
             if sizes.max() / typical > 100 or not math.isfinite(high - low):
-                scale = cls("symlog", 0.0, 1.0, width=typical / 10)
+                scale = cls("symlog", 0.0, 1.0, width=float(typical) / 10)
                 start, end = scale.place(np.array([low, high]))
                 pad = 0.03 * (end - start)
                 return cls("symlog", start - pad, end + pad, width=scale.width)
@@ -174,11 +175,12 @@ class Scale:
 
     def value(self, position: float) -> float:
         """The value at a position; the inverse of `place`, but for the strip."""
+        position = float(position)  # a Python float overflows to infinity, numpy's warns
         if self.kind == "log":
-            return float(10.0**position)
+            return 10.0**position
         if self.kind == "symlog":
             return math.copysign((10.0 ** abs(position) - 1) * self.width, position)
-        return float(position)
+        return position
 
     def ticks(self, most: int = 7) -> list[tuple[float, str]]:
         """Up to about `most` positions with what to write there."""
@@ -194,7 +196,7 @@ class Scale:
                 found.insert(0, (self.strip, self.strip_label))
             return found
         reach = max(abs(self.low), abs(self.high))
-        top = math.log10(self.value(reach))
+        top = math.log10(min(self.value(reach), sys.float_info.max))
         sizes = [v for v in _decades(math.log10(self.width), top, most // 2 + 1) if v > self.width]
         values = [-v for v in reversed(sizes)] + [0.0] + sizes
         places = self.place(np.array(values))

@@ -219,7 +219,7 @@
       for (const drawn of figure.renderers) {
         const looks = {
           mark: { fill_color: colour("mark") }, bar: { fill_color: colour("bar"), line_color: colour("card") },
-          density: { fill_color: colour("mark") }, line: { line_color: colour("bar") },
+          density: { fill_color: soft }, line: { line_color: colour("bar") },
           area: { fill_color: colour("bar") }, cursor: { line_color: ink },
         }[drawn.name] || {};
         const glyphs = [drawn.glyph, drawn.selection_glyph, drawn.nonselection_glyph, drawn.hover_glyph];
