@@ -451,7 +451,7 @@ def _bar(request: Request, total: int, todo: int) -> Iterator[Callable[[int], No
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
         _Rate(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        console=console,
+        console=console, refresh_per_second=2,
     )  # fmt: skip
     how = {"eval": "in eval mode (dropout off)", "train": "in train mode", "as is": "as it is"}
     console.print(

@@ -97,7 +97,7 @@ def fetch(job: Job, data: Any, block: Sequence[int], seed: int) -> Any:
     seed_for(seed, block[0])
     many = getattr(data, "__getitems__", None)
     items = many(list(block)) if callable(many) else [data[i] for i in block]
-    return (job.collate or default_collate)(list(items))
+    return (job.collate or default_collate)(items)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -155,6 +155,7 @@ class Scorer:
         self._home = home_of(self._params)
         self._columns = manifest.columns(work.job, work.settings, work.references)
         self._schema = schema(self._columns)
+        self._dtype = np.float64 if self._columns["loss"]["type"] == "double" else np.float32
         self._numbers = [n for n, c in self._columns.items() if c["type"] in ("float", "double")]
         # With weights that are not finite every example would be looked at alone, for nothing.
         self._finite = all(
@@ -162,6 +163,7 @@ class Scorer:
         )
         self._hopeful = work.proven
         self._failed = 0
+        self._nulls: pa.Array | None = None
 
     def score(self, block: range, fetched: Fetched | None = None) -> pa.Table:
         """A row for every example of the block, in order.
@@ -169,7 +171,7 @@ class Scorer:
         Raises:
             PergradError: it is the model or the losses that cannot be served, not an example.
         """
-        values = np.full((len(self._numbers), len(block)), np.nan)
+        values = np.full((len(self._numbers), len(block)), np.nan, dtype=self._dtype)
         errors: dict[int, str] = {}
         size = self.batch_size
         short = False
@@ -285,17 +287,20 @@ class Scorer:
 
     def _table(self, block: range, values: np.ndarray, errors: Mapping[int, str]) -> pa.Table:
         bad = np.array([i in errors for i in block]) if errors else None
-        arrays: dict[str, pa.Array] = {"index": pa.array(np.arange(block.start, block.stop))}
+        arrays = {"index": pa.array(np.arange(block.start, block.stop))}
         if self.work.job.key is not None:
             arrays["key"] = pa.array([manifest.key_of(self.work.job, i) for i in block])
         for name, row in zip(self._numbers, values, strict=True):
-            arrays[name] = pa.array(row, mask=bad).cast(self._schema.field(name).type, safe=False)
-        arrays["error"] = (
-            pa.array([errors.get(i) for i in block], pa.string())
-            if errors
-            else pa.nulls(len(block), pa.string())
-        )
-        return pa.table([arrays[n] for n in self._schema.names], schema=self._schema)
+            arrays[name] = pa.array(row, mask=bad)
+        said = [errors.get(i) for i in block] if errors else None
+        arrays["error"] = pa.array(said, pa.string()) if said else self._no_errors(len(block))
+        return pa.Table.from_arrays([arrays[n] for n in self._schema.names], schema=self._schema)
+
+    def _no_errors(self, count: int) -> pa.Array:
+        """Nulls; the same array for all blocks of one length."""
+        if self._nulls is None or len(self._nulls) != count:
+            self._nulls = pa.nulls(count, pa.string())
+        return self._nulls
 
 
 def _wide(column: Tensor) -> Tensor:
