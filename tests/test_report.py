@@ -233,6 +233,23 @@ def test_largest_goes_by_position_among_ties() -> None:
     assert numbers.largest(-values, 2).tolist() == [0, 4]
 
 
+@pytest.mark.parametrize(
+    ("norms", "said"),
+    [
+        ([1.0, 1.0, 2.0], "No example is solved"),
+        ([0.0, 1.0, 2.0], "1 example is solved: a gradient of exactly zero."),
+        ([0.001, 1.0, 2.0], "1 example is as good as solved: a gradient under 1 % of the typical"),
+        (
+            [0.0, 0.001, 2.0],
+            "a gradient exactly zero for 1, and under 1 % of the typical size for 1",
+        ),
+    ],
+)
+def test_what_is_solved_is_said_as_it_is(norms: list[float], said: str) -> None:
+    found = numbers.summary(np.ones(3), np.array(norms), np.zeros(3, bool))
+    assert said in " ".join(page.findings(found))
+
+
 # --- previews ------------------------------------------------------------------------------------
 
 
@@ -271,6 +288,12 @@ def test_pictures_of_every_mode_become_small_files(mode: str) -> None:
     assert opened.size == (192, 64)
     assert image.size == (900, 300)  # the user's own is untouched
     assert made.image_url().startswith("data:image/png;base64,")  # type: ignore[union-attr]
+
+
+def test_numbers_beyond_a_byte_span_black_to_white() -> None:
+    image = Image.fromarray(np.array([[0, 30_000], [60_000, 15_000]], np.uint16))
+    opened = Image.open(io.BytesIO(Preview.of(image).image or b""))
+    assert [opened.getpixel(at) for at in ((0, 0), (1, 0), (0, 1), (1, 1))] == [0, 128, 255, 64]
 
 
 def test_a_photograph_is_kept_as_jpeg() -> None:
@@ -417,7 +440,7 @@ def test_the_page_says_what_the_numbers_are() -> None:
     share = numbers.percent((100**2 + 1) / (100**2 + 150))  # two examples are 1 % of 200
     assert "A few examples dominate: the 2 examples with the largest gradients" in text
     assert f"carry {share} of the total squared gradient norm" in text
-    assert "exactly zero for 49" in text
+    assert "49 examples are solved: a gradient of exactly zero." in text
     assert "200 examples" in text
     assert "Network" not in text
 
@@ -817,6 +840,19 @@ def test_rankings_references_and_layers_change(opened: Page) -> None:
     opened.run("document.getElementById('groups-more').click()")
     assert len(opened.run(visible)) == 50
     assert opened.complaints() == []
+
+
+@pytest.mark.parametrize("figure", ["norms", "losses", "curve", "cosines"])
+def test_pointing_at_a_figure_reads_it_out(opened: Page, figure: str) -> None:
+    plot, reading = opened.one(f"#figure-{figure}"), opened.one(f"#reading-{figure}")
+    opened.run("arguments[0].scrollIntoView({block: 'center'})", plot)
+    before = reading.text
+    ActionChains(opened.browser).move_to_element(plot).move_by_offset(3, 2).perform()
+    text = opened.until(
+        f"const t = document.getElementById('reading-{figure}').textContent;"
+        f"return t !== {json.dumps(before)} && t"
+    )
+    assert re.search(r"\d+ examples?$" if figure != "curve" else r"^The top .* carry .*%$", text)
 
 
 def test_dark_and_light_follow_the_reader(opened: Page) -> None:

@@ -139,6 +139,10 @@ def _figure(
         y_axis_label=y_axis,
         tools="",
         toolbar_location=None,
+        # the page shows through: what is painted once in one colour leaves a rim under another
+        border_fill_color=None,
+        background_fill_color=None,
+        outline_line_color=None,
     )
     plot.toolbar.logo = None
     _label(plot.xaxis, x_scale.ticks(7 if height > 300 else 4))
