@@ -54,6 +54,7 @@ demo: $(STAMP)  ## find wrongly labelled digits by their gradient norms (under a
 bench: $(STAMP) browser  ## measure the costs, and write the tables (some minutes, on an idle machine)
 	$(BIN)/python benchmarks/norms.py
 	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/scan.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/tables.py
 

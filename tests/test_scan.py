@@ -195,6 +195,25 @@ def test_the_model_is_left_as_it_was(mode: Any, fails: bool, tmp_path: Path) -> 
     assert state_of(net) == before
 
 
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_buffers_are_left_as_they_were(device: str | None, tmp_path: Path) -> None:
+    class Counting(nn.BatchNorm1d):
+        def forward(self, x: Tensor) -> Tensor:
+            self.num_batches_tracked = self.num_batches_tracked + 1  # another tensor
+            return super().forward(x)
+
+    net = nn.Sequential(nn.Linear(5, 4), Counting(4), nn.Linear(4, 3)).double()
+    held = dict(net.named_buffers())
+    values = {name: buffer.clone() for name, buffer in held.items()}
+    task = job(model=net)
+    more: dict[str, Any] = {"mode": "train", "on_mixing": "exact", "batch_size": 8}
+    first = scan(task, tmp_path, device=device, **more)
+    for name, buffer in net.named_buffers():
+        assert buffer is held[name]
+        assert torch.equal(buffer, values[name])
+    assert scan(task, tmp_path, device=device, **more).table().equals(first.table())
+
+
 def test_inference_mode_outside_is_no_hindrance(tmp_path: Path) -> None:
     task = job(5)
     with torch.inference_mode():

@@ -326,14 +326,30 @@ def test_failed_examples_are_tried_again_on_request(tmp_path: Path, small_parts:
     assert found.manifest["counts"]["failed"] == 0
 
 
-def test_a_failure_costs_its_neighbours_no_bit_when_going_on(tmp_path: Path) -> None:
-    broken = job(data=Listed(data(40), {20: OSError("away")}))
-    whole = scan(broken, tmp_path / "whole", batch_size=8)
-    folder = tmp_path / "s"
-    scan(broken, folder, batch_size=8)
-    good = max(parts(folder), key=lambda path: path.stat().st_size)
-    good.unlink()  # as if killed after the failures were written alone
-    assert scan(broken, folder, batch_size=8).table().equals(whole.table())
+def centred(net: nn.Module, batch: Any) -> torch.Tensor:
+    """Losses that depend on who else is in the batch."""
+    x, y = batch
+    return losses(net, (x - x.mean(0), y))
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_a_failure_changes_nothing_for_its_neighbours_when_going_on(
+    mended: bool, tmp_path: Path
+) -> None:
+    items = {16: OSError("away")}  # at the edge of its block
+    broken = job(data=Listed(data(40), items), losses=centred)
+    more: dict[str, Any] = {"batch_size": 8, "on_mixing": "exact"}
+    whole = scan(broken, tmp_path / "whole", **more).table()
+    scan(broken, tmp_path / "s", **more)
+    good = max(parts(tmp_path / "s"), key=lambda path: path.stat().st_size)
+    good.unlink()  # as if only the failures had been written
+    if mended:
+        items.clear()  # its failure stays listed, until it is asked for
+    found = scan(broken, tmp_path / "s", **more)
+    assert found.table()["index"].to_pylist() == list(range(40))
+    assert found.failures()["index"].to_pylist() == [16]
+    if not mended:
+        assert found.table().equals(whole)
 
 
 def test_files_of_another_scan_in_the_folder(tmp_path: Path) -> None:

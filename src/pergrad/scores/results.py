@@ -149,6 +149,13 @@ def open_scores(folder: str | PathLike[str]) -> Scores:
     Raises:
         StoreError: there are no scores, or they are in a format that this version does not read.
         MissingExtraError: pyarrow is not installed.
+
+        >>> import tempfile, torch, pergrad
+        >>> job = pergrad.Job(torch.nn.Linear(2, 1), [torch.ones(2)], lambda m, x: m(x).squeeze(1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = pergrad.scan(job, folder, progress=False)
+        ...     len(pergrad.open_scores(folder))
+        1
     """
     need("scan", "numpy", "pyarrow", "filelock")
     from pergrad.scores.store import Store

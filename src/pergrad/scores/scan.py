@@ -87,7 +87,17 @@ def scan(
         MissingExtraError: a package is missing; `pip install 'pergrad[scan]'` brings it.
 
     Cost: that of `pergrad.norms` on each batch and a few per cent; with references that of
-        `pergrad.gradients`. Memory does not grow with the data set, but for one byte per example.
+        `pergrad.gradients`. Memory does not grow with the data set, but for a few bytes per
+        example.
+
+        >>> import tempfile, torch, pergrad
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> data = [torch.tensor([3.0, 4.0]), torch.tensor([0.0, 1.0])]
+        >>> job = pergrad.Job(model, data, lambda model, x: model(x).squeeze(1))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     scores = pergrad.scan(job, folder, progress=False)
+        ...     scores.table()["norm"].to_pylist()
+        [5.0, 1.0]
     """
     need("scan", "numpy", "pyarrow", "filelock", "rich")
     from pergrad.scores import driver

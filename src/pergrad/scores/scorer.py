@@ -7,7 +7,6 @@ Does not know: files, or which blocks are left to do.
 
 import math
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +33,15 @@ def prepared(model: nn.Module, mode: Mode, device: str | None = None) -> Iterato
     """The model in a mode and on a device, autograd on; all of it and all random states as before
     afterwards, also after an exception.
     """
+    if device is not None and torch.device(device).type == "cuda":
+        torch.cuda.init()  # so that its random state is there to be kept
     modes = [(module, module.training) for module in model.modules()]
+    # batch norm in training mode changes its buffers, and moving a model replaces them
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     homes = {id(p): p.device for p in [*model.parameters(), *model.buffers()]}
     states = _random_states()
     try:
@@ -49,15 +56,22 @@ def prepared(model: nn.Module, mode: Mode, device: str | None = None) -> Iterato
             module.training = training
         if device is not None and len(set(homes.values())) == 1:
             model.to(next(iter(homes.values())))
+        for module, name, buffer, value in buffers:
+            if getattr(module, name) is not buffer:
+                setattr(module, name, buffer)
+            if not torch.equal(buffer, value):
+                with torch.no_grad():
+                    buffer.copy_(value)
         _set_random_states(states)
 
 
 def _random_states() -> dict[str, Any]:
     states = {"torch": torch.get_rng_state(), "random": random.getstate()}
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state_all()
-    if "numpy" in sys.modules:
-        states["numpy"] = np.random.get_state()
+    states["numpy"] = np.random.get_state()
     return states
 
 
@@ -66,8 +80,9 @@ def _set_random_states(states: Mapping[str, Any]) -> None:
     random.setstate(states["random"])
     if "cuda" in states:
         torch.cuda.set_rng_state_all(states["cuda"])
-    if "numpy" in states:
-        np.random.set_state(states["numpy"])
+    if "mps" in states:
+        torch.mps.set_rng_state(states["mps"])
+    np.random.set_state(states["numpy"])
 
 
 def seed_for(seed: int, first: int) -> None:

@@ -89,6 +89,8 @@ def _write_whole(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    if os.name == "nt":
+        return  # has no way to force a folder's entries to the disk
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
