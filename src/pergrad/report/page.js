@@ -201,8 +201,6 @@
     const colour = (role) => style.getPropertyValue(`--${role}`).trim();
     const [ink, soft, line] = ["ink", "soft", "line"].map(colour);
     for (const figure of Object.values(figures)) {
-      // opaque: on a transparent one a repaint leaves a rim
-      figure.setv({ border_fill_color: colour("card"), background_fill_color: colour("card"), outline_line_color: null });
       for (const axis of [...figure.below, ...figure.left]) {
         axis.setv({
           axis_label_text_color: soft, axis_label_text_font: "system-ui, sans-serif",
@@ -219,7 +217,7 @@
       for (const drawn of figure.renderers) {
         const looks = {
           mark: { fill_color: colour("mark") }, bar: { fill_color: colour("bar"), line_color: colour("card") },
-          density: { fill_color: colour("mark") }, line: { line_color: colour("bar") },
+          density: { fill_color: soft }, line: { line_color: colour("bar") },
           area: { fill_color: colour("bar") }, cursor: { line_color: ink },
         }[drawn.name] || {};
         const glyphs = [drawn.glyph, drawn.selection_glyph, drawn.nonselection_glyph, drawn.hover_glyph];

@@ -60,7 +60,8 @@ def html(
     """The page's text; see `pergrad.report.write_report`."""
     scores = _Columns.of(table)
     found = summary(scores.loss, scores.norm, scores.failed)
-    references = list(_references(table))[:REFERENCES]
+    references = list(_references(table))
+    compared = sum(name.startswith("cosine:") for name in table.schema.names)
     listed, lists = _listed(scores, references, previews)
     place = {int(row): at for at, row in enumerate(listed)}
     shown, without = _previews(scores, listed, lists, references, previews)
@@ -83,8 +84,8 @@ def html(
         "references": [
             {
                 "name": r.name,
-                "similar": [[place[int(i)], _round(r.values[i])] for i in r.similar],
-                "conflicting": [[place[int(i)], _round(r.values[i])] for i in r.conflicting],
+                "similar": [[place[int(i)], r.cosines[int(i)]] for i in r.similar],
+                "conflicting": [[place[int(i)], r.cosines[int(i)]] for i in r.conflicting],
                 "bars": {"count": r.bars.count.tolist(), "label": r.bars.label},
             }
             for r in references
@@ -95,12 +96,12 @@ def html(
     scripts = [_bokeh(), _own("page.js")]
     return _template().render(
         title=title or f"Gradient norms: {model}",
-        model=model,
-        manifest=manifest,
+        about=_about(manifest),
         summary=found,
         headline=headline(found),
         findings=findings(found),
         references=references,
+        compared=compared,
         groups=[_bar(row, rows) for row in rows],
         failures=_failures(scores),
         without=without,
@@ -114,7 +115,6 @@ def html(
         style=_own("page.css"),
         number=number,
         percent=percent,
-        bokeh=version("bokeh"),
         rows_shown=ROWS,
     )
 
@@ -159,10 +159,10 @@ class Reference:
     """How the examples' gradients stand to one given gradient."""
 
     name: str
-    values: Floats  # (N,) cosines
     bars: Histogram
     similar: Ints  # rows, most similar first
     conflicting: Ints  # rows, most opposed first
+    cosines: dict[int, float]  # of these rows
     duplicates: int  # cosine at least 0.99
     opposed: float  # fraction of the examples with a cosine below 0
     median: float
@@ -183,9 +183,8 @@ def _groups(table: pa.Table) -> Iterator[tuple[str, Floats]]:
 def _references(table: pa.Table) -> Iterator[Reference]:
     """The columns cosine:{reference}. A cosine with a zero gradient is 0 and says nothing."""
     silent = _floats(table["norm"]) == 0
-    for name in table.schema.names:
-        if not name.startswith("cosine:"):
-            continue
+    names = [name for name in table.schema.names if name.startswith("cosine:")]
+    for name in names[:REFERENCES]:
         values = _floats(table[name])
         values[silent | ~np.isfinite(values)] = math.nan
         known = np.clip(values[~np.isnan(values)], -1, 1)  # rounding may reach 1.0000001
@@ -193,12 +192,14 @@ def _references(table: pa.Table) -> Iterator[Reference]:
         label = [f"cosine {number(a)} to {number(b)}" for a, b in
                  zip(edges[:-1].round(2), edges[1:].round(2), strict=True)]  # fmt: skip
         below = np.flatnonzero(values < 0)
+        similar = largest(np.where(values > 0, values, math.nan), SIMILAR)
+        conflicting = below[largest(-values[below], SIMILAR)]
         yield Reference(
             name=name.removeprefix("cosine:"),
-            values=values,
             bars=Histogram(edges[:-1], edges[1:], count.astype(np.int64), label),
-            similar=largest(np.where(values > 0, values, math.nan), SIMILAR),
-            conflicting=below[largest(-values[below], SIMILAR)],
+            similar=similar,
+            conflicting=conflicting,
+            cosines={int(i): _round(values[i]) for i in (*similar, *conflicting)},
             duplicates=int((known >= 0.99).sum()),
             opposed=float((known < 0).mean()) if len(known) else math.nan,
             median=float(np.median(known)) if len(known) else math.nan,
@@ -220,21 +221,24 @@ def _listed(
     scores: _Columns, references: list[Reference], previews: dict[int, Preview]
 ) -> tuple[Ints, dict[str, Ints]]:
     """The rows of the table that are in the page, and the rankings among them."""
-    known = np.where(scores.failed, math.nan, scores.norm)
+    finite = scores.finite & ~scores.failed
+    known = np.where(finite, scores.norm, math.nan)
+    losses = np.where(finite, scores.loss, math.nan)
     lists = {
         "norm": largest(known, CARDS),
-        "loss": largest(np.where(scores.failed, math.nan, scores.loss), CARDS),
+        "loss": largest(losses, CARDS),
         "small": largest(-known, CARDS),
     }
     if len(scores.index) <= LISTED:
         return np.arange(len(scores.index)), lists
     picks = [
+        *lists.values(),
         largest(known, RANKED),
         largest(-known, RANKED),
-        largest(scores.loss, RANKED),
+        largest(losses, RANKED),
         np.linspace(0, len(scores.index) - 1, SPREAD).astype(np.int64),
         np.searchsorted(scores.index, sorted(previews)),
-        np.flatnonzero(scores.failed | ~scores.finite)[:ROWS],
+        np.flatnonzero(~finite)[:ROWS],
     ]
     for r in references:
         picks += [r.similar, r.conflicting]
@@ -340,15 +344,7 @@ def findings(found: Summary) -> list[str]:
     """What else there is to say, a sentence each."""
     said = []
     if found.scored > 1 and not math.isnan(found.top_share):
-        quiet = found.zero + found.small
-        if quiet:
-            said.append(
-                f"{quiet:,} {'example is' if quiet == 1 else 'examples are'} as good as solved: the "
-                f"gradient is exactly zero for {found.zero:,}, and under 1 % of the typical size for {found.small:,}. Together "
-                f"they carry {percent(found.small_share)} of the total squared norm."
-            )
-        else:
-            said.append("No example is solved: every gradient is over 1 % of the typical size.")
+        said.append(_solved(found))
     rho = found.rank_correlation
     if found.scored >= 10 and not math.isnan(rho):
         if rho > 0.9:
@@ -371,6 +367,23 @@ def findings(found: Summary) -> list[str]:
     return said
 
 
+def _solved(found: Summary) -> str:
+    """How many examples have nothing left to teach."""
+    quiet, carried = found.zero + found.small, percent(found.small_share)
+    if not quiet:
+        return "No example is solved: every gradient is over 1 % of the typical size."
+    who = "1 example is" if quiet == 1 else f"{quiet:,} examples are"
+    if not found.small:
+        return f"{who} solved: a gradient of exactly zero."
+    size = "under 1 % of the typical size"
+    if found.zero:
+        size = f"exactly zero for {found.zero:,}, and {size} for {found.small:,}"
+    return (
+        f"{who} as good as solved: a gradient {size}. Together they carry {carried} of the total "
+        "squared norm."
+    )
+
+
 def _failures(scores: _Columns) -> list[dict[str, Any]]:
     """The examples without scores, or whose scores are not finite, for a table."""
     rows = np.flatnonzero(scores.failed | ~scores.finite)[:ROWS]
@@ -383,6 +396,27 @@ def _failures(scores: _Columns) -> list[dict[str, Any]]:
             "error": scores.error[int(row)].as_py(),
         }
         for row in rows
+    ]
+
+
+def _about(manifest: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What the manifest says of what was scored; None where it says nothing."""
+    scored, settings = manifest.get("scored", {}), manifest.get("settings", {})
+    parameters = scored.get("parameters")
+    examples = scored.get("examples")
+    return [
+        ("Model", scored.get("model")),
+        ("Mode", settings.get("mode")),
+        ("Parameters", None if parameters is None else f"{len(parameters):,} tensors"),
+        ("Weights", scored.get("weights_hash")),
+        ("Losses", scored.get("losses")),
+        ("Examples", None if examples is None else f"{examples:,}"),
+        ("Begun", manifest.get("created")),
+        ("Job", manifest.get("job")),
+        ("Command", manifest.get("command")),
+        ("pergrad", scored.get("pergrad")),
+        ("torch", scored.get("torch")),
+        ("Drawn by", f"Bokeh {version('bokeh')}"),
     ]
 
 

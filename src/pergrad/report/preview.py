@@ -118,11 +118,12 @@ def _encode(image: Any) -> bytes:
     need("report", "PIL")
     from PIL import Image
 
-    if not isinstance(image, Image.Image):
+    drawn = isinstance(image, Image.Image)
+    if not drawn or image.mode.startswith(("I", "F")):  # these modes' numbers go beyond a byte
         image = _image_of(image)
     image = image.copy()  # the user's image stays as it is
     if image.mode not in ("1", "L", "LA", "RGB", "RGBA"):
-        image = image.convert("L" if image.mode in ("I", "F", "I;16") else "RGBA")
+        image = image.convert("RGBA")
     image.thumbnail((IMAGE_PIXELS, IMAGE_PIXELS))
     png = _bytes(image, "PNG", optimize=True)
     if len(png) <= PNG_BYTES or image.mode in ("LA", "RGBA"):
@@ -140,10 +141,13 @@ def _image_of(array: Any) -> Any:
     import numpy as np
     from PIL import Image
 
-    array = array.detach().cpu() if hasattr(array, "detach") else array
-    values: NDArray[Any] = np.asarray(array) if hasattr(array, "__array__") else np.empty(())
+    tensor = hasattr(array, "detach")
+    array = array.detach().cpu() if tensor else array
+    readable = hasattr(array, "__array__") or hasattr(array, "__array_interface__")
+    values: NDArray[Any] = np.asarray(array) if readable else np.empty(())
     shape = values.shape
-    if len(shape) == 3 and shape[-1] not in (1, 3, 4) and shape[0] in (1, 3, 4):
+    # where both ends could be channels, each library's habit decides
+    if len(shape) == 3 and shape[0] in (1, 3, 4) and (tensor or shape[-1] not in (1, 3, 4)):
         values = np.moveaxis(values, 0, -1)
     if values.ndim == 3 and values.shape[-1] == 1:
         values = values[..., 0]
