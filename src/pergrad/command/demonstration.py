@@ -25,5 +25,5 @@ def run(out: Path) -> dict[str, Any]:
     Raises:
         MissingExtraError: a package that it needs is not installed.
     """
-    need("demo", "jinja2", "matplotlib", "PIL", "sklearn")
+    need("demo", "bokeh", "jinja2", "matplotlib", "PIL", "sklearn")
     return jobs.function(f"{file()}:main")(out)
