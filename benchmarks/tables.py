@@ -35,6 +35,51 @@ def read_other(name: str, folder: Path = harness.RESULTS) -> Record | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def _report(record: dict[str, Any]) -> str:
+    """How large a report is, and how soon it is open."""
+    rows = [
+        [
+            f"{page['examples']:,}",
+            f"{page['bytes'] / 1e6:.1f} MB (claim: {page['claim_bytes'] / 1e6:.0f})",
+            f"{page['writing_seconds']:.1f} s",
+            f"{page['opening_seconds']['median']:.2f} s",
+        ]
+        for page in record["pages"]
+    ]
+    head = ["examples", "size", "written in", "open after"]
+    return (
+        "### report\n\nTen columns of norms by layer, two references; pictures of 8 x 8 pixels of "
+        "all examples, or of the 1,000 with the largest norms. Opened in a Chromium that has just "
+        f"been started, until all is drawn (claim: {record['claims']['seconds']:.0f} s, for the "
+        f"first).\n\n{_table(head, rows)}\n\n{_machine(record)}."
+    )
+
+
+def _scan(record: dict[str, Any]) -> str:
+    """What a scan costs beyond the norms."""
+    whole, memory = record["whole"], record["whole"]["memory_bytes"]
+    rows = [
+        [title, _share(record[name]["processor_ratio"]), _share(record[name]["clock_ratio"])]
+        for name, title in (
+            ("compared", "as it is"),
+            ("compared_steady_allocator", "with an allocator that gives no memory back"),
+        )
+    ]
+    head = ["a scan, as a share of a bare loop of `pergrad.norms`", "processor time", "clock"]
+    marks = " ".join(
+        f"After {name}: {seen['now'] / 1e6:.0f} MB in memory, {seen['peak'] / 1e6:.0f} MB at most."
+        for name, seen in memory.items()
+    )
+    return (
+        f"### scan\n\nPerceptron 256-512-512-1 in batches of 1024; "
+        f"{record['compared']['examples']:,} examples a round, "
+        f"{record['compared']['clock_ratio']['runs']} rounds.\n\n{_table(head, rows)}\n\n"
+        f"{whole['examples']:,} examples at once: {whole['bytes_per_example']} bytes each in "
+        f"{whole['files']} files for index, loss and norm. {marks} Of that "
+        f"{whole['data_bytes'] / 1e6:.0f} MB are the data.\n\n{_machine(record)}."
+    )
+
+
 def _table(head: list[str], rows: list[list[str]], words: int = 1) -> str:
     """Markdown; the first `words` columns are text, the others numbers."""
     line = ["---"] * words + ["---:"] * (len(head) - words)
@@ -203,6 +248,12 @@ def full(records: dict[str, Record], imported: Record | None, scaling: Record | 
             "`import torch` "
             f"(claim: at most {imported['claims']['seconds']} s).\n\n{_machine(imported)}."
         )
+    scanned = read_other("scan")
+    if scanned:
+        parts.append(_scan(scanned))
+    reported = read_other("report")
+    if reported:
+        parts.append(_report(reported))
     return "\n\n".join(parts)
 
 
@@ -225,6 +276,22 @@ def missed(records: dict[str, Record], imported: Record | None, *, claim: bool) 
     ]
     if claim and imported and imported["pergrad_seconds"]["median"] > imported["claims"]["seconds"]:
         found.append("import time")
+    scanned = read_other("scan")
+    if claim and scanned:
+        claims, memory = scanned["claims"], scanned["whole"]["memory_bytes"]
+        overhead = scanned["compared_steady_allocator"]["processor_ratio"]["median"] - 1
+        if overhead > claims["overhead"]:
+            found.append("scan: time")
+        if scanned["whole"]["bytes_per_example"] > claims["bytes_per_example"]:
+            found.append("scan: size")
+        if memory["100 %"]["peak"] > (1 + claims["memory_growth"]) * memory["10 %"]["peak"]:
+            found.append("scan: memory")
+    reported = read_other("report")
+    if claim and reported:
+        if any(page["bytes"] > page["claim_bytes"] for page in reported["pages"]):
+            found.append("report: size")
+        if reported["pages"][0]["opening_seconds"]["median"] > reported["claims"]["seconds"]:
+            found.append("report: time")
     return found
 
 

@@ -1,27 +1,32 @@
 """Find wrongly labelled digits by the norm of each example's gradient.
 
 Trains a small network on scikit-learn's handwritten digits, of which 5 % were given a wrong label
-on purpose, then asks pergrad how hard each training example pulls on the weights. Says how many of
-the wrong labels that finds, and draws the examples that pull hardest.
+on purpose, then has pergrad score every training example: how hard does it pull on the weights?
+Says how many of the wrong labels that finds, writes a report to look at in a browser, and draws the
+examples that pull hardest.
 
-    python examples/digits.py [--out demo_output]
+    pip install 'pergrad[demo]'
+    python digits.py [--out demo_output]                  # all of it, in under a minute
+    pergrad scan digits.py:job --out digits_scores        # only the scores
 """
 
 import argparse
+import shutil
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import pergrad
 
 SEED = 0
 FLIPPED_SHARE = 0.05
 EPOCHS = 10
-BATCH = 256
 
 
 def load(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,14 +53,38 @@ def train(images: Tensor, labels: Tensor, generator: torch.Generator) -> nn.Modu
     return model
 
 
-def score(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss and the gradient norm of every example, in batches: the part that uses pergrad."""
-    losses, norms = [], []
-    for x, y in zip(images.split(BATCH), labels.split(BATCH), strict=True):
-        batch_losses = F.cross_entropy(model(x), y, reduction="none")
-        norms.append(pergrad.norms(batch_losses, model))
-        losses.append(batch_losses.detach())
-    return torch.cat(losses), torch.cat(norms)
+def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """One loss per example."""
+    images, labels = batch
+    return F.cross_entropy(model(images), labels, reduction="none")
+
+
+def picture(image: Tensor) -> Image.Image:
+    """A digit as a person sees it: dark on white."""
+    return Image.fromarray((255 - image.reshape(8, 8) * 255).byte().numpy())
+
+
+def job_of(model: nn.Module, images: Tensor, true: Tensor, given: Tensor) -> pergrad.Job:
+    """What pergrad is to score: this model's loss on each of these examples."""
+
+    def show(i: int) -> dict[str, object]:
+        """What a person sees of an example in the report; what is None is left out."""
+        wrong = given[i] != true[i]
+        return {
+            "image": picture(images[i]),
+            "label": int(given[i]),
+            "flipped on purpose": f"it is a {true[i]}" if wrong else None,
+        }
+
+    return pergrad.Job(model=model, data=TensorDataset(images, given), losses=losses, show=show)
+
+
+def job() -> pergrad.Job:
+    """The same for the command line: it takes no arguments."""
+    torch.manual_seed(SEED)
+    generator = torch.Generator().manual_seed(SEED)
+    images, true, given = load(generator)
+    return job_of(train(images, given, generator), images, true, given)
 
 
 def draw(
@@ -105,12 +134,8 @@ def say_small(norms: Tensor) -> str:
     )
 
 
-def main() -> None:
-    """Train, score, report, draw."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="for the picture")
-    out = parser.parse_args().out
-
+def main(out: Path) -> dict[str, int | str]:
+    """Train, score, report, draw; says what was found, and returns it."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
     images, true, given = load(generator)
@@ -131,15 +156,24 @@ def main() -> None:
     )
 
     start = time.perf_counter()
-    losses, norms = score(model, images, given)
+    folder = out / "scores"
+    if (folder / "manifest.json").is_file():
+        shutil.rmtree(folder)  # of an earlier demo
+    scores = pergrad.scan(job_of(model, images, true, given), folder)
+    table = scores.table(["loss", "norm"])
+    values = {name: torch.tensor(table[name].to_numpy()) for name in ("norm", "loss")}
+    norms = values["norm"]
     seconds = time.perf_counter() - start
     print(f"Scored every training example by its gradient norm ({seconds:.2f} s).")
 
     top = round(FLIPPED_SHARE * len(true))
     print(f"\nWrong labels among the {top} examples ({FLIPPED_SHARE:.0%}) that stand out most:")
-    for name, values in (("gradient norm", norms), ("loss", losses)):
-        hits = int(flipped[values.argsort(descending=True)[:top]].sum())
-        print(f"  by {name + ':':<15}{hits} of {count}")
+    hits = {
+        name: int(flipped[column.argsort(descending=True)[:top]].sum())
+        for name, column in values.items()
+    }
+    print(f"  by gradient norm: {hits['norm']} of {count}")
+    print(f"  by loss:          {hits['loss']} of {count}")
     print(f"  {'by chance:':<18}about {top * count / len(true):.0f} of {count}")
 
     print("\n" + say_small(norms))
@@ -147,7 +181,22 @@ def main() -> None:
     path = out / "digits_top.png"
     draw(path, images, true, given, norms)
     print(f"\nThe 20 examples with the largest norms, with their labels: {path}")
+    page = out / "report.html"
+    scores.report(page)
+    print(f"The report, to open in a browser: {page}")
+    return {
+        "examples": len(true),
+        "flipped": count,
+        "top": top,
+        "flipped_in_top_by_norm": hits["norm"],
+        "flipped_in_top_by_loss": hits["loss"],
+        "scores": str(folder),
+        "report": str(page),
+        "picture": str(path),
+    }
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="a folder")
+    main(parser.parse_args().out)

@@ -12,7 +12,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 # From the bottom up; a layer may import from itself and from those before it.
 LAYERS = [
     ["errors"],
-    ["factors", "inputs", "retained", "hidden"],
+    ["extras", "factors", "inputs", "retained", "hidden"],
     ["graph"],
     ["rules"],
     ["schedule"],
@@ -21,7 +21,10 @@ LAYERS = [
     ["matrix"],
     ["api"],
     ["check"],
+    ["scores", "report"],
+    ["command"],
     ["__init__"],
+    ["__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

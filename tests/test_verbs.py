@@ -1,5 +1,6 @@
 """Every verb against the loop, on every model of the zoo."""
 
+import pickle
 import warnings
 from collections.abc import Iterator
 
@@ -150,6 +151,25 @@ def test_matrix(case: zoo.Case, B: int) -> None:
     scaled = J.scale(c)
     assert_agrees(scaled.norms(), norms * c.abs(), norms * c.abs(), what="scale")
     assert_rows_agree(scaled.dense(), naive.scale(G, c), norms=norms * c.abs(), what="scale")
+
+
+@EVERYTHING
+def test_a_matrix_travels(case: zoo.Case, B: int) -> None:
+    """What is pickled in one process and loaded in another gives the same bits."""
+    run = case.run(B)
+    J = pergrad.gradients(run.losses, run.params, **case.options)
+    K = pickle.loads(pickle.dumps(J))
+    for name, got in K.dense().items():
+        torch.testing.assert_close(got, J.dense()[name], rtol=0, atol=0)
+    torch.testing.assert_close(K @ K.T, J @ J.T, rtol=0, atol=0)
+
+
+def test_a_matrix_that_is_out_of_date_does_not_travel() -> None:
+    layer, x = nn.Linear(2, 1), torch.ones(3, 2)
+    J = pergrad.gradients(layer(x).squeeze(1), layer)
+    x.add_(1)
+    with pytest.raises(pergrad.UsageError, match=r"changed in place(.|\n)*clone that tensor"):
+        pickle.dumps(J)
 
 
 @EVERYTHING

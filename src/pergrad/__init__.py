@@ -6,6 +6,9 @@ J = pergrad.gradients(losses, model)                        # lazy (B, P)
 J @ K.T                                                     # inner products
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from pergrad import precondition
 from pergrad.api import (
     backward,
@@ -21,12 +24,21 @@ from pergrad.check import Check, check
 from pergrad.coverage import Coverage
 from pergrad.errors import (
     FallbackWarning,
+    MissingExtraError,
     MixedExamplesError,
     PergradError,
+    StoreError,
     UnsupportedError,
     UsageError,
+    WorkerError,
+    WorkerWarning,
 )
 from pergrad.matrix import GradientMatrix
+
+if TYPE_CHECKING:
+    from pergrad.scores.job import Job, MeanGradient
+    from pergrad.scores.results import Scores, open_scores
+    from pergrad.scores.scan import scan
 
 __version__ = "0.1.0"
 
@@ -35,10 +47,17 @@ __all__ = [
     "Coverage",
     "FallbackWarning",
     "GradientMatrix",
+    "Job",
+    "MeanGradient",
+    "MissingExtraError",
     "MixedExamplesError",
     "PergradError",
+    "Scores",
+    "StoreError",
     "UnsupportedError",
     "UsageError",
+    "WorkerError",
+    "WorkerWarning",
     "backward",
     "check",
     "clip",
@@ -48,5 +67,27 @@ __all__ = [
     "gram",
     "norms",
     "norms_by_parameter",
+    "open_scores",
     "precondition",
+    "scan",
 ]
+
+# Imported when first asked for: `import pergrad` stays as light as torch allows.
+_LATER = {
+    "Job": "pergrad.scores.job",
+    "MeanGradient": "pergrad.scores.job",
+    "Scores": "pergrad.scores.results",
+    "open_scores": "pergrad.scores.results",
+    "scan": "pergrad.scores.scan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_LATER[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

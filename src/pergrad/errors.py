@@ -17,5 +17,21 @@ class UnsupportedError(PergradError):
     """These gradients cannot be had at all."""
 
 
+class StoreError(PergradError):
+    """A folder of scores cannot be read or written, or is about something else."""
+
+
+class MissingExtraError(PergradError, ImportError):
+    """A package is not installed that this part of pergrad needs."""
+
+
+class WorkerError(PergradError):
+    """Workers of a distributed scan were lost. What they had finished is stored."""
+
+
 class FallbackWarning(UserWarning):
     """An op has no rule: its per-example gradients are exact, but cost a backward per example."""
+
+
+class WorkerWarning(RuntimeWarning):
+    """A worker of a distributed scan died or does not start; the scan goes on without it."""

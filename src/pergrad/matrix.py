@@ -54,6 +54,11 @@ class GradientMatrix:
             for tensor in factor.tensors()
         ]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickle and copy. What was changed since is refused here, as the copy cannot tell."""
+        self._check_versions()
+        return GradientMatrix, (self._factors, self._batch, self._chunk_bytes)
+
     # --- what it is --------------------------------------------------------------------------
 
     @property

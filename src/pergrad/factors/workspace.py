@@ -40,7 +40,7 @@ def limit(device: torch.device | None = None) -> int:
     chosen = _budget.get()
     if chosen is not None:
         return chosen
-    free = _free_bytes(device)
+    free = free_bytes(device)
     return DEFAULT_BYTES if free is None else max(2**20, min(DEFAULT_BYTES, free // SHARE_OF_FREE))
 
 
@@ -49,7 +49,7 @@ def scratch(device: torch.device) -> int:
     return min(limit(device), CACHE_BYTES) if device.type == "cpu" else limit(device)
 
 
-def _free_bytes(device: torch.device | None) -> int | None:
+def free_bytes(device: torch.device | None) -> int | None:
     """Free memory, None where the platform does not tell."""
     try:
         if device is not None and device.type == "cuda":

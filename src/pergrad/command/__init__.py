@@ -1,0 +1,29 @@
+"""The command `pergrad`, also `python -m pergrad`.
+
+Owns: what stands between the shell and the commands: the packages they need, errors, exit codes.
+Does not know: the commands.
+"""
+
+import sys
+import traceback
+
+from pergrad.errors import PergradError
+from pergrad.extras import need
+
+
+def main() -> int:
+    """Run the command line that started this process; returns its exit code.
+
+    An error of pergrad is printed without its traceback, unless --traceback is given.
+    """
+    try:
+        need("scan", "typer", "numpy", "pyarrow", "filelock", "rich")
+        from pergrad.command import app
+
+        return app.run(sys.argv[1:])
+    except PergradError as error:
+        if "--traceback" in sys.argv:
+            traceback.print_exc()
+        else:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 1

@@ -1,0 +1,466 @@
+"""The command line: `pergrad scan, top, report, explain, demo`.
+
+Owns: the commands, their options and help, their exit codes, and what is printed where.
+Does not know: how scoring, the store or the report work; each command is one call of the library.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+import pergrad
+from pergrad.command import demonstration, jobs, printing
+from pergrad.errors import PergradError, UsageError
+from pergrad.scores import manifest, scorer
+
+FINE, ERROR, USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
+
+HELP = """
+Gradient norms and inner products of every example of a data set: score, store, look.
+
+\b
+A JOB says what is scored. It names a function that takes no arguments and returns a
+pergrad.Job (model, data, losses):
+    path/to/file.py:function      loading it RUNS THAT FILE, as `python file.py` would
+    package.module:function       imports the module, which runs it too
+
+\b
+First steps:
+    pergrad demo                                    see what it does, on 1797 digits
+    pergrad explain train.py:job                    can pergrad score this model, and how?
+    pergrad scan train.py:job --out scores          score every example; Ctrl-C and resume
+    pergrad top scores                              the examples with the largest norms
+    pergrad report scores                           one HTML page to look at
+
+\b
+Exit codes:
+    0    fine
+    1    an error; its message says what happened and what to do
+    2    the command line is wrong
+    3    the scan is finished, but some examples could not be scored (their errors are stored)
+    130  interrupted by Ctrl-C; what was scored is kept, and the message says how to resume
+
+Results go to standard output, progress and messages to standard error.
+"""
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "terminal_width": 100,
+    },
+)
+
+
+class Mode(StrEnum):
+    """What the model is put into while it is scored."""
+
+    eval = "eval"
+    train = "train"
+    as_is = "as-is"
+
+
+MODES: dict[Mode, Literal["eval", "train", "as is"]] = {
+    Mode.eval: "eval",
+    Mode.train: "train",
+    Mode.as_is: "as is",
+}
+
+
+class OnMixing(StrEnum):
+    """What to do where examples influence each other."""
+
+    refuse = "raise"
+    exact = "exact"
+
+
+class Rescore(StrEnum):
+    """What to score again."""
+
+    damaged = "damaged"
+    failed = "failed"
+
+
+class Engine(StrEnum):
+    """Where the work is done."""
+
+    local = "local"
+    ray = "ray"
+    torchrun = "torchrun"
+
+
+class Groups(StrEnum):
+    """Of what there is a norm besides the whole gradient's."""
+
+    layer = "layer"
+    parameter = "parameter"
+
+
+JobName = Annotated[
+    str,
+    typer.Argument(
+        metavar="JOB",
+        help="path/to/file.py:function (loading it runs that file) or package.module:function.",
+        show_default=False,
+    ),
+]
+Folder = Annotated[
+    Path, typer.Argument(metavar="DIR", help="A folder that `pergrad scan --out DIR` has made.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the traceback of an error.")
+    ] = False,
+) -> None:
+    if version:
+        typer.echo(f"pergrad {pergrad.__version__}")
+        raise typer.Exit(FINE)
+
+
+@app.command()
+def scan(
+    job: JobName,
+    out: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="DIR", help="Where the scores go. Made if it is new."),
+    ],
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            metavar="N|auto",
+            help="Examples in a batch. auto halves it when memory runs out.",
+        ),
+    ] = "auto",
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]FILE.py:FUNCTION",
+            help="Also the inner product and cosine with a reference: what the function returns "
+            "when it is called with the Job. A pergrad.MeanGradient, a GradientMatrix or a "
+            "direction; without NAME=, a dict from names to such. May be repeated.",
+        ),
+    ] = None,
+    groups: Annotated[
+        Groups | None, typer.Option(help="Also the norm of each layer's or parameter's gradient.")
+    ] = None,
+    mode: Annotated[
+        Mode, typer.Option(help="The mode to score the model in; it is put back afterwards.")
+    ] = Mode.eval,
+    device: Annotated[
+        str | None, typer.Option(help="Move model and batches there: cuda, cuda:1, cpu.")
+    ] = None,
+    on_mixing: Annotated[
+        OnMixing,
+        typer.Option(help="exact: pay for examples that influence each other, as in batch norm."),
+    ] = OnMixing.refuse,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            help="ray: in several processes, or on a cluster. torchrun: each rank its share of "
+            "the examples, after `torchrun --nproc-per-node N -m pergrad scan`."
+        ),
+    ] = Engine.local,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="ray: how many processes score. Otherwise: how many fetch examples ahead.",
+        ),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="ray: a cluster's address. By default this machine.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(help="Of random numbers drawn while examples are fetched and scored.")
+    ] = 0,
+    rescore: Annotated[
+        Rescore | None,
+        typer.Option(help="Score again what is in damaged files, or what failed before."),
+    ] = None,
+    no_resume: Annotated[
+        bool, typer.Option("--no-resume", help="Refuse a DIR that has scores already.")
+    ] = False,
+    no_recheck: Annotated[
+        bool,
+        typer.Option(
+            "--no-recheck", help="When resuming, do not compare one finished batch first."
+        ),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score every example of a job's data, and keep the scores in a folder.
+
+    \b
+    For each example: its loss, the norm of its gradient, and on request the norm layer by
+    layer and the inner product and cosine with references. The model is put into eval mode
+    while it is scored, and back afterwards.
+
+    The same command resumes an interrupted scan: what was scored stays, each example is
+    scored once. It refuses, saying what differs, when the model, data or settings changed.
+
+    \b
+    Examples:
+        pergrad scan train.py:job --out scores
+        pergrad scan train.py:job --out scores --groups layer --batch-size 64
+        pergrad scan train.py:job --out scores --against valid=train.py:valid
+        pergrad scan mypackage.jobs:job --out scores --engine ray --workers 4
+        torchrun --nproc-per-node 4 -m pergrad scan train.py:job --out scores --engine torchrun
+        pergrad scan train.py:job --out scores --json | jq .failed
+
+    \b
+    A file with a job:
+        def job():
+            return pergrad.Job(model=..., data=..., losses=lambda model, batch: ...)
+        def valid(job):
+            return pergrad.MeanGradient(validation_data)
+    """
+    with _resumable(out):
+        chosen_job = jobs.job(job)
+        references = _references(against or [], chosen_job)
+        scores = pergrad.scan(
+            chosen_job,
+            out,
+            batch_size=_batch_size(batch_size),
+            against=references,
+            groups=groups.value if groups else None,
+            mode=MODES[mode],
+            device=device,
+            engine=engine.value,
+            workers=workers,
+            address=address,
+            seed=seed,
+            rescore=rescore.value if rescore else None,
+            resume=not no_resume,
+            recheck=not no_recheck,
+            progress=not quiet,
+            source=job,
+            command=_again(),
+            **({} if on_mixing is OnMixing.refuse else {"on_mixing": on_mixing.value}),
+        )
+    if os.environ.get("RANK", "0") != "0" and engine is Engine.torchrun:
+        return  # the first rank says it for all
+    counts = {name.replace(" ", "_"): n for name, n in scores.manifest["counts"].items()}
+    if as_json:
+        found = {"store": str(out), **counts, "columns": list(scores.manifest["columns"])}
+        typer.echo(printing.as_json(found))
+    else:
+        if quiet or not (sys.stdout.isatty() and sys.stderr.isatty()):
+            typer.echo(repr(scores))  # otherwise it stands under the progress bar already
+        look = ["top", "report", *(["top --failed"] if counts["failed"] else [])]
+        lines = [f"  pergrad {word} {shlex.quote(str(out))}" for word in look]
+        typer.echo("\n".join(["\nTo look at them:", *lines]))
+    if counts["failed"]:
+        raise typer.Exit(INCOMPLETE)
+
+
+@app.command()
+def top(
+    folder: Folder,
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=1, metavar="N", help="How many examples.")
+    ] = 20,
+    by: Annotated[
+        str, typer.Option(metavar="COLUMN", help="What to rank by: norm, loss, or any column.")
+    ] = "norm",
+    smallest: Annotated[bool, typer.Option("--smallest", help="The smallest first.")] = False,
+    failed: Annotated[
+        bool, typer.Option("--failed", help="Instead: the examples that failed, and why.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """The examples with the largest norms, losses, or whatever else was stored.
+
+    \b
+    Examples:
+        pergrad top scores
+        pergrad top scores -n 100 --by loss
+        pergrad top scores --by dot:valid --smallest --json | jq '.[].index'
+        pergrad top scores --failed
+    """
+    scores = pergrad.open_scores(folder)
+    total = scores.manifest["scored"]["examples"]
+    if not scores.complete:
+        typer.echo(f"Only {len(scores):,} of {total:,} examples are scored so far.", err=True)
+    table = scores.failures() if failed else scores.top(count, by=by, smallest=smallest)
+    rows = table.slice(0, count).to_pylist()
+    typer.echo(printing.as_json(rows) if as_json else printing.as_table(rows))
+
+
+@app.command()
+def report(
+    folder: Folder,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Where to. By default DIR/report.html."),
+    ] = None,
+    title: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="By default it names the model.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page about the scores, to open in a browser; it needs no network.
+
+    \b
+    Examples:
+        pergrad report scores
+        pergrad report scores --out scores.html --title "Training data, May"
+    """
+    page = pergrad.open_scores(folder).report(out or folder / "report.html", title=title)
+    typer.echo(printing.as_json({"report": str(page)}) if as_json else str(page))
+
+
+@app.command()
+def explain(
+    job: JobName,
+    examples: Annotated[
+        int,
+        typer.Option("--examples", "-n", min=1, metavar="N", help="How many, from the first on."),
+    ] = 4,
+    as_json: AsJson = False,
+) -> None:
+    """How each parameter of a job's model is served: by a rule, or at the cost of a loop.
+
+    \b
+    Runs one small batch and stores nothing.
+
+    \b
+    Examples:
+        pergrad explain train.py:job
+        pergrad explain mypackage.jobs:job --json
+    """
+    coverage = _explained(jobs.job(job), examples)
+    if as_json:
+        found = {
+            "examples": coverage.examples,
+            "exact_share": coverage.exact_share,
+            "fallback_share": coverage.fallback_share,
+            "rows": [asdict(row) for row in coverage.rows],
+        }
+        typer.echo(printing.as_json(found))
+    else:
+        typer.echo(str(coverage))
+
+
+@app.command()
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Where scores and report go.")
+    ] = Path("demo_output"),
+    as_json: AsJson = False,
+) -> None:
+    """Find wrongly labelled digits: train, scan and report, in under a minute.
+
+    \b
+    Needs `pip install 'pergrad[demo]'` and no network. Says at the end where its code is, to
+    copy. It replaces the scores of an earlier demo in the same folder.
+    """
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+        found = demonstration.run(out)
+    if as_json:
+        typer.echo(printing.as_json(found))
+    else:
+        typer.echo(f"The code of this demo, to copy and change: {demonstration.file()}")
+
+
+def _explained(job: pergrad.Job, examples: int) -> pergrad.Coverage:
+    """How the first examples' losses reach the parameters, in the mode that they are scored in."""
+    with scorer.prepared(job.model, "eval"):
+        params = manifest.parameters_of(job)
+        with jobs.told("Computing the losses of the first examples"):
+            batch = scorer.fetch(job, job.data, range(min(examples, len(job))), seed=0)
+            home = scorer.home_of(params)
+            losses = job.losses(job.model, scorer.to_device(batch, home) if home else batch)
+        return pergrad.explain(losses, params)
+
+
+def _references(texts: list[str], job: pergrad.Job) -> dict[str, Any]:
+    """What the functions of --against return for this job, by name."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, function = text.rpartition("=")
+        value = jobs.call(function, job)
+        if equals:
+            found[name] = value
+        elif isinstance(value, Mapping):
+            found |= value
+        else:
+            raise UsageError(
+                f"{function} returned {type(value).__name__}. Give it a name, --against "
+                f"NAME={function}, or return a dict from names to references."
+            )
+    return found
+
+
+def _batch_size(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise typer.BadParameter(
+            f"{text} is neither auto nor a whole number above 0.", param_hint="--batch-size"
+        )
+    return int(text)
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """On Ctrl-C, say what is kept and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\nInterrupted. {_kept(out)} To resume, say:\n  {_again()}", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _kept(out: Path) -> str:
+    try:
+        scores = pergrad.open_scores(out)
+    except PergradError:
+        return "Nothing is stored yet."
+    total = scores.manifest["scored"]["examples"]
+    return f"{len(scores):,} of {total:,} examples are scored and kept in {out}."
+
+
+def _again() -> str:
+    """The command line that started this process; said again, it resumes."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"torchrun (as before) -m pergrad {shlex.join(sys.argv[1:])}"
+    return f"{_program()} {shlex.join(word for word in sys.argv[1:] if word != '--no-resume')}"
+
+
+def run(arguments: list[str]) -> int:
+    """Parse and run; the exit code. Errors of pergrad pass through."""
+    command = typer.main.get_command(app)
+    try:
+        command(args=arguments, prog_name=_program())
+    except SystemExit as stop:
+        if isinstance(stop.code, str):  # sys.exit("message") in a job's file
+            typer.echo(stop.code, err=True)
+            return ERROR
+        return int(stop.code or FINE)
+    return FINE
+
+
+def _program() -> str:
+    """What this process was started as: `pergrad`, or `python -m pergrad`."""
+    started = Path(sys.argv[0])
+    return "python -m pergrad" if started.name == "__main__.py" else started.stem
