@@ -50,6 +50,23 @@ def test_every_public_attribute_is_mentioned(owner: str) -> None:
     assert not missing
 
 
+def setups() -> list[list[str]]:
+    """The cells of every line of the tables in docs/setups.md."""
+    text = (ROOT / "docs" / "setups.md").read_text()
+    lines = re.findall(r"^\| (.*) \|$", text, re.MULTILINE)
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)] for line in lines]
+
+
+def test_every_set_up_is_backed_by_a_test() -> None:
+    rows = [row for row in setups() if "::" in row[-1]]
+    assert len(rows) > 30
+    for what, verdict, *_, test in rows:
+        assert re.match(r"exact|fallback|refused", verdict), what
+        path, name = re.fullmatch(r"`(\S+)::(\w+)`", test).groups()
+        source = (ROOT / "tests" / path).read_text()
+        assert re.search(rf"^def {name}\(", source, re.MULTILINE), f"{what}: {test}"
+
+
 def test_local_links_lead_somewhere() -> None:
     pages = [*PAGES, *ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
     for page in pages:

@@ -19,12 +19,14 @@ from pergrad.factors import (
     Factor,
     Isometry,
     Mapped,
+    Notes,
     Outer,
     Placed,
     Pulled,
     Rows,
     Scaled,
     Sum,
+    Summed,
     Zero,
     costs,
     mapped,
@@ -195,12 +197,18 @@ def _computed(s: Source, B: int, n: Sizes) -> Factor:
     return Computed(B, (n.V, n.d), lambda index: values[index], values)
 
 
+def _bias(s: Source, B: int, n: Sizes) -> Factor:
+    """Behind a weight that has told nothing yet; `test_a_bias_...` is about those that have."""
+    g = s.rows(B, 1, n.T, n.V * n.d)
+    return Summed(g, (n.V, n.d), Notes(g))
+
+
 ZOO = {
     make.__name__[1:]: make
     for make in (
         _outer, _grouped, _experts, _misfit, _rows, _dense, _zero, _sum, _placed, _mapped,
         _transposed, _embedded, _embedded_first, _embedded_last, _embedded_columns, _pulled,
-        _scaled, _convolution, _image, _computed,
+        _scaled, _convolution, _image, _computed, _bias,
     )
 }  # fmt: skip
 
@@ -756,3 +764,83 @@ def test_what_does_not_fit_is_refused():
         f.select(torch.tensor([0.5]))
     with pytest.raises(IndexError, match="out of range"):
         f.select(torch.tensor([2]))
+
+
+# -- a bias and the weight above it ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [None, "gram", "direct"])
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("T", [1, 5, 130])
+def test_a_bias_has_its_norms_from_the_weight(T, swapped, method):
+    generator = torch.Generator().manual_seed(T)
+    g, a = (torch.randn(3, 1, T, n, generator=generator, dtype=torch.float64) for n in (6, 4))
+    g[2] -= g[2].mean(1, keepdim=True)  # a bias of nothing but rounding: the guard must see it
+    notes = Notes(g)
+    weight = Outer(a, g, notes=notes) if swapped else Outer(g, a, notes=notes)
+    weight = mapped(weight, (("permute", (1, 0)),))
+    bias = Summed(g, (6,), notes)
+    with choices(method, None):
+        weight.sq_norms()
+    wanted = g[:, 0].sum(1).square().sum(1)
+    if method == "gram" or T == 1:
+        assert notes.sq_norms is not None
+    assert ((bias.sq_norms() - wanted).abs() <= 1e-12 * wanted).all()
+
+
+def test_parts_of_a_bias_become_one_part():
+    g = torch.randn(3, 1, 2, 4)
+    total = Sum([Summed(g, (4,), Notes(g)), Dense(torch.ones(3, 4))])
+    assert len(total.factors) == 1
+    assert torch.equal(total.dense(), g[:, 0].sum(1) + 1)
+
+
+# -- the methods of a convolution -----------------------------------------------------------------
+
+WINDOWS = [  # spatial sizes, kernel, stride, padding, dilation
+    ((9,), (3,), (1,), (1,), (1,)),
+    ((9,), (4,), (2,), (0,), (2,)),
+    ((7, 6), (3, 2), (1, 2), (1, 0), (1, 1)),
+    ((8, 8), (2, 2), (2, 2), (0, 0), (1, 1)),
+    ((4, 5, 6), (2, 3, 1), (1, 1, 2), (1, 1, 0), (1, 2, 1)),
+]
+
+
+@pytest.mark.parametrize("method", ["direct", "gram", "shift", "convolution"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_every_method_of_a_convolution(window, dtype, method):
+    size, kernel, stride, padding, dilation = window
+    generator = torch.Generator().manual_seed(0)
+    out = [
+        (n + 2 * p - e * (k - 1) - 1) // s + 1
+        for n, k, s, p, e in zip(size, kernel, stride, padding, dilation, strict=True)
+    ]
+    x = torch.randn(3, 4, *size, generator=generator).to(dtype)
+    g = torch.randn(3, 5, *out, generator=generator).to(dtype)
+
+    def factor(g: Tensor, x: Tensor) -> Correlation:
+        return Correlation(
+            g, x, kernel=kernel, stride=stride, padding=padding, dilation=dilation
+        )  # fmt: skip
+
+    plain = factor(g.double(), x.double()).dense()
+    f = factor(g, x)
+    assert f._callable
+    with (
+        mock.patch.object(costs, "correlation_norm_method", return_value=method),
+        mock.patch.object(costs, "outer_norm_method", return_value=method),
+        workspace(None),
+    ):
+        got = f.sq_norms()
+    wanted = plain.flatten(1).square().sum(1)
+    assert ((got - wanted).abs() <= 1e-5 * wanted).all()
+
+
+def test_a_convolution_is_called_only_where_it_fits():
+    g, x = torch.randn(2, 3, 4), torch.randn(2, 3, 9)
+    sizes = {"kernel": (3,), "stride": (1,), "padding": (0,), "dilation": (1,)}
+    assert not Correlation(g, x, **sizes)._callable  # x goes on beyond what the kernel sees
+    assert Correlation(g, x[..., :6], **sizes)._callable
+    assert not Correlation(g, x[..., :6], groups=3, **sizes)._callable
+    assert not Correlation(g.double(), x[..., :6].double(), **sizes)._callable

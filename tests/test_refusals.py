@@ -14,6 +14,7 @@ from pergrad.graph.layout import Layout
 
 @pytest.fixture
 def model() -> nn.Module:
+    torch.manual_seed(0)  # now and then all hidden units are dead
     return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
 
 
@@ -55,17 +56,52 @@ def test_a_function_that_returns_too_few_gradients() -> None:
         pergrad.norms(TooFew.apply(x, 2.0, w).sum(1), [w])
 
 
-def test_a_field_that_this_torch_does_not_save(model: nn.Module) -> None:
+@pytest.mark.parametrize("read", [nodes.saved, nodes.attribute])
+def test_a_field_that_this_torch_does_not_save(read, model: nn.Module) -> None:
     with pytest.raises(pergrad.UnsupportedError, match=r"does not save `strange`(.|\n)*version"):
-        nodes.saved(losses(model).grad_fn, "strange")
+        read(losses(model).grad_fn, "strange")
+
+
+@pytest.mark.parametrize("field", ["mat1", "alpha", "beta"])
+def test_a_release_of_torch_that_saves_something_else(
+    field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A field that has another name there is not taken for one that was left out."""
+    plan.clear()
+    w, b, x = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(2)), torch.ones(5, 3)
+    values = torch.addmm(b, x, w, alpha=2, beta=3).square().sum(1)
+
+    def other(node: object, name: str, *default: object) -> object:
+        if name == f"_saved_{field}":
+            if default:
+                return default[0]
+            raise AttributeError(name)
+        return getattr(node, name, *default)
+
+    monkeypatch.setattr(nodes, "getattr", other, raising=False)
+    with pytest.raises(pergrad.UnsupportedError, match=rf"does not save `{field}`(.|\n)*version"):
+        pergrad.norms(values, [w, b])
+
+
+def test_inside_a_transform_of_torch_func(model: nn.Module) -> None:
+    x, params = torch.randn(5, 3), dict(model.named_parameters())
+
+    def total(params: dict) -> Tensor:
+        values = torch.func.functional_call(model, params, (x,)).square().sum(1)
+        return pergrad.norms(values, params).sum()
+
+    with pytest.raises(pergrad.UsageError, match=r"torch\.func(.|\n)*outside(.|\n)*create_graph"):
+        torch.func.grad(total)(params)
+    with pytest.raises(pergrad.UsageError, match=r"torch\.func(.|\n)*outside(.|\n)*create_graph"):
+        torch.func.vmap(lambda row: pergrad.norms(model(row).square(), model))(x)
 
 
 def test_a_use_that_the_pass_misses(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     serve = engine._Pass.serve
 
-    def forgetful(self, site, cotangents):
-        if site is not self.plan.sites[0]:
-            serve(self, site, cotangents)
+    def forgetful(self, use, cotangents):
+        if use.site is not self.plan.sites[0]:
+            serve(self, use, cotangents)
 
     monkeypatch.setattr(engine._Pass, "serve", forgetful)
     with pytest.raises(pergrad.UnsupportedError, match=r"did not come by(.|\n)*`2\.weight`"):
@@ -140,3 +176,16 @@ def test_parameters_that_bypass_the_graph(verb, before: float | None) -> None:
         verb(values, model)
     for p in model.parameters():
         assert p.grad is None if before is None else bool((p.grad == before).all())
+
+
+@pytest.mark.parametrize("served_by", ["weight", "input"])
+def test_memory_that_is_taken_away(model: nn.Module, served_by: str) -> None:
+    """torch would read it all the same, and end the process."""
+    plan.clear()
+    hidden = model[0](torch.randn(5, 3))
+    values = (hidden * model[2].weight[0].exp()).tanh() @ torch.randn(4, 2)
+    values = torch.nn.functional.linear(values, model[2].weight[:, :2]).sum(1)
+    storage = (model[2].weight if served_by == "weight" else hidden).untyped_storage()
+    storage.resize_(0)
+    with pytest.raises(pergrad.UnsupportedError, match=r"`\w+` needs has been freed(.|\n)*keep"):
+        pergrad.norms(values, model)

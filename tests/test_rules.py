@@ -216,3 +216,60 @@ def test_columns_of_one_row_that_belong_to_different_examples() -> None:
     """(1, d) @ (d, B): the rows of the weight's input are shared, its columns are not."""
     p = nn.Parameter(torch.randn(4, 3))
     agrees((torch.randn(1, 4) @ p)[0].sin(), {"p": p}, rule=False)
+
+
+# --- Positions: a table looked up by the same indices for every example ---------------------------
+
+POSITIONS = {
+    "from the start": torch.arange(4),
+    "further on": torch.arange(3, 7),
+    "backwards": torch.arange(4).flip(0),
+    "again": torch.tensor([2, 2, 3, 4]),
+    "up to the padding": torch.arange(5, 9),
+}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("which", POSITIONS)
+def test_positions(which: str, scaled: bool) -> None:
+    table = nn.Embedding(9, 6, padding_idx=8, scale_grad_by_freq=scaled)
+    with torch.no_grad():
+        table.weight[8] = torch.randn(6)
+    ids, x = POSITIONS[which], torch.randn(3, 4, 6)
+    agrees((x + table(ids)).sin().sum((1, 2)), table)
+    agrees((x + table(ids[None])).sin().sum((1, 2)), table)
+    agrees((x * table(ids).reshape(2, 2, 6).flatten(0, 1)).sin().sum((1, 2)), table)
+
+
+def test_positions_of_which_a_slice_is_trained_elsewhere() -> None:
+    """Two uses of one table, of which one is a slice and the other any rows."""
+    table = nn.Embedding(7, 4)
+    words = torch.tensor([[0, 5, 5], [1, 2, 6]])
+    agrees((table(words) + table(torch.arange(2, 5))).sin().sum((1, 2)), table)
+
+
+# --- Normalisations -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frozen", [None, "weight", "bias"])
+@pytest.mark.parametrize("shape", [(3, 6), (3, 5, 6), (3, 2, 5, 6), (3, 0, 6), (3, 2**12, 6)])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_norm_over_the_last_dimension(norm, shape, frozen) -> None:
+    layer = norm(6)
+    for name, p in layer.named_parameters():
+        nn.init.normal_(p)
+        p.requires_grad_(name != frozen)
+    if any(p.requires_grad for p in layer.parameters()):
+        agrees(layer(torch.randn(shape)).sin().flatten(1).sum(1), layer)
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_norm_of_a_sequence_major_input(norm) -> None:
+    layer = norm((2, 3))
+    agrees(layer(torch.randn(5, 3, 2, 3)).sin().sum((0, 2, 3)), layer)
+
+
+def test_norm_far_from_zero() -> None:
+    """A mean far larger than the deviation must not cost digits."""
+    layer = nn.LayerNorm(6)
+    agrees(layer(torch.randn(3, 5, 6) + 1e4).sin().flatten(1).sum(1), layer)

@@ -385,6 +385,20 @@ def test_an_example_that_only_collate_or_model_refuses(tmp_path: Path) -> None:
     assert_agrees(got, want[kept], want[kept])
 
 
+def test_examples_of_different_sizes_are_scored_with_a_word(tmp_path: Path) -> None:
+    items = [torch.ones(2 + i % 2).double() for i in range(12)]
+
+    class Mean(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.mean(1, keepdim=True)).squeeze(1)
+
+    task = pergrad.Job(Mean(1, 1).double(), items, lambda net, x: net(x))
+    with pytest.warns(UserWarning, match=r"not in one batch(.|\n)*`collate` that pads") as said:
+        found = scan(task, tmp_path, batch_size=6)
+    assert len(said) == 1
+    assert found.table()["norm"].to_pylist() == pytest.approx([2**0.5] * 12)
+
+
 class Product(torch.autograd.Function):
     """x @ w as an op of the user's own, which pergrad has no rule for."""
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 import pergrad
 
@@ -38,6 +40,163 @@ def test_a_compiled_model_is_one_op(model: nn.Module) -> None:
     assert pergrad.explain(values, compiled).exact_share == 1
     torch.testing.assert_close(pergrad.norms(values, compiled), truth)
     torch.compiler.reset()
+
+
+def test_derivatives_of_a_compiled_model(model: nn.Module) -> None:
+    values = losses(torch.compile(model, backend="aot_eager"))
+    with pytest.raises(pergrad.UnsupportedError, match=r"create_graph(.|\n)*force_eager"):
+        pergrad.norms(values, model, create_graph=True)
+    torch.compiler.reset()
+
+
+def test_a_compiled_block_is_one_op(model: nn.Module) -> None:
+    """The layers around it keep their rules; what is compiled keeps its name or has a new one."""
+    truth = naive.norms_by_parameter(naive.loop_grads(losses(model), model))
+    model[0] = torch.compile(nn.Sequential(model[0]), backend="aot_eager")
+    values = losses(model)
+    with pytest.warns(pergrad.FallbackWarning, match="CompiledFunction") as caught:
+        parts = pergrad.norms_by_parameter(values, model, retain_graph=True)
+    assert [w.filename for w in caught] == [__file__]
+    assert [name.replace("_orig_mod.0.", "") for name in parts] == list(truth)
+    for got, want in zip(parts.values(), truth.values(), strict=True):
+        torch.testing.assert_close(got, want)
+    how = {row.parameter: row.how for row in pergrad.explain(values, model).rows}
+    assert set(how.values()) == {"fallback", "rule"}
+    assert how["2.weight"] == how["2.bias"] == "rule"
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_scripted_function_is_one_op() -> None:
+    @torch.jit.script
+    def scripted(x: Tensor, w: Tensor) -> Tensor:
+        return (x @ w).tanh().sigmoid() * 2
+
+    w = nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).reshape(4, 3))
+    for _ in range(4):  # the first calls only watch
+        values = scripted(X, w).sum(1)
+    truth = naive.norms(naive.loop_grads(values, [w]))
+    with pytest.warns(pergrad.FallbackWarning, match="differentiable_graph"):
+        norms = pergrad.norms(values, [w])
+    torch.testing.assert_close(norms, truth)
+
+
+class Counted(nn.Module):
+    """A block that counts its forward passes; drops some of its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Dropout(0.3), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + self.inner(x)
+
+
+def test_checkpointed_blocks_run_once_more() -> None:
+    """Within one pass, as in a backward; the training step after it is the same."""
+    torch.manual_seed(0)
+    blocks = nn.ModuleList([Counted() for _ in range(3)])
+    model = nn.ModuleList([blocks, nn.Linear(4, 3)]).double()
+
+    def run() -> Tensor:
+        torch.manual_seed(1)
+        x = X
+        for block in blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return F.cross_entropy(model[1](x), Y, reduction="none")
+
+    truth = naive.norms(naive.loop_grads(run(), model))
+    pergrad.norms(run(), model)  # the first of its form also verifies its layout
+    values = run()
+    before = [block.calls for block in blocks]
+    torch.testing.assert_close(pergrad.norms(values, model, retain_graph=True), truth)
+    assert [block.calls for block in blocks] == [calls + 1 for calls in before]
+    assert pergrad.explain(values, model).exact_share == 1
+    values.mean().backward()
+    after = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    run().mean().backward()
+    assert all(torch.equal(a, p.grad) for a, p in zip(after, model.parameters(), strict=True))
+
+
+def test_activations_kept_elsewhere(model: nn.Module) -> None:
+    """Saved tensors that hooks pack and unpack, such as offloading."""
+    with torch.autograd.graph.save_on_cpu():
+        values = losses(model)
+    truth = naive.norms(naive.loop_grads(values, model))
+    torch.testing.assert_close(pergrad.norms(values, model), truth)
+
+
+class Adapted(nn.Module):
+    """A frozen layer with a trained low-rank addition, as LoRA makes it."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + 1.5 * self.lora_B(self.lora_A(self.dropout(x)))
+
+
+def test_low_rank_adapters(model: nn.Module) -> None:
+    model[0], model[2] = Adapted(model[0]), Adapted(model[2])
+    model.double()
+    values = losses(model)
+    truth = naive.norms_by_parameter(naive.loop_grads(values, model))
+    assert len(truth) == 4  # what is frozen has no gradient
+    parts = pergrad.norms_by_parameter(values, model, retain_graph=True)
+    for name, want in truth.items():
+        torch.testing.assert_close(parts[name], want)
+    assert pergrad.explain(values, model).exact_share == 1
+
+
+def test_parametrised_weights() -> None:
+    """In training mode: spectral norm takes a step of its power iteration in every forward."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        parametrizations.spectral_norm(nn.Linear(4, 5)), nn.Tanh(),
+        parametrizations.orthogonal(nn.Linear(5, 5)), nn.Tanh(),
+        parametrizations.weight_norm(nn.Linear(5, 3)),
+    ).double()  # fmt: skip
+    prune.l1_unstructured(model[2], "bias", 0.4)
+    values = losses(model)
+    truth = naive.norms(naive.loop_grads(values, model))
+    torch.testing.assert_close(pergrad.norms(values, model, retain_graph=True), truth)
+    assert pergrad.explain(values, model).exact_share == 1
+
+
+def test_losses_from_torch_func(model: nn.Module) -> None:
+    """A function of one example, mapped over the batch; its gradient in the loss."""
+
+    def one(x: Tensor, y: Tensor) -> Tensor:
+        out = functional_call(model, dict(model.named_parameters()), (x,))
+        return F.cross_entropy(out, y)
+
+    def smooth(x: Tensor, y: Tensor) -> Tensor:
+        return one(x, y) + torch.func.grad(one)(x, y).square().sum()
+
+    for function in (one, smooth):
+        values = torch.func.vmap(function)(X, Y)
+        truth = naive.norms(naive.loop_grads(values, model))
+        torch.testing.assert_close(pergrad.norms(values, model, retain_graph=True), truth)
+        assert pergrad.explain(values, model).exact_share == 1
+
+
+class Marked(Tensor):
+    """A subclass that only adds to a tensor, as many libraries have."""
+
+
+def test_subclasses_that_hold_their_own_numbers(model: nn.Module) -> None:
+    truth = naive.norms(naive.loop_grads(losses(model), model))
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Marked))
+    values = F.cross_entropy(model(X.as_subclass(Marked)), Y, reduction="none")
+    assert type(values) is Marked
+    torch.testing.assert_close(pergrad.norms(values, model).as_subclass(Tensor), truth)
 
 
 def test_parameters_passed_in(model: nn.Module) -> None:

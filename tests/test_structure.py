@@ -15,6 +15,7 @@ LAYERS = [
     ["extras", "factors", "inputs", "retained", "hidden"],
     ["graph"],
     ["rules"],
+    ["schedule"],
     ["engine"],
     ["coverage", "precondition"],
     ["matrix"],

@@ -699,10 +699,10 @@ def test_no_element_is_given_to_a_wrong_example(name: str) -> None:
         run_case(name, number, SEEN)
 
 
-# Made by other devices, other releases or not at all by what users call; _DDPSink has its own test
-# in test_distributed.py.
+# Made by other devices, other releases or not at all by what users call; those of distributed
+# wrappers have their own tests, in test_distributed.py and test_sharded.py.
 ELSEWHERE = """
-_DDPSink batch_norm_no_update batch_norm_with_update conv_depthwise2d
+_DDPSink RegisterPostBackwardFunction batch_norm_no_update batch_norm_with_update conv_depthwise2d
 conv_depthwise3d
 convolution_overrideable cudnn_batch_norm cudnn_convolution cudnn_convolution_transpose
 cudnn_grid_sampler deg2rad efficient_attention fft_c2_c fft_c2_r fft_r2_c flash_attention flatten

@@ -14,9 +14,10 @@ from torch import Tensor
 from pergrad import inputs
 from pergrad.coverage import Coverage, coverage_of
 from pergrad.engine import Emit, Options, Record, run
-from pergrad.errors import UsageError
+from pergrad.errors import UnsupportedError, UsageError
 from pergrad.factors import Factor, inspect
 from pergrad.factors.workspace import workspace
+from pergrad.graph import nodes, sharded
 from pergrad.inputs import Direction, Params
 from pergrad.matrix import GradientMatrix, root, zeros_for
 
@@ -30,7 +31,13 @@ def _prepare(losses: Tensor, params: Params, options: dict[str, Any]) -> tuple:
         known = ", ".join(Options.__dataclass_fields__)
         wrong = ", ".join(name for name in options if name not in Options.__dataclass_fields__)
         raise UsageError(f"Unknown option {wrong}. The options are: {known}.") from None
-    named = inputs.named(params)
+    if isinstance(losses, Tensor) and nodes.is_transformed(losses):
+        raise UsageError(
+            "`losses` belongs to a transform of torch.func (vmap, grad, ...), which is still under "
+            "way. Return the losses from the transformed function and call pergrad outside; for "
+            "derivatives of a result, pass create_graph=True instead of using torch.func.grad."
+        )
+    named = sharded.whole(inputs.named(params))
     losses = inputs.check_losses(losses)
     return named, losses, chosen
 
@@ -47,10 +54,12 @@ def result_dtype(named: Mapping[str, Tensor]) -> torch.dtype:
 def _stream(
     losses: Tensor, named: Mapping[str, Tensor], options: Options, emit: Emit, **more: Any
 ) -> None:
-    if losses.shape[0] == 0:
-        return
-    with workspace(options.chunk_bytes):
-        run(losses, named, options, emit, **more)
+    with sharded.gathered(
+        losses, named.values(),
+        retain_graph=options.retain_graph, create_graph=options.create_graph,
+    ), workspace(options.chunk_bytes):  # fmt: skip
+        if losses.shape[0] > 0:
+            run(losses, named, options, emit, **more)
 
 
 def norms(losses: Tensor, params: Params, **options: Any) -> Tensor:
@@ -246,9 +255,10 @@ def gradients(losses: Tensor, params: Params, **options: Any) -> GradientMatrix:
     """  # noqa: E501
     named, losses, chosen = _prepare(losses, params, options)
     found: dict[str, Factor] = {}
-    owned = {p.untyped_storage().data_ptr() for p in named.values()}
 
     def emit(name: str, factor: Factor) -> None:
+        # Only now: parameters that are sharded between steps have no memory before.
+        owned = {p.untyped_storage().data_ptr() for p in named.values()} | sharded.storages()
         found[name] = _kept(factor, owned, chosen.create_graph)
 
     _stream(losses, named, chosen, emit)
@@ -315,6 +325,13 @@ def backward(losses: Tensor, params: Params, *, weights: Weights = None, **optio
                 f"`{name}` is not a leaf tensor, so it has no .grad to add to. Pass the leaves, or "
                 "use `pergrad.gradients(...).T @ weights`."
             )
+        if sharded.is_sharded(p):
+            raise UnsupportedError(
+                f"The parameter `{name}` is sharded by fully_shard, and so is its .grad, which "
+                "FSDP alone fills. Take the norms first and weigh the losses: "
+                "`norms = pergrad.norms(losses, model, retain_graph=True)`, then "
+                "`(weights * losses).sum().backward()`."
+            )
     total = _Total(losses, named, (batch,))
     if batch == 0:
         return total.value
@@ -340,7 +357,7 @@ def backward(losses: Tensor, params: Params, *, weights: Weights = None, **optio
 def _accumulate(p: Tensor, value: Tensor) -> None:
     value = value.detach().to(p.dtype).reshape(p.shape)
     if p.grad is None:
-        p.grad = value.clone(memory_format=torch.contiguous_format)
+        p.grad = value.contiguous()  # a weighted sum is nobody else's
     else:
         p.grad = p.grad.detach() + value if p.grad.requires_grad else p.grad.add_(value)
 
@@ -414,11 +431,26 @@ class _Total:
     """A running sum in the result's dtype, on the losses' device."""
 
     def __init__(self, losses: Tensor, named: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
-        dtype = result_dtype(named)
-        self.value = torch.zeros(shape, dtype=dtype, device=losses.device)
+        self.shape = shape
+        self.dtype = result_dtype(named)
+        self.device = losses.device
+        self.terms: list[Tensor] = []
+        # One addition of many terms takes less time than many of two; and less rounding.
+        self.at_most = 64 if len(shape) == 1 else 2
 
     def add(self, term: Tensor) -> None:
-        self.value = self.value + term.to(self.value)
+        if term.dtype != self.dtype or term.device != self.device:
+            term = term.to(self.device, self.dtype)
+        self.terms.append(term)
+        if len(self.terms) >= self.at_most:
+            self.terms = [self.value]
+
+    @property
+    def value(self) -> Tensor:
+        """The sum so far."""
+        if not self.terms:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return self.terms[0] if len(self.terms) == 1 else torch.stack(self.terms).sum(0)
 
 
 def _result(value: Tensor, options: Options) -> Tensor:

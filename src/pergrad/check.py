@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pergrad import api, inputs
 from pergrad.errors import UsageError
-from pergrad.graph import nodes
+from pergrad.graph import nodes, sharded
 from pergrad.graph.walk import walk
 from pergrad.inputs import Params
 from pergrad.retained import retained_untouched
@@ -95,8 +95,20 @@ def check(
     """
     if not isinstance(examples, int) or examples < 1:
         raise UsageError(f"examples is {examples!r}; pass how many to loop over, 1 or more.")
-    named = inputs.named(params)
+    named = sharded.whole(inputs.named(params))
     losses = inputs.check_losses(losses)
+    with sharded.gathered(losses, named.values(), retain_graph=True):
+        return _compared(losses, named, examples, rerun, options)
+
+
+def _compared(
+    losses: Tensor,
+    named: Mapping[str, Tensor],
+    examples: int,
+    rerun: Callable[[int], Tensor] | None,
+    options: dict[str, Any],
+) -> Check:
+    """The comparison itself."""
     batch = losses.shape[0]
     count = min(examples, batch)
     chosen = torch.linspace(0, batch - 1, count).round().long().unique() if count else []

@@ -5,6 +5,7 @@ rule or fallback for each use, routes down to the parameters, and early release 
 Does not know: what a caller makes of the factors.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -19,12 +20,12 @@ from pergrad.factors import Computed, Embedded, Factor, Pulled, Sum, inspect, ma
 from pergrad.graph import chain, nodes
 from pergrad.graph.layout import describe
 from pergrad.graph.plan import Plan, plan_for
-from pergrad.graph.uses import Site
 from pergrad.graph.walk import Graph, Slot
 from pergrad.hidden import nothing_hidden
 from pergrad.retained import retained_untouched
-from pergrad.rules import Operand, Situation, calls_node, rule_for
+from pergrad.rules import Situation
 from pergrad.rules.fallback import direct, fallback
+from pergrad.schedule import Schedule, Use, schedule_for
 
 Emit = Callable[[str, Factor], None]
 
@@ -71,6 +72,7 @@ class _Pass:
 
     graph: Graph
     plan: Plan
+    schedule: Schedule
     batch: int
     emit: Emit
     create_graph: bool
@@ -81,48 +83,44 @@ class _Pass:
     found: dict[Slot, list[Factor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for end in self.plan.ends.values():
-            self.waiting[end.slot] = self.waiting.get(end.slot, 0) + 1
-        for start, ways in self.plan.routes.items():
-            for way in ways:
-                self.missing.setdefault(way.target, set()).add(start)
-        for target in self.plan.direct:
-            self.missing.setdefault(target, set()).add(target)
+        self.waiting = dict(self.schedule.waiting)
+        self.missing = {target: set(ends) for target, ends in self.schedule.missing.items()}
 
-    def serve(self, site: Site, cotangents: list[Tensor | None]) -> None:
+    def serve(self, use: Use, cotangents: list[Tensor | None]) -> None:
         """Factors of every operand of one use."""
-        graph, plan = self.graph, self.plan
-        operands = {}
-        for k in site.slots:
-            end = plan.ends[site.node, k]
-            operands[k] = Operand(end.shape, end.lead, end.shared)
-        name = graph.op(site.node)
+        site = use.site
         situation = Situation(
-            graph.nodes[site.node], name, self.batch, cotangents, site.layouts, operands
+            self.graph.nodes[site.node], use.op, self.batch, cotangents, site.layouts, use.operands
         )
         alive = any(g is not None for g in cotangents)
-        rule = rule_for(name)
-        served = rule(situation) if rule is not None and alive else {}
-        rest = [k for k in site.slots if k not in served]
-        by_fallback: dict[int, Factor | None] = dict.fromkeys(rest)
-        if rest and alive:
-            by_fallback = fallback(situation, rest, wanted=calls_node(name))
-        for k in site.slots:
-            how = "rule" if k in served else "fallback"
-            self._report(site, k, served[k] if k in served else by_fallback[k], how)
+        served = use.rule(situation) if use.rule is not None and alive else {}
+        if len(served) < len(site.slots):
+            rest = [k for k in site.slots if k not in served]
+            others: dict[int, Factor | None] = dict.fromkeys(rest)
+            if rest and alive:
+                others = fallback(situation, rest, wanted=use.calls_node)
+        for k in use.last_first:
+            if k in served:
+                self._report(use, k, served[k], "rule")
+            else:
+                self._report(use, k, others[k], "fallback")
 
-    def _report(self, site: Site, k: int, factor: Factor | None, how: str) -> None:
-        end = self.plan.ends[site.node, k].slot
+    def _report(self, use: Use, k: int, factor: Factor | None, how: str) -> None:
+        end = use.ends[k]
         if self.records is not None:
-            if any(mix.child == end for mix in self.plan.mixes):
+            if end in self.schedule.mixed:
                 how = "mixed"
-            layout = next(layout for layout in site.layouts if layout is not None)
+            layout = next(layout for layout in use.site.layouts if layout is not None)
             for way in self.plan.routes[end]:
                 name = self.graph.targets[way.target]
-                self.records.append(
-                    Record(name, self.graph.op(site.node), how, describe(layout), factor)
-                )
+                self.records.append(Record(name, use.op, how, describe(layout), factor))
         self.waiting[end] -= 1
+        alone = self.schedule.alone.get(end)
+        if alone is not None:
+            self.missing[alone.target].discard(end)
+            if factor is not None:
+                self.emit(self.graph.targets[alone.target], self._route(alone, factor))
+            return
         if factor is not None:
             # What the node saved is at hand now, and may be gone when the other uses have reported.
             factor = factor if self.waiting[end] == 0 else inspect.materialized(factor)
@@ -142,13 +140,15 @@ class _Pass:
             self._arrived(way.target, start)
 
     def _route(self, way: chain.Route, factor: Factor) -> Factor:
+        if way.steps == ():
+            return factor
         graph = self.graph
-        shape = graph.shape(way.target)
-        if way.steps is None:
+        ways = chain.settled(graph, way)
+        if ways is None:
             function = chain.pull(graph, way.start, way.target, create_graph=self.create_graph)
-            return Pulled(factor, function, shape)
+            return Pulled(factor, function, graph.shape(way.target))
         steps: list[chain.Step] = []
-        for step in way.steps:
+        for step in ways:
             if step[0] == "embed":
                 _, wide, dim, start = step
                 size = list(wide)
@@ -212,13 +212,21 @@ def run(
         ExitStack() as stack,
     ):
         graph, plan = plan_for(losses, params, options.check_layout)
-        if _compiled(graph, plan):
+        schedule = schedule_for(graph, plan)
+        if options.create_graph and any(map(nodes.is_compiled, graph.nodes)):
+            raise UnsupportedError(
+                "The losses go through a region compiled by torch.compile, which has no second "
+                "derivative, and create_graph=True asks for one. Compute the losses under "
+                '`with torch.compiler.set_stance("force_eager"):`.'
+            )
+        if schedule.compiled:
             stack.enter_context(nodes.compiled_regions_kept())
         _policy(graph, plan, options)
-        _warn(graph, plan, losses.shape[0])
+        _warn(schedule, losses.shape[0])
         state = _Pass(
             graph,
             plan,
+            schedule,
             losses.shape[0],
             _through(hooks, params, emit),
             options.create_graph,
@@ -299,19 +307,19 @@ def owner_of(name: str) -> str:
     return f"module `{module}`" if module else f"parameter `{name}`"
 
 
-_STACK = 4  # warn -> _warn -> run -> verb -> the user's line
+def _users_line() -> int:
+    """For a warning raised by the caller: how far up the first line outside pergrad is."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("pergrad."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
-def _warn(graph: Graph, plan: Plan, batch: int) -> None:
-    for site in plan.sites:
-        name = graph.op(site.node)
-        if rule_for(name) is not None:
+def _warn(schedule: Schedule, batch: int) -> None:
+    for use in schedule.uses:
+        if use.rule is not None:
             continue
-        names = [
-            graph.targets[way.target]
-            for k in site.slots
-            for way in plan.routes[plan.ends[site.node, k].slot]
-        ]
+        name = use.op
         remedy = (
             " A compiled region is one op to autograd. Compute the losses under "
             '`with torch.compiler.set_stance("force_eager"):` to have its layers served by rules.'
@@ -319,99 +327,38 @@ def _warn(graph: Graph, plan: Plan, batch: int) -> None:
             else ""
         )
         warnings.warn(
-            f"pergrad has no rule for the op `{name}` (at {owner_of(names[0])}). Its "
+            f"pergrad has no rule for the op `{name}` (at {owner_of(use.unruled)}). Its "
             f"gradients are exact all the same, by one backward of that op for each of the {batch} "
             f"examples: about {batch} times the cost of the op's own backward.{remedy}",
             FallbackWarning,
-            stacklevel=_STACK,
+            stacklevel=_users_line(),
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Requests:
-    """What to ask of torch's pass, and what happens on its way."""
-
-    wanted: list[Slot]
-    streamed: list[Site]  # uses served when the pass comes by
-    returned: list[Site]  # uses served from what the pass returns
-    keep: bool  # whether the pass would free what a vector-Jacobian product still needs
-
-
-def _requests(graph: Graph, plan: Plan) -> _Requests:
-    wanted: dict[Slot, None] = dict.fromkeys(plan.direct)
-    for site in plan.sites:
-        if calls_node(graph.op(site.node)) or nodes.is_checkpointed(graph.nodes[site.node]):
-            # torch computes an operand's gradient, also in a direct call during the pass, only if
-            # somebody asked for it. And what a checkpointed op saved is at hand only while the
-            # pass is at it.
-            wanted.update(dict.fromkeys(graph.edges[site.node][k] for k in site.slots))
-    reached = {slot[0] for slot in wanted}
-    by_node = {site.node: site for site in plan.sites}
-    streamed: list[Site] = []
-    returned: list[Site] = []
-    run: set[int] = set()
-    for i in range(len(graph.nodes) - 1, -1, -1):
-        # What leads to something wanted is executed, and its saved tensors may be freed: it has to
-        # be served on the way. What is merely wanted itself is not executed.
-        executed = any(c in reached for c, _ in graph.edges[i] if c >= 0)
-        use = by_node.get(i)
-        if use is not None and executed:
-            streamed.append(use)
-        elif use is not None:
-            returned.append(use)
-            wanted.update(
-                dict.fromkeys((i, n) for n, lay in enumerate(use.layouts) if lay is not None)
-            )
-        if executed or use is not None:
-            reached.add(i)
-        if executed:
-            run.add(i)
-    # A compiled region that has run once clears its tensors, unless the graph is kept.
-    keep = bool(run & _pulled(graph, plan)) or _compiled(graph, plan)
-    return _Requests(list(wanted), streamed, returned, keep)
-
-
-def _compiled(graph: Graph, plan: Plan) -> bool:
-    """Whether a compiled region uses parameters."""
-    return any(nodes.is_compiled(graph.nodes[site.node]) for site in plan.sites)
-
-
-def _pulled(graph: Graph, plan: Plan) -> set[int]:
-    """The nodes that vector-Jacobian products go through."""
-    stack = [way.start[0] for ways in plan.routes.values() for way in ways if way.steps is None]
-    found = set(stack)
-    while stack:
-        for child in graph.children(stack.pop()):
-            if child not in found:
-                found.add(child)
-                stack.append(child)
-    return found
 
 
 def _streaming(losses: Tensor, state: _Pass, options: Options) -> None:
     """Serve each use while the pass is at it; its cotangent is gone afterwards."""
     graph, plan = state.graph, state.plan
-    requests = _requests(graph, plan)
+    requests = state.schedule.requests_for(graph, plan)
     wanted = requests.wanted
     handles = []
     inside = [False]
 
-    def hook_for(site: Site) -> Callable[[tuple[Tensor | None, ...]], None]:
+    def hook_for(use: Use) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(cotangents: tuple[Tensor | None, ...]) -> None:
             if inside[0]:
                 return  # a vector-Jacobian product of ours passes here
             inside[0] = True
             try:
                 with torch.no_grad():
-                    state.serve(site, list(cotangents))
+                    state.serve(use, list(cotangents))
             finally:
                 inside[0] = False
 
         return hook
 
     try:
-        for site in requests.streamed:
-            handles.append(graph.nodes[site.node].register_prehook(hook_for(site)))
+        for use in requests.streamed:
+            handles.append(graph.nodes[use.site.node].register_prehook(hook_for(use)))
         if not wanted:
             return
         keep = options.retain_graph or requests.keep
@@ -422,12 +369,12 @@ def _streaming(losses: Tensor, state: _Pass, options: Options) -> None:
     with torch.no_grad():
         by_slot = dict(zip(wanted, grads, strict=True))
         del grads
-        for site in requests.returned:
-            slots = [(site.node, n) for n in range(len(site.layouts))]
+        for use in requests.returned:
+            slots = [(use.site.node, n) for n in range(len(use.site.layouts))]
             cotangents = [
                 by_slot.get(s) if s in plan.direct else by_slot.pop(s, None) for s in slots
             ]
-            state.serve(site, cotangents)
+            state.serve(use, cotangents)
             del cotangents
         for target in plan.direct:
             state.serve_direct(target, by_slot.pop(target, None))
@@ -465,7 +412,8 @@ def _at_once(losses: Tensor, state: _Pass) -> None:
     with torch.enable_grad():
         grads = _gradients(losses, graph, wanted, create_graph=True)
         by_slot = dict(zip(wanted, grads, strict=True))
-        for site in plan.sites:
-            state.serve(site, [by_slot.get((site.node, n)) for n in range(len(site.layouts))])
+        for use in state.schedule.uses:
+            node, count = use.site.node, len(use.site.layouts)
+            state.serve(use, [by_slot.get((node, n)) for n in range(count)])
         for target in plan.direct:
             state.serve_direct(target, by_slot[target])

@@ -352,6 +352,8 @@ class Transposed:
 def root(sq_norms: Tensor) -> Tensor:
     """Square root with gradient 0 at 0, where the norm has none."""
     # clamp: a sum of squares, but a Gram's rounding can reach -1e-19, and sqrt would give nan
+    if not sq_norms.requires_grad:
+        return sq_norms.clamp_min(0).sqrt()
     sq_norms = torch.where(sq_norms < 0, 0.0, sq_norms)
     zero = sq_norms == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, sq_norms).sqrt())

@@ -8,10 +8,11 @@ from pergrad.factors.algebra import dot, gram
 from pergrad.factors.base import Factor
 from pergrad.factors.combined import Placed, Sum
 from pergrad.factors.correlation import Correlation
-from pergrad.factors.dense import Dense, Zero
+from pergrad.factors.dense import Dense, Summed, Zero
 from pergrad.factors.lazy import Computed, Pulled, Scaled
 from pergrad.factors.mapped import Embedded, Isometry, Mapped
 from pergrad.factors.outer import Outer
+from pergrad.factors.outer_norms import Notes
 from pergrad.factors.rows import Rows
 from pergrad.factors.simplify import mapped
 
@@ -23,12 +24,14 @@ __all__ = [
     "Factor",
     "Isometry",
     "Mapped",
+    "Notes",
     "Outer",
     "Placed",
     "Pulled",
     "Rows",
     "Scaled",
     "Sum",
+    "Summed",
     "Zero",
     "dot",
     "gram",

@@ -143,7 +143,9 @@ def _kind(part: Factor) -> Hashable:
         return (Mapped, part.isometry)
     if isinstance(part, Embedded):
         return (Embedded, part.index)
-    return type(part) if isinstance(part, (Dense, Rows, Zero)) else id(part)
+    if isinstance(part, Dense):
+        return Dense
+    return type(part) if isinstance(part, (Rows, Zero)) else id(part)
 
 
 def _joined(parts: list[Factor]) -> Factor:

@@ -14,7 +14,16 @@ from torch.nn import functional
 
 from pergrad.factors import costs, outer_norms
 from pergrad.factors.base import Factor
-from pergrad.factors.numeric import Index, columns, result_dtype, row_dots, row_squares
+from pergrad.factors.numeric import (
+    Index,
+    columns,
+    flat,
+    last_squares,
+    result_dtype,
+    row_dots,
+    row_squares,
+    tracing,
+)
 from pergrad.factors.outer import Outer
 from pergrad.factors.workspace import by_chunks, chunks, limit, scratch
 
@@ -141,9 +150,31 @@ class Correlation(Factor):
 
     @property
     def norm_method(self) -> str:
-        """One of rows, direct, gram and shift."""
+        """One of rows, direct, gram, shift and convolution."""
         _, T, p, d = self.sizes
-        return costs.correlation_norm_method(T, self._window_size, p, d, prod(self.kernel))
+        return costs.correlation_norm_method(
+            T, self._window_size, p, d, prod(self.kernel), callable=self._callable
+        )
+
+    @property
+    def _natural(self) -> bool:
+        """Whether g has the size that a convolution of x would return."""
+        sizes = zip(
+            self.x.shape[2:], self.kernel, self.stride, self.padding, self.dilation, strict=True
+        )
+        return self.out == tuple((n + 2 * p - e * (k - 1) - 1) // s + 1 for n, k, s, p, e in sizes)
+
+    @property
+    def _callable(self) -> bool:
+        """Whether torch's own weight gradient may take the place of the patches."""
+        return (
+            self.dtype == torch.float32  # other dtypes have slow kernels
+            and self.device.type == "cpu"  # a call for each example would starve a GPU
+            and self.groups == 1
+            and len(self.out) <= 3
+            and self._natural
+            and not tracing(self.g, self.x)
+        )
 
     @property
     def norm_cost(self) -> int:
@@ -152,13 +183,18 @@ class Correlation(Factor):
         k = prod(self.kernel)
         if self.norm_method == "shift":
             return N * costs.shift_norm_cost(T, self._window_size, p, d, k)
+        if self.norm_method == "convolution":
+            return costs.direct_norm_cost(T, p, d)
         return N * costs.outer_norm_cost(T, p, d)
 
     def sq_norms(self) -> Tensor:
         """‖G[b]‖², by the method that `costs.correlation_norm_method` chooses."""
         if self._empty:
             return self._zeros(self.batch)
-        if self.norm_method == "shift":
+        method = self.norm_method
+        if method == "convolution":
+            return self._by_convolutions()
+        if method == "shift":
             norms, sizes = self._by_shifts()
             doubtful = outer_norms.cancels(norms, sizes)
             if not bool(doubtful.any()):
@@ -167,6 +203,21 @@ class Correlation(Factor):
             part = self._select(rows)
             return norms.index_copy(0, rows, part._by_patches(force_direct=True))
         return self._by_patches()
+
+    def _by_convolutions(self) -> Tensor:
+        """torch's gradient of the kernel, one example after the other: it lays out no patches."""
+        like = self.g.new_empty((self.g.shape[1], self.x.shape[1], *self.kernel), dtype=self.dtype)
+        rank = len(self.out)
+        rows = []
+        for b in range(self.batch):
+            one = slice(b, b + 1)
+            _, grad, _ = torch.ops.aten.convolution_backward(
+                self.g[one].to(self.dtype), self.x[one].to(self.dtype), like, None,
+                self.stride, self.padding, self.dilation, False, (0,) * rank, 1,
+                (False, True, False),
+            )  # fmt: skip
+            rows.append(last_squares(flat(grad), self.dtype))
+        return torch.stack(rows).sum(1)
 
     def _by_patches(self, *, force_direct: bool = False) -> Tensor:
         def piece(rows: slice) -> Tensor:
@@ -247,11 +298,13 @@ class Correlation(Factor):
         total = self._zeros(self.g.shape[1], self.x.shape[1] // self.groups, *self.kernel)
         each = (2 * self.x[:1].numel() + 2 * self.g[:1].numel()) * self.dtype.itemsize
         zeros = (0,) * len(self.out)
+        padding = self.padding if self._natural else zeros
         for rows in chunks(self.batch, each, limit(self.device)):
             g = self._still(rows)
             g = g * columns(c[rows], g)
+            x = self.x[rows].to(self.dtype) if self._natural else self._window(rows)
             _, part, _ = torch.ops.aten.convolution_backward(
-                g, self._window(rows), total, None, self.stride, zeros, self.dilation, False,
+                g, x, total, None, self.stride, padding, self.dilation, False,
                 zeros, self.groups, (False, True, False),
             )  # fmt: skip
             total = total + part

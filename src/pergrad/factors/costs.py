@@ -7,16 +7,17 @@ The rule in the literature, 2 T² <= d p, compares what is *stored*; here nothin
 arithmetic decides.
 """
 
-# A Gram's symmetric half is computed in rows of blocks, each a matrix product of its own.
-# Measured on two CPU cores: blocks below 128 positions cost more than the half they save.
+# A Gram's symmetric half is computed in rows of blocks, each a matrix product of its own. Two
+# blocks pay from 128 positions on, more of them from 128 positions each.
 GRAM_BLOCK = 128
 GRAM_BLOCKS = 8
 
 # Multiply-adds of a Gram take this much longer than those of the direct form: its products are
 # smaller, and every entry is written, read and multiplied once more (counted as 32 multiply-adds).
-# Measured, milliseconds on two cores, Gram against direct, (B, T, d, p):
-#   (8, 128, 768, 3072): 4.1, 18    (8, 512, 768, 768): 16, 15      (64, 16, 512, 512): 0.3, 3.1
-#   (16, 128, 256, 1024): 2.8, 3.9  (64, 49, 128, 128): 0.52, 0.45  (32, 1024, 64, 64): 30, 1.1
+# Measured, milliseconds on one core, Gram against direct, (B, T, d, p):
+#   (8, 128, 768, 768): 2.5, 8.4    (8, 512, 768, 768): 27, 29     (64, 16, 512, 512): 0.6, 7.6
+#   (16, 128, 256, 256): 1.9, 2.3   (64, 49, 128, 128): 1.1, 1.0   (1, 1024, 768, 768): 13, 7.9
+#   (64, 64, 128, 128): 1.4, 1.3    (2, 512, 768, 3072): 18, 30    (8, 197, 192, 768): 3.9, 3.7
 GRAM_OVERHEAD = 1.2
 GRAM_ELEMENTWISE = 32
 
@@ -30,7 +31,7 @@ GATHER_OVERHEAD = 8
 
 def gram_blocks(T: int) -> int:
     """Rows of blocks in which the symmetric Gram of T positions is computed."""
-    return max(1, min(GRAM_BLOCKS, T // GRAM_BLOCK))
+    return max(2 if T >= GRAM_BLOCK else 1, min(GRAM_BLOCKS, T // GRAM_BLOCK))
 
 
 def row_norm_cost(p: int, d: int) -> int:
@@ -95,24 +96,38 @@ def join_is_cheaper(pairs: int, B: int, K: int, ids: int) -> bool:
     return pairs * GATHER_OVERHEAD < B * K * ids
 
 
+# A convolution's methods, in multiply-adds of a matrix product. Measured on one core, milliseconds
+# for 64 examples, explicit patches / torch's convolution / shifts, (channels, size, kernel):
+#   (64, 32 x 32, 3): 64, 40, -      (128, 16 x 16, 3): -, 43, 51     (256, 8 x 8, 3): -, 56, 11
+#   (512, 4 x 4, 3): -, 96, 4.2      (3 to 64, 32 x 32, 3): 5.5, 6.0, -
+PATCH_OVERHEAD = 45  # laying out one number of a patch, or of the gradient beside it
+CALL_OVERHEAD = 2_000_000  # one call of torch's convolution
+CALL_ELEMENTWISE = 28  # one number of the gradient that it returns
+SHIFT_ELEMENTWISE = 16  # adding up one shifted Gram reads strided rows
+SHIFT_OVERHEAD = 1.7
+
+
 def shift_norm_cost(T: int, window: int, p: int, d: int, k: int) -> int:
     """A convolution's Gram from shifted Grams of single pixels: T² p + window² d / k + k T²."""
     return T * T * p + window * window * (d // k) + k * T * T * SHIFT_ELEMENTWISE
 
 
-# Adding up one shifted Gram reads strided rows: about this many multiply-adds for each number.
-SHIFT_ELEMENTWISE = 16
+def correlation_norm_method(
+    T: int, window: int, p: int, d: int, k: int, *, callable: bool = False
+) -> str:
+    """Norms of a convolution's weight: as an `Outer` over patches, "shift" or "convolution".
 
-
-def correlation_norm_method(T: int, window: int, p: int, d: int, k: int) -> str:
-    """Norms of a convolution's weight: as an `Outer` over patches, or "shift"."""
+    "convolution" is torch's own gradient for each example, where it can be called.
+    """
     plain = outer_norm_method(T, p, d)
-    if plain == "rows" or k == 1:
+    if plain == "rows":
         return plain
-    patches = T * d * PATCH_OVERHEAD
-    cheapest = outer_norm_cost(T, p, d) * (GRAM_OVERHEAD if plain == "gram" else 1) + patches
-    return "shift" if GRAM_OVERHEAD * shift_norm_cost(T, window, p, d, k) < cheapest else plain
-
-
-# Copying one number of a patch costs about this many multiply-adds.
-PATCH_OVERHEAD = 8
+    patches = T * (p + d) * PATCH_OVERHEAD
+    costs: dict[str, float] = {
+        plain: outer_norm_cost(T, p, d) * (GRAM_OVERHEAD if plain == "gram" else 1) + patches
+    }
+    if k > 1:
+        costs["shift"] = SHIFT_OVERHEAD * shift_norm_cost(T, window, p, d, k) + CALL_OVERHEAD
+    if callable:
+        costs["convolution"] = T * p * d + CALL_ELEMENTWISE * p * d + CALL_OVERHEAD
+    return min(costs, key=lambda name: costs[name])

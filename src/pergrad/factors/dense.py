@@ -1,6 +1,6 @@
-"""`Dense` and `Zero`: gradients that are simply there, and gradients that are not.
+"""`Dense`, `Summed` and `Zero`: gradients that are simply there, and gradients that are not.
 
-Owns: the two classes.
+Owns: the three classes.
 Does not know: other factors.
 """
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pergrad.factors.base import Factor
 from pergrad.factors.numeric import Index, columns, flat, result_dtype, row_squares
+from pergrad.factors.outer_norms import Notes, cancels
 from pergrad.factors.workspace import by_chunks, chunks, limit
 
 
@@ -19,8 +20,8 @@ class Dense(Factor):
     """G[b] = values[b]: biases, norm layers, whatever had to be formed."""
 
     def __init__(self, values: Tensor) -> None:
-        shape = tuple(values.shape[1:])
-        super().__init__(len(values), shape, values.device, result_dtype(values))
+        batch, *shape = values.shape
+        super().__init__(batch, tuple(shape), values.device, result_dtype(values))
         self.values = values
 
     def dense(self) -> Tensor:
@@ -79,6 +80,46 @@ class Dense(Factor):
     def tensors(self) -> tuple[Tensor, ...]:
         """The values."""
         return (self.values,)
+
+
+class Summed(Dense):
+    """G[b] = Σ_t g[b, t]: a bias behind a weight over the same g. Formed when asked for.
+
+    Args:
+        g: (B, 1, T, p).
+        shape: the parameter's, of p elements.
+        notes: those of the weight's `Outer`, whose norms tell this one's too.
+    """
+
+    def __init__(self, g: Tensor, shape: tuple[int, ...], notes: Notes) -> None:
+        Factor.__init__(self, g.shape[0], shape, g.device, result_dtype(g))
+        self.g = g
+        self.notes = notes
+        self._formed: Tensor | None = None
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """(B, *shape)."""
+        if self._formed is None:
+            total = self.g[:, 0].sum(1, dtype=self.dtype)
+            self._formed = total.reshape(self.batch, *self.shape)
+        return self._formed
+
+    def sq_norms(self) -> Tensor:
+        """‖Σ_t g_t‖², from the weight's norms if they have been taken."""
+        noted, sizes = self.notes.sq_norms, self.notes.sizes
+        if noted is None:
+            return super().sq_norms()
+        if sizes is None:
+            return noted
+        doubtful = cancels(noted, sizes)
+        if not bool(doubtful.any()):
+            return noted
+        return torch.where(doubtful, super().sq_norms(), noted)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """`g`."""
+        return (self.g,)
 
 
 class Zero(Factor):

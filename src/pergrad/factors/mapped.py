@@ -6,6 +6,7 @@ Does not know: products of two factors (`algebra`), maps that change lengths (`l
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -64,7 +65,11 @@ class Isometry:
 
 def isometry(source: Sequence[int], steps: Sequence[Step]) -> Isometry:
     """The shortest chain that does the same: no step without effect, none that undoes another."""
-    source = tuple(source)
+    return _isometry(tuple(source), tuple(steps))
+
+
+@lru_cache(maxsize=1024)  # the same few, at every step of a training
+def _isometry(source: tuple[int, ...], steps: tuple[Step, ...]) -> Isometry:
     short: list[Step] = []
     shapes = [source]  # before each step of `short`, and after the last
     for kind, how in steps:

@@ -16,7 +16,8 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
     """The floating dtype of the tensors together, but at least float32."""
     dtype = torch.float32
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return dtype
 
 
@@ -27,7 +28,7 @@ def tracing(*tensors: Tensor) -> bool:
 
 def flat(x: Tensor) -> Tensor:
     """(B, ...) as (B, elements), also for B = 0 and for x of one dimension."""
-    return x.reshape(len(x), prod(x.shape[1:]))
+    return x.reshape(x.shape[0], prod(x.shape[1:]))
 
 
 def row_dots(x: Tensor, y: Tensor) -> Tensor:
@@ -43,8 +44,11 @@ LONG_ROW = 2**15
 
 def last_squares(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Sum over the last dimension of x², accumulated in dtype."""
-    if tracing(x) or x.shape[-1] > LONG_ROW:  # a norm has no derivative at zero
+    if tracing(x):  # a norm has no derivative at zero
         return x.to(dtype).square().sum(-1)
+    if x.shape[-1] > LONG_ROW:
+        parts = [torch.linalg.vector_norm(y, dim=-1, dtype=dtype) for y in x.split(LONG_ROW, -1)]
+        return torch.stack(parts, -1).square().sum(-1)
     return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).square()
 
 

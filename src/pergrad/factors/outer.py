@@ -25,17 +25,26 @@ class Outer(Factor):
         shape: the parameter's; its elements in order are those of the matrix (N p, d).
     """
 
-    def __init__(self, g: Tensor, a: Tensor, shape: tuple[int, ...] | None = None) -> None:
-        g, a = (t.unsqueeze(1) if t.dim() == 3 else t for t in (g, a))
-        if g.dim() != 4 or a.dim() != 4 or g.shape[:3] != a.shape[:3]:
+    def __init__(
+        self,
+        g: Tensor,
+        a: Tensor,
+        shape: tuple[int, ...] | None = None,
+        notes: outer_norms.Notes | None = None,
+    ) -> None:
+        if g.dim() == 3:
+            g, a = g.unsqueeze(1), a.unsqueeze(1)
+        B, N, T, p = g.shape if g.dim() == 4 else (0, 0, 0, 0)
+        if a.dim() != 4 or a.shape[:3] != (B, N, T) or g.dim() != 4:
             raise ValueError(f"g {tuple(g.shape)} and a {tuple(a.shape)} do not fit (B, N, T, _).")
-        natural = (g.shape[1] * g.shape[3], a.shape[3])
+        natural = (N * p, a.shape[3])
         shape = natural if shape is None else tuple(shape)
-        if prod(shape) != prod(natural):
+        if shape != natural and prod(shape) != prod(natural):
             raise ValueError(f"A matrix {natural} is no parameter of shape {shape}.")
-        super().__init__(len(g), shape, g.device, result_dtype(g, a))
+        super().__init__(B, shape, g.device, result_dtype(g, a))
         self.g = g
         self.a = a
+        self.notes = notes  # where `sq_norms` leaves what it finds out about a side's sum
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -77,7 +86,7 @@ class Outer(Factor):
 
     def sq_norms(self) -> Tensor:
         """‖G[b]‖², by the method that `costs.outer_norm_method` chooses."""
-        return outer_norms.sq_norms(self.g, self.a)
+        return outer_norms.sq_norms(self.g, self.a, self.notes)
 
     def matvec(self, v: Tensor) -> Tensor:
         """Σ_t g_t · (V a_t): one matrix product as in a forward pass, no T²."""
@@ -87,6 +96,11 @@ class Outer(Factor):
 
         def piece(rows: slice) -> Tensor:
             g, a = self.g[rows].to(self.dtype), self.a[rows].to(self.dtype)
+            if N == 1:  # one product for all examples and positions
+                count = g.shape[0]
+                g, a, W = g.reshape(count * T, p), a.reshape(count * T, d), V[0]
+                both = (g @ W) * a if d < p else (a @ W.mT) * g
+                return both.reshape(count, T * both.shape[1]).sum(1)
             return row_dots(torch.matmul(g, V), a) if d < p else row_dots(torch.matmul(a, V.mT), g)
 
         return by_chunks(self.batch, narrow, piece, like=self._zeros(0))
@@ -95,15 +109,20 @@ class Outer(Factor):
         """Σ_bt c[b] g[b,t] ⊗ a[b,t]: one matrix product as in a plain backward pass."""
         N, T, p, d = self.sizes
         c = c.to(self.device, self.dtype)
-        each = N * T * (2 * p + d) * self.dtype.itemsize
-        out = self._zeros(N, p, d)
+        each = N * T * (p + d + min(p, d)) * self.dtype.itemsize
+        total: Tensor | None = None
         for rows in chunks(self.batch, each, limit(self.device)):
             g, a = self.g[rows].to(self.dtype), self.a[rows].to(self.dtype)
-            g = g * columns(c[rows], g)
-            count = len(g) * T
-            left = g.transpose(0, 1).reshape(N, count, p)
-            out = out + torch.bmm(left.mT, a.transpose(0, 1).reshape(N, count, d))
-        return out.reshape(self.shape)
+            if p < d:
+                g = g * columns(c[rows], g)
+            else:
+                a = a * columns(c[rows], a)
+            count = g.shape[0] * T
+            left, right = (x.transpose(0, 1).reshape(N, count, x.shape[3]) for x in (g, a))
+            # mm writes straight to its result, bmm of one matrix does not
+            part = torch.mm(left[0].mT, right[0]) if N == 1 else torch.bmm(left.mT, right)
+            total = part if total is None else total + part
+        return (self._zeros(N * p * d) if total is None else total).reshape(self.shape)
 
     def scale(self, c: Tensor) -> "Outer":
         """The smaller of g and a times c[b]."""

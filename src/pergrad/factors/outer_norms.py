@@ -18,7 +18,20 @@ from pergrad.factors.workspace import by_chunks, chunks, scratch
 KAPPA_LIMIT = {torch.float32: 64.0, torch.float64: 1000.0}
 
 
-def sq_norms(g: Tensor, a: Tensor) -> Tensor:
+class Notes:
+    """What the norms of an `Outer` find out on their way about the sum over positions of a side.
+
+    ‖Σ_t g_t‖², a bias' squared norm, is the sum of all entries of the Gram of g, which has been
+    formed anyway. It is noted only for the side that somebody has asked about.
+    """
+
+    def __init__(self, side: Tensor) -> None:
+        self.side = side
+        self.sq_norms: Tensor | None = None  # (B,)
+        self.sizes: Tensor | None = None  # (B,): T |G|², as in `cancels`; None where exact
+
+
+def sq_norms(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
     """(B,): ‖Σ_t g[b,n,t] ⊗ a[b,n,t]‖², summed over groups."""
     B, N, T, p = g.shape
     d = a.shape[3]
@@ -26,10 +39,10 @@ def sq_norms(g: Tensor, a: Tensor) -> Tensor:
         return g.new_zeros(B, dtype=result_dtype(g, a))
     method = costs.outer_norm_method(T, p, d)
     if method == "rows":
-        return by_rows(g, a)
+        return by_rows(g, a, notes)
     if method == "direct":
         return direct(g, a)
-    norms, sizes = gram(g, a)
+    norms, sizes = gram(g, a, notes)
     doubtful = cancels(norms, sizes)
     if not bool(doubtful.any()):
         return norms
@@ -43,16 +56,13 @@ def cancels(norms: Tensor, sizes: Tensor) -> Tensor:
     return ~(sizes <= KAPPA_LIMIT[norms.dtype] ** 2 * norms)
 
 
-def by_rows(g: Tensor, a: Tensor) -> Tensor:
+def by_rows(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
     """T = 1: Σ_n |g_n|² |a_n|². N (p + d) multiply-adds."""
     dtype = result_dtype(g, a)
-    N, p, d = g.shape[1], g.shape[3], a.shape[3]
-
-    def piece(rows: slice) -> Tensor:
-        left, right = last_squares(g[rows, :, 0], dtype), last_squares(a[rows, :, 0], dtype)
-        return (left * right).sum(1)
-
-    return by_chunks(len(g), N * (p + d) * dtype.itemsize, piece, like=g.new_zeros(0, dtype=dtype))
+    left, right = last_squares(g, dtype), last_squares(a, dtype)  # (B, N, 1), no copy on the way
+    if notes is not None and g.shape[1] == 1:
+        notes.sq_norms = (left if notes.side is g else right).reshape(-1)
+    return (left * right).flatten(1).sum(1) if g.shape[1] > 1 else (left * right).reshape(-1)
 
 
 def direct(g: Tensor, a: Tensor) -> Tensor:
@@ -99,36 +109,53 @@ def outer_size(g: Tensor, a: Tensor) -> Tensor:
 
 
 def _trace(x: Tensor) -> Tensor:
-    """(n,): of (n, T, T), for guards alone."""
+    """(n,): of (n, T, T) or more columns, for guards alone."""
     return x.detach().diagonal(dim1=1, dim2=2).sum(1)
 
 
-def gram(g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+def _upper_and_lower(x: Tensor) -> Tensor:
+    """(n,): sum of rows (n, T, T + S) that start at a symmetric matrix' diagonal.
+
+    Columns beyond the square stand for the rows below it too.
+    """
+    _, rows, columns = x.shape
+    if columns == rows:
+        return x.sum((1, 2))
+    return x[:, :, :rows].sum((1, 2)) + 2 * x[:, :, rows:].sum((1, 2))
+
+
+def gram(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor, Tensor]:
     """Σ_ts (g_t·g_s)(a_t·a_s), half of it, and |A|²|G|², both (B,)."""
     dtype = result_dtype(g, a)
     B, N, T, p = g.shape
+    d = a.shape[3]
     k = costs.gram_blocks(T)
     block = -(-T // k)
-    each = N * (T * (p + a.shape[3]) + 2 * T * block) * dtype.itemsize
+    # what is read alone needs no room; half precision is widened first
+    copies = p * (g.dtype != dtype) + d * (a.dtype != dtype)
+    each = N * T * (copies + 2 * block) * dtype.itemsize
+    plain = not tracing(g, a)
+    asked = notes.side if notes is not None and N == 1 else None
 
-    def piece(rows: slice) -> Tensor:
-        here, there = g[rows].to(dtype), a[rows].to(dtype)
-        G, A = here.reshape(-1, T, p), there.reshape(-1, T, a.shape[3])
-        if k == 1:
-            GG, AA = torch.bmm(G, G.mT), torch.bmm(A, A.mT)
-            size = _trace(GG) * _trace(AA)
-            both = torch.stack([(GG * AA).sum((1, 2)), size], 1)
-            return both if N == 1 else both.view(-1, N, 2).sum(1)
-        total = A.new_zeros(len(A))
+    def piece(rows: slice) -> list[Tensor]:
+        G, A = g[rows].to(dtype).reshape(-1, T, p), a[rows].to(dtype).reshape(-1, T, d)
+        sums: list[Tensor] = []  # the product's, of the traces, and of the side asked about
         for lo in range(0, T, block):
             hi = min(T, lo + block)
-            both = torch.bmm(G[:, lo:hi], G[:, :hi].mT) * torch.bmm(A[:, lo:hi], A[:, :hi].mT)
-            total = total + both[:, :, lo:].sum((1, 2))
-            if lo:  # the blocks left of the diagonal stand for those above it
-                total = total + 2 * both[:, :, :lo].sum((1, 2))
-        return torch.stack([total.view(-1, N).sum(1), outer_size(here, there)], 1)
+            left, right = torch.bmm(G[:, lo:hi], G[:, lo:].mT), torch.bmm(A[:, lo:hi], A[:, lo:].mT)
+            here = [_trace(left), _trace(right)]
+            if asked is not None:
+                here.append(_upper_and_lower(left if asked is g else right))
+            here.append(_upper_and_lower(left.mul_(right) if plain else left * right))
+            sums = here if lo == 0 else [x + y for x, y in zip(sums, here, strict=True)]
+        size = sums[0] * sums[1]
+        found = [sums[-1], size] if N == 1 else [x.view(-1, N).sum(1) for x in (sums[-1], size)]
+        return found if asked is None else [*found, sums[2], T * sums[0 if asked is g else 1]]
 
-    pair = by_chunks(
-        B, each, piece, like=g.new_zeros(0, dtype=dtype), tail=(2,), budget=scratch(g.device)
-    )
-    return pair[:, 0], pair[:, 1]
+    pieces = [piece(rows) for rows in chunks(B, each, scratch(g.device))]
+    if not pieces:
+        return g.new_zeros(0, dtype=dtype), g.new_zeros(0, dtype=dtype)
+    columns = pieces[0] if len(pieces) == 1 else [torch.cat(x) for x in zip(*pieces, strict=True)]
+    if notes is not None and asked is not None:
+        notes.sq_norms, notes.sizes = columns[2:]
+    return columns[0], columns[1]

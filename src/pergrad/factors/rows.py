@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from pergrad.factors.base import Factor
-from pergrad.factors.numeric import Index, columns, result_dtype
+from pergrad.factors.numeric import (
+    Index,
+    columns,
+    last_squares,
+    result_dtype,
+    row_squares,
+    tracing,
+)
 from pergrad.factors.workspace import by_chunks, chunks, limit
 
 
@@ -100,12 +107,34 @@ class Rows(Factor):
         """Sort by (example, id), sum each segment, square: O(B T C)."""
 
         def piece(rows: slice) -> Tensor:
-            part = self._select(rows)
-            keys, values = part.segments()
-            whose = keys // max(1, self.shape[0])
-            return self._zeros(part.batch).index_add(0, whose, values.square().sum(1))
+            part = self if rows == slice(0, self.batch) else self._select(rows)
+            if tracing(part.g):
+                keys, values = part.segments()
+                whose = keys // max(1, self.shape[0])
+                return self._zeros(part.batch).index_add(0, whose, values.square().sum(1))
+            return part._sq_norms()
 
         return by_chunks(self.batch, self.bytes_per_lookup_row, piece, like=self._zeros(0))
+
+    def _sq_norms(self) -> Tensor:
+        """Rows that an example looks up once are squared where they are; only others are summed."""
+        where, whose, ids = self.entries
+        _, segment, counts = torch.unique(
+            whose * self.shape[0] + ids, return_inverse=True, return_counts=True
+        )
+        squares = last_squares(self.g.reshape(self.ids.numel(), self.matrix_shape[1]), self.dtype)
+        again = counts[segment] > 1
+        total = self._zeros(self.batch)
+        total = total.index_add(0, whose, torch.where(again, 0.0, squares[where]))
+        several = again.nonzero()[:, 0]
+        if several.numel():
+            place = (counts > 1).cumsum(0) - 1  # the segments that are left, renumbered
+            target = place[segment[several]]
+            count = int(place[-1]) + 1
+            sums = row_squares(self._add_up(where[several], target, count))
+            owner = whose.new_empty(count).index_copy(0, target, whose[several])
+            total = total.index_add(0, owner, sums)
+        return total
 
     def matvec(self, v: Tensor) -> Tensor:
         """Σ_t v[ids[b,t]] · g[b,t]."""

@@ -40,11 +40,11 @@ def _absorbed(factor: Factor, chain: Isometry) -> Factor:
     if isinstance(factor, Outer):
         N, _, p, d = factor.sizes
         if kind == "view":
-            done = Outer(factor.g, factor.a, how)
+            done = Outer(factor.g, factor.a, how, factor.notes)
         elif N == 1 and factor.shape == (p, d) and how == (1, 0):
-            done = Outer(factor.a, factor.g)
+            done = Outer(factor.a, factor.g, notes=factor.notes)
         elif factor.shape == (N, p, d) and how == (0, 2, 1):
-            done = Outer(factor.a, factor.g, (N, d, p))
+            done = Outer(factor.a, factor.g, (N, d, p), factor.notes)
     elif isinstance(factor, Rows) and kind == "view" and how[:1] == factor.shape[:1]:
         done = Rows(factor.ids, factor.g.reshape(*factor.ids.shape, *how[1:]), how)
     if done is None:

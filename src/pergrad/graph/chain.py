@@ -17,19 +17,59 @@ from torch.autograd.graph import GradientEdge
 from pergrad.graph import nodes
 from pergrad.graph.walk import Graph, Slot
 
-Step = tuple  # ("view", shape) | ("permute", dims) | ("embed", shape, dim, start)
+Step = (
+    tuple  # ("view", shape) | ("permute", dims) | ("embed", shape, dim, start) | ("look up", node)
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
     """How a gradient at `start` becomes one of the parameter at `target`.
 
-    `steps` rearrange it (an isometry); None if a vector-Jacobian product is needed.
+    `steps` rearrange it (an isometry); None if a vector-Jacobian product is needed. A look-up in a
+    table is a step if its indices turn out to be neighbours: `settled` tells.
     """
 
     start: Slot
     target: Slot
     steps: tuple[Step, ...] | None
+
+    @property
+    def reads_indices(self) -> bool:
+        """Whether a step depends on indices, which are data."""
+        return self.steps is not None and any(step[0] == "look up" for step in self.steps)
+
+
+def settled(graph: Graph, way: Route) -> tuple[Step, ...] | None:
+    """The steps of a route now that its indices can be read; None: use `pull`."""
+    if way.steps is None or not way.reads_indices:
+        return way.steps
+    steps = []
+    for step in way.steps:
+        if step[0] == "look up":
+            node, (table,) = graph.nodes[step[1]], graph.edges[step[1]]
+            start = _neighbours(node)
+            if start is None:
+                return None
+            shape = graph.shape(table)
+            count = prod(graph.shape((step[1], 0))) // max(1, shape[1])
+            steps += [("view", (count, shape[1])), ("embed", shape, 0, start)]
+        else:
+            steps.append(step)
+    return tuple(steps)
+
+
+def _neighbours(node: nodes.Node) -> int | None:
+    """The first row of a look-up that takes rows one after the other, as positions do."""
+    ids = nodes.saved(node, "indices").reshape(-1)
+    padding = nodes.attribute(node, "padding_idx")
+    if not ids.numel() or nodes.attribute(node, "scale_grad_by_freq"):
+        return None
+    start = int(ids[0])
+    if padding is not None and start <= padding < start + ids.numel():
+        return None
+    ideal = torch.arange(start, start + ids.numel(), dtype=ids.dtype, device=ids.device)
+    return start if torch.equal(ids, ideal) else None
 
 
 _VIEWS = {"view", "unsafe_view", "reshape_alias", "reshape_copy", "squeeze", "unsqueeze"}
@@ -86,6 +126,8 @@ def _step(graph: Graph, at: Slot) -> tuple[Step | None, Slot] | None:
     if op == "permute":
         dims = [d % rank for d in nodes.attribute(node, "dims")]
         return ("permute", tuple(dims.index(d) for d in range(rank))), child
+    if op == "embedding":
+        return ("look up", index), child
     if op in ("slice", "split", "unsafe_split", "split_with_sizes", "unbind", "select"):
         return _cut(graph, at, child, op)
     return None

@@ -6,10 +6,12 @@ Does not know: examples, layouts, parameters' names, rules.
 """
 
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -34,9 +36,12 @@ __all__ = [
     "inside_pass",
     "is_checkpointed",
     "is_compiled",
+    "is_flattened",
+    "is_transformed",
     "leaf_variable",
     "metas",
     "op_name",
+    "outline",
     "outside_pass",
     "raw_call",
     "reentrant_checkpoint",
@@ -97,7 +102,7 @@ def op_name(node: Node) -> str:
 
 def metas(node: Node) -> tuple[Meta, ...]:
     """Shape, dtype, device of each output of the op (= of each cotangent the node takes)."""
-    return tuple(Meta(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata)
+    return tuple([Meta(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata])
 
 
 def edges(node: Node) -> tuple[tuple[Node | None, int], ...]:
@@ -139,8 +144,22 @@ def _signed(value: Any) -> Any:
 
 
 def attribute(node: Node, field: str) -> Any:
-    """One saved number, dimension or size of an op, e.g. "dim"; None where it saved none."""
-    return _signed(getattr(node, "_saved_" + field, None))
+    """One saved number, dimension or size of an op, e.g. "dim"; None for an argument left out.
+
+    Raises:
+        UnsupportedError: this release of torch saves something else.
+    """
+    try:
+        return _signed(getattr(node, "_saved_" + field))
+    except AttributeError:
+        raise UnsupportedError(_other_fields(node, field)) from None
+
+
+def _other_fields(node: Node, field: str) -> str:
+    return (
+        f"torch {torch.__version__} does not save `{field}` with {node.name()}, so pergrad has "
+        "no rule for it. Use a version of torch that pergrad is tested with (see the README)."
+    )
 
 
 def attributes(node: Node) -> tuple[Any, ...]:
@@ -149,6 +168,35 @@ def attributes(node: Node) -> tuple[Any, ...]:
         return ()
     plain, _ = _fields(type(node))
     return tuple([_hashable(_signed(getattr(node, "_saved_" + name))) for name in plain])
+
+
+_READERS: dict[type, Callable[[Node], Any]] = {}  # one entry per kind of node
+
+
+def _reader(cls: type) -> Callable[[Node], Any]:
+    """Reads all plain attributes of a node of this class at once."""
+    known = _READERS.get(cls)
+    if known is None:
+        if issubclass(cls, torch.autograd.function.BackwardCFunction):
+            return _nothing  # such a class may be made anew for every model
+        plain = _fields(cls)[0]
+        known = attrgetter(*["_saved_" + name for name in plain]) if plain else _nothing
+        _READERS[cls] = known
+    return known
+
+
+def _nothing(node: Node) -> None:
+    return None
+
+
+def outline(node: Node) -> tuple[Any, ...]:
+    """Name, shapes, dtypes and saved numbers as they come: fast to make, equal for equal nodes.
+
+    Not always hashable: see `attributes`. Numbers are as torch stores them, unsigned.
+    """
+    name = op_name(node) if is_python(node) else node.name()
+    shapes = [(tuple(m.shape), m.dtype) for m in node._input_metadata]
+    return name, *shapes, _reader(type(node))(node)
 
 
 def _hashable(value: Any) -> Any:
@@ -169,16 +217,13 @@ def saved(node: Node, field: str) -> Any:
 
     Raises:
         UsageError: the graph was freed by an earlier backward, or the tensor was changed in place.
-        UnsupportedError: this release of torch saves something else.
+        UnsupportedError: this release of torch saves something else, or its memory was taken away.
     """
-    _allow_another_read(node, (field,))
+    _before_reading(node, (field,))
     try:
         return getattr(node, "_saved_" + field)
     except AttributeError:
-        raise UnsupportedError(
-            f"torch {torch.__version__} does not save `{field}` with {node.name()}, so pergrad has "
-            "no rule for it. Use a version of torch that pergrad is tested with (see the README)."
-        ) from None
+        raise UnsupportedError(_other_fields(node, field)) from None
     except RuntimeError as error:
         raise translate(error) from error
 
@@ -195,32 +240,62 @@ class _Patient(dict):
             super().__setitem__(key, value)
 
 
-def _holders(node: Node, fields: Sequence[str]) -> list[Any]:
-    """The saved tensors of a node that a checkpointed block will recompute."""
-    found = []
-    for field in fields:
-        raw = getattr(node, "_raw_saved_" + field, None)
-        for one in raw if isinstance(raw, (tuple, list)) else (raw,):
-            data = getattr(one, "data", None)
-            if data is not None and type(data).__name__ == "_Holder" and hasattr(data, "handles"):
-                found.append(data)
+def _raw(node: Node, fields: Sequence[str]) -> list[Any]:
+    """What stands for each saved tensor, not unpacked."""
+    found: list[Any] = []
+    try:
+        for field in fields:
+            raw = getattr(node, "_raw_saved_" + field, None)
+            if isinstance(raw, (tuple, list)):
+                found += [getattr(one, "data", None) for one in raw]
+            else:
+                found.append(getattr(raw, "data", None))
+    except RuntimeError as error:
+        raise translate(error) from error
     return found
+
+
+def _is_holder(data: Any) -> bool:
+    """Whether this stands for a tensor that a checkpointed block will recompute."""
+    return type(data).__name__ == "_Holder" and hasattr(data, "handles")
 
 
 def is_checkpointed(node: Node) -> bool:
     """Whether a checkpointed block (use_reentrant=False) recomputes what the node saved."""
-    return bool(_holders(node, _fields(type(node))[1]))
+    return any(map(_is_holder, _raw(node, _fields(type(node))[1])))
 
 
-def _allow_another_read(node: Node, fields: Sequence[str]) -> None:
-    """A checkpointed tensor may be read once for each backward: leave the node its own read."""
-    if torch._C._current_graph_task_id() == -1:
-        return  # outside a pass every read recomputes anyway
-    for holder in _holders(node, fields):
-        if not isinstance(holder.handles, _Patient):
-            holder.handles = _Patient(holder.handles)
-        holder.handles.free_reads += 1
+def _before_reading(node: Node, fields: Sequence[str], *, another: bool = True) -> None:
+    """Look at what stands for saved tensors before they are unpacked.
 
+    A checkpointed one may be read once for each backward: with `another`, the node is left its own
+    read. Of one whose memory is gone, torch itself would end the process.
+    """
+    for data in _raw(node, fields):
+        if type(data) in _PLAIN:
+            if _is_freed(data):
+                raise UnsupportedError(
+                    f"A weight that the op `{op_name(node)}` needs has been freed since the "
+                    "forward pass, as FullyShardedDataParallel does. Use `fully_shard` of "
+                    "torch.distributed.fsdp, or keep the weights in memory until pergrad is done."
+                )
+        # outside a pass every read recomputes anyway
+        elif another and _is_holder(data) and torch._C._current_graph_task_id() != -1:
+            if not isinstance(data.handles, _Patient):
+                data.handles = _Patient(data.handles)
+            data.handles.free_reads += 1
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.untyped_storage().size() == 0
+        and tensor.numel() > 0
+        and tensor.device.type != "meta"
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 _FREED = "The graph of the losses has been freed by an earlier backward"
 _FREED_REMEDY = (
@@ -276,8 +351,7 @@ def raw_call(
 
     torch's engine, not the node, sums such a gradient to the operand's shape.
     """
-    if not last_read:
-        _allow_another_read(node, _fields(type(node))[1])
+    _before_reading(node, _fields(type(node))[1], another=not last_read)
     with in_our_words():
         if is_python(node):
             # A Python Function gets None otherwise, where the engine would give it zeros.
@@ -372,6 +446,17 @@ def hooks_aside(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, list[Callab
 def wraps_tensors(tensor: Tensor) -> bool:
     """Whether a tensor is a shell around others (DTensor, quantised, nested)."""
     return is_traceable_wrapper_subclass(tensor)
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor stands for others within vmap, grad or another transform of torch.func."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_flattened(tensor: Tensor | None) -> bool:
+    """Whether a leaf is many parameters in one, as FullyShardedDataParallel makes it."""
+    module = sys.modules.get("torch.distributed.fsdp._flat_param")
+    return module is not None and isinstance(tensor, module.FlatParameter)
 
 
 def version(tensor: Tensor) -> int:

@@ -7,6 +7,7 @@ Does not know: numbers. A plan holds node indices, never nodes or tensors of the
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -39,6 +40,8 @@ class Plan:
     routes: dict[Slot, list[Route]]  # by the operand's slot
     mixes: list[Mix]
     known_mixed: frozenset[Slot]
+    verified: bool = False  # whether a measurement has agreed
+    schedule: Any = None  # what the engine has worked out from it
 
 
 _CACHE: OrderedDict[object, Plan] = OrderedDict()
@@ -106,8 +109,11 @@ def _never(graph: Graph, slots: list[Slot]) -> str:
 def _verify(losses: Tensor, graph: Graph, plan: Plan, check_layout: str) -> None:
     if check_layout == "never" or losses.shape[0] < 2:
         return
+    if plan.verified and check_layout == "once":
+        return
     form = hash(graph.form())
     if check_layout == "once" and form in _VERIFIED:
+        plan.verified = True
         return
     layouts = {
         (site.node, n): layout
@@ -119,6 +125,7 @@ def _verify(losses: Tensor, graph: Graph, plan: Plan, check_layout: str) -> None
     if layouts:
         verify(losses, graph, layouts)
     _remember(_VERIFIED, form, True)
+    plan.verified = True
 
 
 def _remember(cache: OrderedDict, key: object, value: object) -> None:

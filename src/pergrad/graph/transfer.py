@@ -402,25 +402,29 @@ for _name in ("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_si
 
 
 def _sink(op: Op, outs: list[Layout | None]) -> list[Result]:
-    """What DistributedDataParallel puts around its outputs: the identity of each."""
+    """What distributed wrappers put around a module's inputs or outputs: the identity of each."""
     return list(outs) if len(outs) == len(op.in_shapes) else unknown(op)
 
 
 _MULTI["_DDPSink"] = _sink
+_MULTI["RegisterPostBackwardFunction"] = _sink  # of fully_shard
 
 
 # --- Reductions ----------------------------------------------------------------------------------
 
 
+_OF_ALL = {"sum", "mean", "prod", "max", "min", "median", "norm", "trace"}
+
+
 @_register(
     "sum_dim", "mean_dim", "nansum", "logsumexp", "amax", "amin", "norm_dim", "prod_dim",
     "linalg_vector_norm", "var", "std", "max_dim", "min_dim", "median_dim", "nanmedian_dim",
-    "kthvalue", "mode", "sum", "mean", "prod", "max", "min", "median", "norm", "trace",
+    "kthvalue", "mode", *_OF_ALL,
 )  # fmt: skip
 def _reduction(op: Op, out: Layout) -> list[Result]:
     shape = op.in_shapes[0]
     assert shape is not None
-    dims = op.attr("dim")
+    dims = None if op.name in _OF_ALL else op.attr("dim")
     dims = [] if dims is None else list(dims) if isinstance(dims, tuple) else [dims]
     dims = sorted(_wrap(d, len(shape)) for d in dims) or list(range(len(shape)))
     owner = out.owner
@@ -591,15 +595,24 @@ def _group_norm(op: Op, out: Layout) -> list[Result]:
     return [None if data is None else _as(plain, data), *_weights(len(rest), rest)]
 
 
+# What these do is in their names.
+_TRAINING = {"native_batch_norm_legit_no_training": False, "batch_norm_no_update": False,
+             "batch_norm_with_update": True}  # fmt: skip
+
+
+def in_training(op: Any) -> bool:
+    """Whether a batch norm takes its statistics from the batch; `op` has a name and attributes."""
+    known = _TRAINING.get(op.name)
+    return op.attr("training") if known is None else known
+
+
 @_register(
     "native_batch_norm", "native_batch_norm_legit", "native_batch_norm_legit_no_training",
     "cudnn_batch_norm", "miopen_batch_norm", "batch_norm_with_update", "batch_norm_no_update",
 )  # fmt: skip
 def _batch_norm(op: Op, out: Layout) -> list[Result]:
     data, *rest = op.in_shapes
-    training = op.attr("training")
-    if training is None:
-        training = op.name == "batch_norm_with_update"
+    training = in_training(op)
     others = [d for d in range(len(out.shape)) if d != 1]
     channel = smear(out, others)  # instance norm is a batch norm over (1, B*C, ...)
     first: Result = None

@@ -56,12 +56,26 @@ class Graph:
 
     def key(self) -> tuple[Any, ...]:
         """Equal for two graphs only if every op, edge, shape, dtype and saved number is."""
-        rows: list[tuple[Any, ...]] = []
-        for i, node in enumerate(self.nodes):
-            if self.leads[i]:
-                rows.append((self.op(i), self.metas(i), self.edges[i], nodes.attributes(node)))
-            else:
-                rows.append((self.edges[i],))
+        outline = nodes.outline
+        rows = [
+            (outline(node), below) if leads else below
+            for node, below, leads in zip(self.nodes, self.edges, self.leads, strict=True)
+        ]
+        key = (tuple(rows), self.root, tuple(self.targets.items()))
+        try:
+            hash(key)
+        except TypeError:  # a list among what a node saved
+            return self._key_of_any()
+        return key
+
+    def _key_of_any(self) -> tuple[Any, ...]:
+        """`key` where something has to be made hashable first."""
+        rows = [
+            (self.op(i), self.metas(i), below, nodes.attributes(node)) if leads else below
+            for i, (node, below, leads) in enumerate(
+                zip(self.nodes, self.edges, self.leads, strict=True)
+            )
+        ]
         return (tuple(rows), self.root, tuple(self.targets.items()))
 
     def form(self) -> tuple[Any, ...]:
@@ -92,7 +106,8 @@ def walk(losses: Tensor, params: Mapping[str, Tensor]) -> Graph:
 
     Raises:
         UnsupportedError: a re-entrant checkpoint hides the parameters inside it, a parameter is a
-            shell around other tensors, or the pass would upset DistributedDataParallel.
+            shell around other tensors, FullyShardedDataParallel has flattened it, or the pass would
+            upset DistributedDataParallel.
     """
     for name, p in params.items():
         if nodes.wraps_tensors(p):
@@ -102,31 +117,35 @@ def walk(losses: Tensor, params: Mapping[str, Tensor]) -> Graph:
                 "parameter for this call."
             )
     root = nodes.get_gradient_edge(losses)
-    ordered = _topological(root.node)
+    ordered, below = topological(root.node)
     index = {node: i for i, node in enumerate(ordered)}
     edges = [
-        tuple((-1, 0) if child is None else (index[child], number)
-              for child, number in nodes.edges(node))
-        for node in ordered
-    ]  # fmt: skip
-    targets = _find_targets(params, index)
+        tuple([(-1, 0) if child is None else (index[child], number) for child, number in inputs])
+        for inputs in below
+    ]
+    targets = _find_targets(params, index, edges)
     leads, pure = _classify(ordered, edges, targets)
-    graph = Graph(ordered, edges, (index[root.node], root.output_nr), targets, leads, pure)
     for node in ordered:
-        if nodes.first_static_backward(node):
-            raise UnsupportedError(
-                "The losses come from DistributedDataParallel with static_graph=True, which has "
-                "not run a backward yet. It would take pergrad's pass for its first one and never "
-                "synchronise gradients again. Run one ordinary training step before, or compute "
-                "the losses with the wrapped model, `ddp.module`."
-            )
-        if nodes.reentrant_checkpoint(node):
-            raise UnsupportedError(
-                f"The losses go through a re-entrant activation checkpoint ({_block(node)}), which "
-                "hides the parameters inside it from the graph: their gradients would be missing "
-                "without a word. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
-            )
-    return graph
+        if nodes.is_python(node):
+            _refuse(node)
+    return Graph(ordered, edges, (index[root.node], root.output_nr), targets, leads, pure)
+
+
+def _refuse(node: Any) -> None:
+    """Functions through which pergrad must not send a pass."""
+    if nodes.first_static_backward(node):
+        raise UnsupportedError(
+            "The losses come from DistributedDataParallel with static_graph=True, which has "
+            "not run a backward yet. It would take pergrad's pass for its first one and never "
+            "synchronise gradients again. Run one ordinary training step before, or compute "
+            "the losses with the wrapped model, `ddp.module`."
+        )
+    if nodes.reentrant_checkpoint(node):
+        raise UnsupportedError(
+            f"The losses go through a re-entrant activation checkpoint ({_block(node)}), which "
+            "hides the parameters inside it from the graph: their gradients would be missing "
+            "without a word. Pass use_reentrant=False to torch.utils.checkpoint.checkpoint."
+        )
 
 
 def _block(node: Any) -> str:
@@ -139,30 +158,46 @@ def _name_of(function: Any) -> str:
     return getattr(function, "__qualname__", None) or type(function).__name__
 
 
-def _topological(root: Any) -> list[Any]:
-    """Every node below `root`, each before what it reads from."""
+def topological(root: Any) -> tuple[list[Any], list[Any]]:
+    """Every node below `root`, each before what it reads from; and what that is, node by node."""
     finished: list[Any] = []
-    state = {root: False}
-    stack = [(root, iter(nodes.edges(root)))]
+    below: list[Any] = []
+    inputs: dict[Any, Any] = {}
+    done: set[Any] = set()
+    stack = [root]
     while stack:
-        node, children = stack[-1]
-        for child, _ in children:
-            if child is not None and child not in state:
-                state[child] = False
-                stack.append((child, iter(nodes.edges(child))))
-                break
+        node = stack[-1]
+        if node not in inputs:
+            inputs[node] = found = nodes.edges(node)
+            for child, _ in found:
+                if child is not None and child not in inputs:
+                    stack.append(child)
         else:
-            finished.append(node)
             stack.pop()
+            if node not in done:  # it was pushed once for each node above it
+                done.add(node)
+                finished.append(node)
+                below.append(inputs[node])
     finished.reverse()
-    return finished
+    below.reverse()
+    return finished, below
 
 
-def _find_targets(params: Mapping[str, Tensor], index: dict[Any, int]) -> dict[Slot, str]:
+def _find_targets(
+    params: Mapping[str, Tensor], index: dict[Any, int], edges: list[tuple[tuple[int, int], ...]]
+) -> dict[Slot, str]:
     targets: dict[Slot, str] = {}
     leaves = {id(p): name for name, p in params.items() if p.is_leaf}
     for node, i in index.items():
+        if edges[i]:
+            continue
         variable = nodes.leaf_variable(node)
+        if nodes.is_flattened(variable):
+            raise UnsupportedError(
+                "The losses come from a FullyShardedDataParallel, which flattens the parameters of "
+                "many layers into one and frees it between passes: pergrad cannot tell which "
+                "gradient is whose. Use `fully_shard` of torch.distributed.fsdp instead."
+            )
         if variable is not None:
             name = leaves.get(id(variable))
             if name is not None:
@@ -186,11 +221,17 @@ def _classify(
     pure = [False] * len(ordered)
     at_node = {i for i, _ in targets}
     for i in range(len(ordered) - 1, -1, -1):
-        below = edges[i]
-        leads[i] = i in at_node or any(c >= 0 and leads[c] for c, _ in below)
-        pure[i] = i in at_node or (
-            bool(below)
-            and all(c >= 0 and pure[c] for c, _ in below)
-            and nodes.op_name(ordered[i]) not in _LOOKUPS
-        )
+        if i in at_node:
+            leads[i] = pure[i] = True
+            continue
+        all_pure = bool(edges[i])
+        for child, _ in edges[i]:
+            if child < 0:
+                all_pure = False
+            else:
+                if leads[child]:
+                    leads[i] = True
+                if not pure[child]:
+                    all_pure = False
+        pure[i] = all_pure and nodes.op_name(ordered[i]) not in _LOOKUPS
     return leads, pure

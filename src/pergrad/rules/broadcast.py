@@ -38,7 +38,6 @@ def elementwise(use: Situation) -> Served:
 def add(use: Situation) -> Served:
     """self + alpha * other, self - alpha * other, other - alpha * self."""
     alpha = use.attr("alpha")
-    alpha = 1 if alpha is None else alpha
     factors = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[use.name]
     served: Served = {}
     for slot in use.operands:

@@ -4,12 +4,14 @@ Owns: lowering a product to `Outer`, whichever operand is the weight.
 Does not know: modules. `nn.Linear`, `F.linear`, `x @ W` and einsum all arrive here.
 """
 
+from math import prod
+
 import torch
 from torch import Tensor
 
-from pergrad.factors import Dense, Factor
+from pergrad.factors import Dense, Factor, Notes, Outer, Summed
 from pergrad.graph.layout import reshape
-from pergrad.rules.positions import outer, partition, reduced, rows_by_id
+from pergrad.rules.positions import blocks, outer, partition, reduced, rows_by_id
 from pergrad.rules.registry import Operand, Served, Situation, rule
 
 
@@ -18,19 +20,37 @@ def matrix(use: Situation) -> Served:
     """out = beta * bias + alpha * left @ right, two matrices."""
     names = ("self", "mat2") if use.name == "mm" else ("mat1", "mat2")
     first = 0 if use.name == "mm" else 1
-    served = _bias(use) if first else {}
+    served: Served = {}
     g, layout, scale = use.g, use.layout, _alpha(use)
+    scaled = scale * g if scale != 1 else g
     if first + 1 in use.operands:  # (n, k) data, (k, m) weight: positions are rows
         rows = partition(layout, (0,), use.batch)
         if rows is not None:
-            a, right = use.saved(names[0])[:, None], (scale * g if scale != 1 else g)[:, None]
-            served[first + 1] = outer(a, right, rows, use.operands[first + 1].shape)
+            a, shape = use.saved(names[0]), use.operands[first + 1].shape
+            left, right = blocks(a, rows), blocks(scaled, rows)
+            if left is None or right is None:
+                served[first + 1] = outer(a[:, None], scaled[:, None], rows, shape)
+            elif first and scale == 1 and _behind_rows(use):
+                notes = Notes(right)
+                served[first + 1] = Outer(left, right, shape, notes)
+                served[0] = Summed(right, use.operands[0].shape, notes)
+            else:
+                served[first + 1] = Outer(left, right, shape)
     if first in use.operands:  # (n, k) weight, (k, m) data: positions are columns
         columns = partition(layout, (1,), use.batch)
         if columns is not None:
-            a, left = use.saved(names[1]).mT[:, None], (scale * g if scale != 1 else g).mT[:, None]
+            a, left = use.saved(names[1]).mT[:, None], scaled.mT[:, None]
             served[first] = outer(left, a, columns, use.operands[first].shape)
-    return served
+    return {**_bias(use), **served} if first and 0 not in served else served
+
+
+def _behind_rows(use: Situation) -> bool:
+    """Whether the summand is one number for each column, as it is: a plain bias."""
+    bias = use.operands.get(0)
+    if bias is None or use.tracing() or use.attr("beta") != 1:
+        return False
+    columns = use.layout.shape[1]
+    return bias.shape[-1:] == (columns,) and prod(bias.shape) == columns
 
 
 @rule("bmm", "baddbmm")
@@ -112,8 +132,7 @@ def vector(use: Situation) -> Served:
 
 
 def _alpha(use: Situation) -> float:
-    alpha = use.attr("alpha")
-    return 1 if alpha is None else alpha
+    return 1 if use.name in ("mm", "bmm", "mv") else use.attr("alpha")
 
 
 def _bias(use: Situation) -> Served:
@@ -122,4 +141,4 @@ def _bias(use: Situation) -> Served:
         return {}
     beta = use.attr("beta")
     factor = reduced(use.g, use.layout, use.operands[0].shape, use.batch)
-    return {0: factor if beta in (None, 1) else Dense(factor.values * beta)}
+    return {0: factor if beta == 1 else Dense(factor.values * beta)}

@@ -4,12 +4,16 @@ Owns: the factor of the scale (the sum of g times the normalised input) and of t
 Does not know: how the gradient gets to the layer's input.
 """
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 from pergrad.factors import Dense
 from pergrad.factors.numeric import result_dtype
-from pergrad.rules.positions import reduced, regular
+from pergrad.factors.workspace import chunks, scratch
+from pergrad.graph.transfer import in_training
+from pergrad.rules.positions import blocks, in_order, partition, reduced
 from pergrad.rules.registry import Served, Situation, rule
 
 
@@ -36,43 +40,72 @@ def layer_norm(use: Situation) -> Served:
     shape = tuple(use.attr("normalized_shape"))
     normalised = None
     if 1 in use.operands:
-        x = _wide(use.saved("input"))
+        x = use.saved("input")
         mean, rstd = use.saved("result1"), use.saved("result2")
+        if not use.tracing():
+            summed = _by_position(use, x, mean, rstd, shape)
+            if summed is not None:
+                return summed
+        x = _wide(x)
         dims = list(range(x.dim() - len(shape), x.dim()))
         if use.tracing():
             mean, rstd = _live_statistics(x, dims, rstd)
-        else:
-            fused = _by_example(use, x, mean, rstd, shape)
-            if fused is not None:
-                return fused
         normalised = (x - mean) * rstd
     return _scale_and_shift(use, normalised, shape, (1, 2))
 
 
 # torch's own kernel for one example makes no temporaries; below this many numbers for an example
 # the calls cost more than that saves.
-_WORTH_A_CALL = 4096
+_WORTH_A_CALL = 2**14
 
 
-def _by_example(
-    use: Situation, x: Tensor, mean: Tensor, rstd: Tensor, shape: tuple[int, ...]
+def _by_position(
+    use: Situation, x: Tensor, mean: Tensor | None, rstd: Tensor, shape: tuple[int, ...]
 ) -> Served | None:
-    """Scale and shift by the layer's own backward, one example at a time; None where slower."""
-    g, layout = use.g, use.layout
-    in_order = layout.shape[0] == use.batch and regular(layout, use.batch) == (1, 1)
-    if g.device.type != "cpu" or g.dtype != x.dtype or not in_order:
+    """Scale and shift of layers with one mean and one deviation for each position.
+
+    Σ_t rstd_t (x_t - mean_t) g_t, by torch's own kernel for long examples, else the sum over
+    positions as a product of matrices: one temporary, cache-sized. None if the examples' positions
+    do not lie in order.
+    """
+    count = x.dim() - len(shape)
+    rows = partition(use.layout, tuple(range(count)), use.batch)
+    size = prod(shape)
+    folded = None if rows is None else blocks(use.g.reshape(-1, size), rows)
+    if rows is None or folded is None:
         return None
-    if layout.varying != (0,) or x[0].numel() < _WORTH_A_CALL:
-        return None
-    weight, bias = x.new_empty(shape), x.new_empty(shape)
-    wanted = (False, 1 in use.operands, 2 in use.operands)
-    rows = [
-        torch.ops.aten.native_layer_norm_backward(
-            g[b], x[b], shape, mean[b], rstd[b], weight, bias, wanted
-        )
-        for b in range(use.batch)
-    ]
-    return {slot: Dense(torch.stack([row[slot] for row in rows])) for slot in use.operands}
+    g = folded[:, 0]  # (B, T, size), as all below
+    B, T, _ = g.shape
+    x, rstd = x.reshape(B, T, size), rstd.reshape(B, 1, T)
+    mean = None if mean is None else mean.reshape(B, T, 1)
+    dtype = result_dtype(x, g)
+    found: dict[int, list[Tensor]] = {slot: [] for slot in use.operands if slot in (1, 2)}
+    if mean is not None and T * size >= _WORTH_A_CALL and x.dtype == g.dtype == dtype and x.is_cpu:
+        like = x.new_empty(size)
+        wanted = (False, 1 in found, 2 in found)
+        for b in range(B):
+            sums = torch.ops.aten.native_layer_norm_backward(
+                g[b], x[b], (size,), mean[b], rstd[b, 0, :, None], like, like, wanted
+            )
+            for slot, rows_ in found.items():
+                rows_.append(sums[slot])
+        return {slot: Dense(torch.stack(x).reshape(B, *shape)) for slot, x in found.items()}
+    for part in chunks(B, T * size * dtype.itemsize, scratch(g.device)):
+        here = g[part].to(dtype)
+        if 1 in found:
+            scaled = x[part].to(dtype) * here if mean is None else _centred(x, mean, part, here)
+            found[1].append(torch.bmm(rstd[part].to(dtype), scaled)[:, 0])
+        if 2 in found:
+            found[2].append(here.sum(1))
+    return {
+        slot: Dense((torch.cat(x) if len(x) > 1 else x[0]).reshape(B, *shape))
+        for slot, x in found.items()
+    }
+
+
+def _centred(x: Tensor, mean: Tensor, part: slice, g: Tensor) -> Tensor:
+    """(x - mean) g, in one temporary."""
+    return (x[part].to(g.dtype) - mean[part]).mul_(g)
 
 
 def _live_statistics(x: Tensor, dims: list[int], rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,8 +120,11 @@ def _live_statistics(x: Tensor, dims: list[int], rstd: Tensor) -> tuple[Tensor, 
 def rms_norm(use: Situation) -> Served:
     """y = weight * x * rrms over the last dimensions."""
     shape = tuple(use.attr("normalized_shape"))
-    x = _wide(use.saved("input"))
-    rrms = use.saved("result1")
+    x, rrms = use.saved("input"), use.saved("result1")
+    summed = None if use.tracing() else _by_position(use, x, None, rrms, shape)
+    if summed is not None:
+        return summed
+    x = _wide(x)
     if use.tracing():
         dims = list(range(x.dim() - len(shape), x.dim()))
         square = x.square().mean(dims, keepdim=True)
@@ -106,14 +142,37 @@ def group_norm(use: Situation) -> Served:
     g = use.g
     normalised = None
     if 1 in use.operands:
-        x = _wide(use.saved("input"))
-        groups = use.attr("group")
-        folded = x.reshape(x.shape[0], groups, -1)
+        x = use.saved("input")
         mean, rstd = use.saved("result1")[..., None], use.saved("result2")[..., None]
+        if not use.tracing() and use.layout.varying == (0,) and in_order(use.layout, use.batch):
+            return _by_channel(use, x, mean, rstd)
+        x = _wide(x)
+        folded = x.reshape(x.shape[0], use.attr("group"), -1)
         if use.tracing():
             mean, rstd = _live_statistics(folded, [2], rstd)
         normalised = ((folded - mean) * rstd).reshape(x.shape)
     return _scale_and_shift(use, normalised, _per_channel(g), (1, 2))
+
+
+def _by_channel(use: Situation, x: Tensor, mean: Tensor, rstd: Tensor) -> Served:
+    """Scale and shift of a group norm, example by example in one temporary, cache-sized.
+
+    rstd Σ_s (x_s - mean) g_s, the sum over the pixels of a channel.
+    """
+    g = use.g
+    B, C = g.shape[:2]
+    N = mean.shape[1]
+    dtype = result_dtype(x, g)
+    found: dict[int, list[Tensor]] = {slot: [] for slot in use.operands if slot in (1, 2)}
+    for part in chunks(B, g[0].numel() * dtype.itemsize, scratch(g.device)):
+        here = g[part].to(dtype).reshape(-1, C, g[0, 0].numel())
+        if 1 in found:
+            centred = x[part].to(dtype).reshape(here.shape[0], N, -1) - mean[part]
+            sums = centred.view(here.shape).mul_(here).sum(2).view(-1, N, C // N)
+            found[1].append(sums.mul_(rstd[part]).view(-1, C))
+        if 2 in found:
+            found[2].append(here.sum(2))
+    return {slot: Dense(torch.cat(rows)) for slot, rows in found.items()}
 
 
 @rule("native_batch_norm", "cudnn_batch_norm", "native_batch_norm_legit_no_training",
@@ -126,10 +185,8 @@ def batch_norm(use: Situation) -> Served:
     if 1 in use.operands:
         x = _wide(use.saved("input"))
         shape = _per_channel(g)
-        training = use.attr("training")
-        if training is None:
-            training = use.name == "batch_norm_with_update"
-        eps = use.attr("eps") if use.attr("eps") is not None else use.attr("epsilon")
+        training = in_training(use)
+        eps = use.attr("epsilon" if use.name.startswith(("cudnn", "miopen")) else "eps")
         if training:
             mean, rstd = use.saved("result1"), use.saved("result2")
             if use.tracing():

@@ -114,6 +114,16 @@ def outer(g: Tensor, a: Tensor, groups: Partition, shape: Sequence[int]) -> Fact
     return groups.place(factors) if factors else None
 
 
+def blocks(rows: Tensor, groups: Partition) -> Tensor | None:
+    """(R, p) -> (B, 1, T, p), if every example has as many rows, one after the other."""
+    if len(groups.buckets) != 1 or groups.buckets[0].rows is not None:
+        return None
+    first = groups.buckets[0]
+    if first.outer != 1:
+        return None
+    return rows.reshape(groups.batch, 1, first.inner, rows.shape[1])
+
+
 def outer_by_group(
     g: Tensor, a: Tensor, owners: Tensor, groups: Tensor, count: int, batch: int,
     shape: Sequence[int],
@@ -197,6 +207,11 @@ def regular(layout: Layout, batch: int) -> tuple[int, int] | None:
     owners = layout.owner.reshape(-1)
     pattern = regular_pattern(owners)
     return pattern if pattern is not None and int(owners.max()) + 1 == batch else None
+
+
+def in_order(layout: Layout, batch: int) -> bool:
+    """Whether index i along the first dimension is example i, all of them there."""
+    return layout.shape[0] == batch and regular(layout, batch) == (1, 1)
 
 
 def by_owner(rows: Tensor, owners: Tensor, batch: int) -> Tensor:

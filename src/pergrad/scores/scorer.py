@@ -7,6 +7,7 @@ Does not know: files, or which blocks are left to do.
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -179,6 +180,7 @@ class Scorer:
         self._hopeful = work.proven
         self._failed = 0
         self._nulls: pa.Array | None = None
+        self._warned = False
 
     def score(self, block: range, fetched: Fetched | None = None) -> pa.Table:
         """A row for every example of the block, in order.
@@ -190,6 +192,7 @@ class Scorer:
         errors: dict[int, str] = {}
         size = self.batch_size
         short = False
+        together: Exception | None = None  # why examples could not be scored in one batch
         todo = [block[lo : lo + size] for lo in range(0, len(block), size)][::-1]
         while todo:
             piece = todo.pop()
@@ -211,6 +214,7 @@ class Scorer:
                 size, short = max(1, len(piece) // 2), True
                 todo.append(piece)
             elif len(piece) > 1:
+                together = together or error
                 half = len(piece) // 2
                 todo += [piece[half:], piece[:half]]
             else:
@@ -219,6 +223,14 @@ class Scorer:
         if short:
             self.batch_size = max(1, self.batch_size // 2)
             self._smaller(self.batch_size)
+        if together is not None and not errors and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"The examples {block[0]} to {block[-1]} can be scored, but not in one batch: "
+                f"{type(together).__name__}: {together}. Their scores are right, and slow to get. "
+                "If they differ in size, give the Job a `collate` that pads them, or batch_size=1.",
+                stacklevel=2,
+            )
         self._alone(block, values, errors)
         return self._table(block, values, errors)
 
