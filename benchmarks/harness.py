@@ -1,97 +1,57 @@
-"""Fair timings and memory of per-example gradient norms, against a plain training step.
+"""Fair timings and memory of everyone on one workload.
 
-Owns: how things are measured. Runs of all contestants are interleaved, in a new random order each
-round, in one process after a warm-up; a ratio is taken within a round, so that a machine that slows
-down slows both sides; medians and quartiles are kept. Memory is the peak of a fresh child process.
-Every run first compares the norms with a loop over the examples in float64.
+Owns: how things are measured. Every contestant has a process of its own; in every round each is
+asked in turn, in a new random order, for one timed repetition (several of short ones), so that a
+machine that slows down slows all; a ratio is taken within a round; medians and quartiles are kept.
+Memory is the peak of the process. What a contestant computes is compared with the loop in float64,
+and one that is wrong is not timed.
 
-Does not know: which models and methods there are. Those register themselves: see `norms.py`.
+Does not know: which models and contestants there are, or what is claimed of them.
 """
 
-import copy
 import datetime
-import gc
 import json
 import os
 import platform
 import random
 import statistics
 import subprocess
-import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from contestants import Contestant
+from processes import FailedError, Process
+from workloads import TASKS, Workload
 
 RESULTS = Path(__file__).parent / "results"
 
-# Largest deviation of a norm from the float64 loop, relative to that norm. Float32 autograd itself
-# is at about 1e-6 on these models; a wrong method is off by far more than this.
+# Largest error allowed, relative to the norms. Float32 autograd itself is at about 1e-6 on these
+# models, and at 1e-5 on an inner product of two; a wrong method is off by far more than this.
 TOLERANCE = 1e-4
 
-
-@dataclass(frozen=True)
-class Step:
-    """A model, a batch, and how to get one loss per example."""
-
-    model: nn.Module
-    batch: tuple[Tensor, ...]
-    loss: Callable[..., Tensor]  # (call the model, *batch) -> (B,)
-
-    def losses(self) -> Tensor:
-        return self.loss(self.model, *self.batch)
+SHORT_SECONDS = (
+    0.1  # repetitions shorter than this are repeated within a turn, after one unrecorded
+)
+SCALED_SECONDS = 1.5  # what is proportional to the examples is timed on as many as fit into this
 
 
 @dataclass(frozen=True)
-class Workload:
-    name: str
-    title: str
-    build: Callable[[], Step]
-    time_claim: float | None  # norms take at most this share of a plain step
-    memory_claim: float | None
+class Effort:
+    """How long to measure."""
 
-
-@dataclass(frozen=True)
-class Contestant:
-    """One way to get something out of a step; `run` returns the norms (B,) if it computes them."""
-
-    name: str
-    title: str
-    run: Callable[[Step], Tensor | None]
-    rounds: int | None  # at most so many rounds, for slow ones
-    memory: bool  # whether its peak memory is measured
-
-
-WORKLOADS: dict[str, Workload] = {}
-CONTESTANTS: dict[str, Contestant] = {}
-
-
-def workload(
-    name: str, title: str, *, time: float | None = None, memory: float | None = None
-) -> Callable[[Callable[[], Step]], Callable[[], Step]]:
-    """Register a function that builds a step; `time` and `memory` are what is claimed of it."""
-
-    def add(build: Callable[[], Step]) -> Callable[[], Step]:
-        WORKLOADS[name] = Workload(name, title, build, time, memory)
-        return build
-
-    return add
-
-
-def contestant(
-    name: str, title: str, *, rounds: int | None = None, memory: bool = False
-) -> Callable[[Callable[[Step], Tensor | None]], Callable[[Step], Tensor | None]]:
-    """Register a function that runs a step its way. The one called "plain" is the measure."""
-
-    def add(run: Callable[[Step], Tensor | None]) -> Callable[[Step], Tensor | None]:
-        CONTESTANTS[name] = Contestant(name, title, run, rounds, memory)
-        return run
-
-    return add
+    seconds: float = 15  # of timing, for each workload, about
+    rounds: int = 20  # at most
+    memory: int = 3  # processes whose peaks are taken, of small workloads
+    batches: int | None = None  # at most, of different lengths
+    patience: float = 120  # seconds; who takes longer for one answer is stopped
 
 
 @dataclass(frozen=True)
@@ -110,113 +70,317 @@ class Spread:
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high, len(values))
 
-    def record(self, digits: int) -> dict[str, float]:
+    def record(self, digits: int, scale: float = 1.0) -> dict[str, Any]:
         return {
-            "median": round(self.median, digits),
-            "quartiles": [round(self.low, digits), round(self.high, digits)],
+            "median": round(self.median * scale, digits),
+            "quartiles": [round(self.low * scale, digits), round(self.high * scale, digits)],
             "runs": self.runs,
         }
 
 
+# --- correctness -----------------------------------------------------------------------------
+
+
+def error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    """The largest deviation from the reference, relative to the gradients' norms.
+
+    The reference has some of the examples ("rows", and "columns" on the other side), and those of
+    them count that the contestant computed.
+    """
+    rows = want["rows"]
+    rows = rows[rows < len(got.get("norms", got.get("values", rows)))]
+    n, found = len(rows), [0.0]
+    if "norms" in want:
+        expected = want["norms"][:n]
+        found.append(_largest((got["norms"][rows].double() - expected) / expected))
+    if "values" in want:
+        values, expected, scale = got["values"][rows].double(), want["values"][:n], want["left"][:n]
+        if "columns" in want:
+            columns = want["columns"]
+            columns = columns[columns < values.shape[1]]
+            values, expected = values[:, columns], expected[:, : len(columns)]
+            scale = scale[:, None] * want["right"][: len(columns)]
+        found.append(_largest((values - expected) / scale))
+    if "sum" in want and len(got["norms"]) == len(want["norms"]):
+        expected = want["sum"]
+        found.append(_largest((got["sum"].double() - expected).norm() / expected.norm()))
+    return max(found)
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().nan_to_num(nan=float("inf")).max()) if x.numel() else 0.0
+
+
+# --- one workload ----------------------------------------------------------------------------
+
+
 @dataclass
-class Timings:
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    ratios: dict[str, list[float]] = field(default_factory=dict)
+class Runner:
+    """A contestant at work."""
+
+    contestant: Contestant
+    process: Process
+    patience: float
+    imports: int = 0
+    examples: int = 0
+    part: int | None = None  # so many examples are timed, and the time scaled
+    once: float = 0.0  # seconds of a repetition
+    spent: float = 0.0
+    peak: int = 0
+    error: float | None = None
+    failure: str | None = None
+    seconds: list[float] = field(default_factory=list)
+    again: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.contestant.name
+
+    @property
+    def scale(self) -> float:
+        return self.examples / self.part if self.part else 1.0
+
+    def ask(self, do: str, **more: Any) -> dict[str, Any]:
+        start = time.monotonic()
+        found = self.process.ask(do, seconds=self.patience, **more)
+        self.spent += time.monotonic() - start
+        self.peak = max(self.peak, found["peak"])
+        return found
+
+    def turn(self) -> float:
+        """The median time of the repetitions of one turn."""
+        repeats = max(1, min(10, int(SHORT_SECONDS / max(self.once, 1e-4))))
+        warm = int(self.once < SHORT_SECONDS)
+        found = self.ask("turn", repeats=repeats, warm=warm, examples=self.part)["all"]
+        return statistics.median(found) * self.scale
+
+    def fail(self, failure: str) -> None:
+        self.failure = failure
+        self.process.close()
 
 
-def timings(step: Step, chosen: list[Contestant], *, warmup: int, rounds: int) -> Timings:
-    """Interleaved runs on one step; the slow contestants apart, so that they disturb no other."""
-    found = Timings({c.name: [] for c in chosen}, {c.name: [] for c in chosen})
-    fast = [c for c in chosen if c.rounds is None]
-    _interleave(step, fast, warmup, rounds, found)
-    for c in chosen:
-        if c.rounds is not None:
-            aside = Timings({**found.seconds, "plain": []}, {**found.ratios, "plain": []})
-            _interleave(step, [CONTESTANTS["plain"], c], 1, min(c.rounds, rounds), aside)
-    return found
+@contextmanager
+def _running(
+    workload: Workload, chosen: list[Contestant], effort: Effort, *, tiny: bool
+) -> Iterator[list[Runner]]:
+    """Processes of all contestants, set up: at once, since nothing is timed yet."""
+    runners = [
+        Runner(c, Process(workload.name, c.name, tiny=tiny), effort.patience) for c in chosen
+    ]
+    try:
+        for r in runners:
+            try:
+                ready = r.process.answer(effort.patience)
+                r.imports, r.examples = ready["imports"], ready["examples"]
+            except FailedError as error:
+                r.fail(str(error))
+        yield runners
+    finally:
+        for r in runners:
+            r.process.close()
 
 
-def _interleave(
-    step: Step, chosen: list[Contestant], warmup: int, rounds: int, found: Timings
-) -> None:
-    for _ in range(warmup):
-        for c in chosen:
-            c.run(step)
-    gc.collect()
-    gc.freeze()  # what is alive now stays alive: no need for the collector to look at it again
+def _reference(
+    workload: Workload, folder: Path, batches: int, effort: Effort, *, tiny: bool
+) -> dict[str, Any]:
+    process = Process(workload.name, "reference", tiny=tiny)
+    try:
+        about = process.answer(effort.patience)
+        process.ask("first", seconds=10 * effort.patience, save=str(folder / "want"))
+        for k in range(batches):
+            process.ask(
+                "batch", seconds=10 * effort.patience, index=k, save=str(folder / f"want{k}")
+            )
+    except FailedError as error:
+        raise SystemExit(f"No reference for {workload.name}: {error}\n{process.printed}") from None
+    finally:
+        process.close()
+    return about
+
+
+def _first(r: Runner, folder: Path) -> None:
+    """One repetition, compared with the reference; a part of the examples for the linear ones."""
+    path = folder / r.name
+    if r.contestant.linear and r.examples > 4:
+        r.part = 4
+        r.ask("first", examples=r.part)
+        each = r.ask("first", examples=r.part)["seconds"] / r.part
+        r.part = max(4, min(r.examples, int(SCALED_SECONDS / each)))
+        r.part = None if r.part == r.examples else r.part
+    r.once = r.ask("first", examples=r.part, save=str(path))["seconds"]
+    _compare(r, path, folder / "want")
+
+
+def _compare(r: Runner, got: Path, want: Path) -> None:
+    if not got.exists():
+        return  # the plain step computes nothing to compare
+    found = error(torch.load(got), torch.load(want))
+    r.error = max(found, r.error or 0.0)
+    if not found <= TOLERANCE:
+        r.fail(f"wrong: off by {found:.1e}")
+
+
+def _minimum(r: Runner) -> int:
+    """Turns that everyone gets whatever they cost."""
+    if r.name in ("plain", "pergrad"):
+        return 2 if r.once > 4 else 5
+    return 1 if r.once > 4 else 2 if r.once > 1 else 3
+
+
+def _interleave(runners: list[Runner], effort: Effort) -> None:
+    """Rounds of turns; the slow ones have had their share after a few."""
     order = random.Random(0)
-    for _ in range(rounds):
+    plain = next(r for r in runners if r.name == "plain")
+    others = [r for r in runners if r.name not in ("plain", "pergrad")]
+    share = {r.name: effort.seconds / 2 / (len(others) or 1) for r in others}
+    share |= dict.fromkeys(("plain", "pergrad"), effort.seconds / 4)
+    for r in runners:
+        r.spent = 0.0
+        _short_again(r)
+    for _ in range(effort.rounds):
+        active = [
+            r
+            for r in runners
+            if r.failure is None
+            and (len(r.seconds) < _minimum(r) or r.spent + r.once * r.scale < share[r.name])
+        ]
+        if not active or active == [plain]:
+            break
+        if plain not in active:
+            active.append(plain)
         taken = {}
-        for c in order.sample(chosen, len(chosen)):
-            start = time.perf_counter()
-            c.run(step)
-            taken[c.name] = time.perf_counter() - start
-        for name, seconds in taken.items():
-            found.seconds[name].append(seconds)
-            found.ratios[name].append(seconds / taken["plain"])
-    gc.unfreeze()
+        for r in order.sample(active, len(active)):
+            try:
+                taken[r.name] = r.turn()
+            except FailedError as error:
+                r.fail(str(error))
+        for r in active:
+            if r.name in taken:
+                r.seconds.append(taken[r.name])
+                r.ratios.append(taken[r.name] / taken["plain"])
 
 
-def alone_in_float64(step: Step) -> Tensor:
-    """The norms by a forward and backward pass for every example on its own, in float64."""
-    model = copy.deepcopy(step.model).double()
-    params = [p for p in model.parameters() if p.requires_grad]
-    norms = []
-    for i in range(step.batch[0].shape[0]):
-        example = (t[i : i + 1] for t in step.batch)
-        example = tuple(t.double() if t.is_floating_point() else t for t in example)
-        grads = torch.autograd.grad(step.loss(model, *example)[0], params, allow_unused=True)
-        norms.append(sum(float(g.square().sum()) for g in grads if g is not None) ** 0.5)
-    return torch.tensor(norms, dtype=torch.float64)
+def _short_again(r: Runner) -> None:
+    """The first repetition of a short one says little about how long it takes when warm."""
+    if r.failure is None and r.once < 1:
+        try:
+            r.once = min(r.once, r.ask("turn", repeats=1, warm=1, examples=r.part)["all"][0])
+        except FailedError as error:
+            r.fail(str(error))
 
 
-def errors(step: Step, chosen: list[Contestant]) -> dict[str, float]:
-    """Largest relative error of the norms of every contestant that returns them."""
-    reference = alone_in_float64(step)
-    found = {}
-    for c in chosen:
-        norms = c.run(step)
-        if norms is not None:
-            found[c.name] = float(((norms.double() - reference).abs() / reference).max())
+def _lengths(runners: list[Runner], count: int, checked: int, folder: Path) -> None:
+    """Every batch once by everyone, each time twice: the time of the first is what is compared."""
+    order = random.Random(0)
+    for r in runners:
+        r.spent = 0.0
+    for k in range(count):
+        taken = {}
+        active = [r for r in runners if r.failure is None]
+        for r in order.sample(active, len(active)):
+            if r.name not in ("plain", "pergrad") and k >= checked and k * 6 >= count:
+                continue  # a few of the batches tell what the others cost
+            path = folder / f"{r.name}{k}"
+            try:
+                more = {"save": str(path)} if k < checked else {}
+                found = r.ask("batch", index=k, **more)
+                if k < checked:
+                    _compare(r, path, folder / f"want{k}")
+            except FailedError as error:
+                r.fail(str(error))
+                continue
+            taken[r.name] = found["first"]
+            r.seconds.append(found["first"])
+            r.again.append(found["again"])
+        for r in active:
+            if r.name in taken:
+                r.ratios.append(taken[r.name] / taken["plain"])
+
+
+def _peaks(workload: Workload, r: Runner, effort: Effort, *, tiny: bool) -> list[int]:
+    """Peaks above the imports': of the process that was timed, and of more if it is small."""
+    found = [r.peak - r.imports]
+    small = found[0] < 200e6 and r.name in ("plain", "pergrad")
+    for _ in range(effort.memory - 1 if small else 0):
+        process = Process(workload.name, r.name, tiny=tiny)
+        try:
+            imports = process.answer(effort.patience)["imports"]
+            for _ in range(5):
+                peak = process.ask("first", seconds=effort.patience)["peak"]
+            found.append(peak - imports)
+        finally:
+            process.close()
     return found
 
 
-# --- memory ----------------------------------------------------------------------------------
+def measure(
+    workload: Workload, chosen: list[Contestant], effort: Effort, *, tiny: bool = False
+) -> dict[str, Any]:
+    """Errors, times and memory of everyone on one workload."""
+    begun = time.monotonic()
+    started = environment()
+    count = 0
+    if workload.batches is not None:
+        count = len(workload.batches(tiny))
+        count = count if effort.batches is None else min(effort.batches, count)
+    checked = min(count, 3)
+    with (
+        tempfile.TemporaryDirectory() as name,
+        _running(workload, chosen, effort, tiny=tiny) as runners,
+    ):
+        folder = Path(name)
+        about = _reference(workload, folder, checked, effort, tiny=tiny)
+        for r in runners:
+            if r.failure is None:
+                try:
+                    _first(r, folder)
+                except FailedError as failed:
+                    r.fail(str(failed))
+            if r.failure is not None and r.name in ("plain", "pergrad"):
+                raise SystemExit(
+                    f"{r.name} fails on {workload.name}, and nothing is saved: {r.failure}\n"
+                    f"{r.process.printed}"
+                )
+        if count:
+            _lengths(runners, count, checked, folder)
+        else:
+            _interleave(runners, effort)
+        plain = next(r for r in runners if r.name == "plain")
+        unit = statistics.median(_peaks(workload, plain, effort, tiny=tiny))
+        return {
+            "workload": workload.name,
+            "title": workload.title,
+            "task": workload.task,
+            "task_title": TASKS[workload.task],
+            "targets": [[t.measure, t.bound, t.claim] for t in workload.targets],
+            "examples": about["examples"],
+            "parameters": about["parameters"],
+            "environment": started,
+            "contestants": {
+                r.name: _row(r, unit, _peaks(workload, r, effort, tiny=tiny) if r is not plain
+                             else [int(unit)], whole=count > 0)
+                for r in runners
+            },
+            "seconds": round(time.monotonic() - begun, 1),
+        }  # fmt: skip
 
 
-def _peak_bytes() -> int:
-    """The largest resident size of this process so far."""
-    # Not ru_maxrss where there is a choice: on Linux a new process starts from its parent's peak.
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def memory_child(build: Callable[[], Step], run: Callable[[Step], Any], steps: int = 3) -> None:
-    """In a child process, after the imports: print the peaks as JSON."""
-    imports = _peak_bytes()
-    step = build()
-    built = _peak_bytes()
-    for _ in range(steps):
-        run(step)
-    print(json.dumps({"imports": imports, "built": built, "peak": _peak_bytes()}))
-
-
-def peak_memory(script: Path, workload_name: str, contestant_name: str, repeats: int) -> list[int]:
-    """Peak bytes above those of the imports, of `repeats` fresh processes: model, batch, steps."""
-    found = []
-    command = [sys.executable, str(script), "--memory-child", workload_name, contestant_name]
-    for _ in range(repeats):
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        peaks = json.loads(done.stdout.splitlines()[-1])
-        found.append(peaks["peak"] - peaks["imports"])
-    return found
+def _row(r: Runner, unit: float, peaks: list[int], *, whole: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {"title": r.contestant.title, "failure": r.failure}
+    if r.failure is not None or not r.seconds:
+        return row
+    row |= {
+        "milliseconds": Spread.of(r.seconds).record(3, 1e3),
+        "ratio": Spread.of(r.ratios).record(4),
+        "peak_bytes": peaks,
+        "memory_ratio": round(statistics.median(peaks) / unit, 4),
+        "error": r.error,
+        "part": [r.part, r.examples] if r.part else None,
+    }
+    if whole:
+        row["first_over_again"] = round(sum(r.seconds) / sum(r.again), 4)
+    return row
 
 
 # --- the record ------------------------------------------------------------------------------
@@ -268,75 +432,3 @@ def save(name: str, record: dict[str, Any], folder: Path = RESULTS) -> Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     return path
-
-
-def measure(
-    chosen: Workload,
-    script: Path,
-    *,
-    contestants: list[Contestant],
-    warmup: int = 3,
-    rounds: int = 30,
-    memory_repeats: int = 5,
-    folder: Path = RESULTS,
-) -> dict[str, Any]:
-    """Errors, times and memory of one workload, printed and saved."""
-    started = environment()
-    step = chosen.build()
-    print(f"{chosen.name}: {chosen.title}")
-    if started["load"] is not None and started["load"] > 0.5:
-        print(f"  This machine is busy (load {started['load']}): these timings are worth little.")
-
-    found = errors(step, contestants)
-    for name, error in found.items():
-        print(f"  {name:<10}largest relative error of a norm {error:.1e}")
-        if not error <= TOLERANCE:
-            raise SystemExit(f"{name} is wrong on {chosen.name}: error {error:.1e}. Nothing saved.")
-
-    times = timings(step, contestants, warmup=warmup, rounds=rounds)
-    record: dict[str, Any] = {
-        "workload": chosen.name,
-        "title": chosen.title,
-        "claims": {"time": chosen.time_claim, "memory": chosen.memory_claim},
-        "examples": len(step.batch[0]),
-        "parameters": sum(p.numel() for p in step.model.parameters()),
-        "environment": started,
-        "contestants": {},
-    }
-    plain_memory = None
-    for c in contestants:
-        seconds, ratio = Spread.of(times.seconds[c.name]), Spread.of(times.ratios[c.name])
-        row: dict[str, Any] = {
-            "title": c.title,
-            "milliseconds": Spread(
-                *(1e3 * x for x in (seconds.median, seconds.low, seconds.high)), seconds.runs
-            ).record(3),
-            "ratio": ratio.record(4),
-            "error": found.get(c.name),
-        }
-        if c.memory and memory_repeats:
-            repeats = memory_repeats if c.rounds is None else 1
-            peaks = peak_memory(script, chosen.name, c.name, repeats)
-            median = statistics.median(peaks)
-            plain_memory = median if c.name == "plain" else plain_memory
-            row["peak_bytes"] = peaks
-            row["memory_ratio"] = round(median / plain_memory, 4) if plain_memory else None
-        record["contestants"][c.name] = row
-        line = f"  {c.name:<10}{1e3 * seconds.median:9.1f} ms   {ratio.median:6.2f} of a plain step"
-        line += f" ({ratio.low:.2f} to {ratio.high:.2f})"
-        if "memory_ratio" in row:
-            line += f"   {median / 1e6:.0f} MB, {row['memory_ratio']:.2f}"
-        print(line, flush=True)
-    print(f"  saved {save(chosen.name, record, folder)}")
-    return record
-
-
-def held(record: dict[str, Any]) -> dict[str, bool]:
-    """Which of a workload's claims about `norms` hold: name of the claim -> whether."""
-    ours = record["contestants"]["norms"]
-    values = {"time": ours["ratio"]["median"], "memory": ours.get("memory_ratio")}
-    return {
-        name: values[name] is not None and values[name] <= bound
-        for name, bound in record["claims"].items()
-        if bound is not None
-    }

@@ -1,4 +1,4 @@
-"""Claim: a report of 1,797 examples is under 8 MB and opens in 2 s; of 1,000,000, it is under 15 MB.
+"""Claim: a report of 1,797 examples is under 8 MB, and open in 2 s; of a million, under 15 MB.
 
 python benchmarks/report.py            # needs Chromium: `make browser`
 

@@ -1,41 +1,37 @@
 """Write the tables of benchmarks/README.md and README.md from benchmarks/results.
 
-python benchmarks/tables.py            # write, and fail if a claim does not hold
+python benchmarks/tables.py            # write, and fail if a claim of README.md does not hold
 python benchmarks/tables.py --check    # only say whether the files are up to date
 """
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import harness
+import targets
+import workloads
+from contestants import CONTESTANTS
 
 ROOT = Path(__file__).parents[1]
 START, END = "<!-- costs: written by benchmarks/tables.py -->", "<!-- end of costs -->"
-WORDS = {"time": "time", "memory": "peak memory"}
+Record = dict[str, Any]
+
+# The main README's columns beside pergrad's own.
+PEERS = ("opacus", "backpack", "vmap", "loop")
 
 
-def read() -> dict[str, dict[str, Any]]:
-    """Records of the workloads by name, in the order in which `norms.py` registers them."""
-    paths = sorted(harness.RESULTS.glob("*.json"))
-    records = {path.stem: json.loads(path.read_text()) for path in paths}
-    return {name: r for name, r in records.items() if "workload" in r}
+def read(folder: Path = harness.RESULTS) -> dict[str, Record]:
+    """Records of the workloads there are, in their order."""
+    paths = {name: folder / f"{name}.json" for name in workloads.REGISTRY}
+    return {n: json.loads(path.read_text()) for n, path in paths.items() if path.exists()}
 
 
-def read_import() -> dict[str, Any] | None:
-    path = harness.RESULTS / "import_time.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def read_scan() -> dict[str, Any] | None:
-    path = harness.RESULTS / "scan.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def read_report() -> dict[str, Any] | None:
-    path = harness.RESULTS / "report.json"
+def read_other(name: str, folder: Path = harness.RESULTS) -> Record | None:
+    path = folder / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
@@ -84,92 +80,178 @@ def _scan(record: dict[str, Any]) -> str:
     )
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def _table(head: list[str], rows: list[list[str]], words: int = 1) -> str:
+    """Markdown; the first `words` columns are text, the others numbers."""
+    line = ["---"] * words + ["---:"] * (len(head) - words)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, line, *rows])
 
 
 def _share(spread: dict[str, Any]) -> str:
     low, high = spread["quartiles"]
-    return f"{spread['median']:.2f} ({low:.2f}–{high:.2f})"
+    return f"{_number(spread['median'])} ({_number(low)}–{_number(high)})"
 
 
-def _machine(record: dict[str, Any]) -> str:
+def _number(x: float) -> str:
+    return f"{x:.2f}" if x < 20 else f"{x:.0f}"
+
+
+def _machine(record: Record) -> str:
     e = record["environment"]
+    busy = f", load {e['load']} before" if e["load"] is not None and e["load"] > 0.5 else ""
     return (
-        f"{e['cpu']}, {e['threads']} threads; {e['system']}; Python {e['python']}, "
+        f"{e['cpu']}, {e['threads']} threads{busy}; {e['system']}; Python {e['python']}, "
         f"torch {e['torch']}; {e['date']}, commit {e['commit']}"
     )
 
 
-def summary(records: dict[str, dict[str, Any]]) -> str:
-    """For README.md: one row per model, the cost of every way as a share of a plain step."""
-    ways: dict[str, str] = {}
-    for record in records.values():
-        for name, row in record["contestants"].items():
-            if name != "plain":
-                ways.setdefault(name, row["title"])
-    rows = []
-    for record in records.values():
-        cells = [record["title"]]
-        for name in ways:
-            row = record["contestants"].get(name)
-            cells.append(f"{row['ratio']['median']:.2f}" if row else "")
-        memory = record["contestants"]["norms"].get("memory_ratio")
-        cells.append(f"{memory:.2f}" if memory else "")
-        rows.append(cells)
-    head = ["time, as a share of a plain forward and backward", *ways.values()]
-    table = _table([*head, "peak memory of `pergrad.norms`"], rows)
-    machines = sorted({_machine(record) for record in records.values()})
-    return f"{table}\n\nMedians. {'; '.join(machines)}."
+def _machines(records: list[Record]) -> str:
+    """Once each; the load differs from workload to workload, so the largest is given."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        e = record["environment"]
+        groups.setdefault(str({**e, "load": None}), []).append(record)
+    largest = [max(g, key=lambda r: r["environment"]["load"] or 0.0) for g in groups.values()]
+    return "; ".join(_machine(record) for record in largest)
 
 
-def full(records: dict[str, dict[str, Any]]) -> str:
-    """For benchmarks/README.md: everything that was measured."""
+def _cell(record: Record, name: str) -> str:
+    row = record["contestants"].get(name)
+    if row is None:
+        return ""
+    return "fails" if row["failure"] is not None else _number(row["ratio"]["median"])
+
+
+def summary(records: dict[str, Record]) -> str:
+    """For README.md: one row per workload, the cost of each way as a share of a plain step."""
     parts = []
+    for task in workloads.TASKS:
+        chosen = [r for r in records.values() if r["task"] == task]
+        if not chosen:
+            continue
+        peers = [p for p in PEERS if any(p in r["contestants"] for r in chosen)]
+        rows = [
+            [
+                record["title"],
+                f"**{_cell(record, 'pergrad')}**",
+                _number(record["contestants"]["pergrad"]["memory_ratio"]),
+                *(_cell(record, peer) for peer in peers),
+            ]
+            for record in chosen
+        ]
+        titles = [CONTESTANTS[peer].title for peer in peers]
+        head = [workloads.TASKS[task], "pergrad", "its peak memory", *titles]
+        parts.append(_table(head, rows))
+    machines = _machines(list(records.values()))
+    return (
+        "\n\n".join(parts) + "\n\nTime as a share of a plain forward and backward pass of the same "
+        f"batch (1.00), and peak memory as a share of that pass's; medians. {machines}."
+    )
+
+
+def _bound(outcome: targets.Outcome) -> list[str]:
+    sign = "≥" if outcome.measure in targets.AT_LEAST else "≤"
+    measured = "fails" if outcome.other_fails else "not measured"
+    if outcome.value is not None:
+        measured = _number(outcome.value)
+    return [
+        outcome.workload,
+        targets.WORDS[outcome.measure],
+        f"{sign} {outcome.bound:.2f}",
+        measured,
+        "yes" if outcome.holds else "**no**",
+        "README" if outcome.claim else "",
+    ]
+
+
+def bounds(records: dict[str, Record]) -> str:
+    """Every target and claim, and whether it is met."""
+    rows = [_bound(o) for record in records.values() for o in targets.outcomes(record)]
+    table = _table(["workload", "what", "bound", "measured", "met", "claimed in"], rows, 2)
+    slower = [
+        f"{name} ({', '.join(CONTESTANTS[c].title for c in found)})"
+        for name, record in records.items()
+        if (found := targets.faster(record))
+    ]
+    verdict = "No contestant but the plain step is faster than pergrad on any workload."
+    if slower:
+        verdict = f"Faster than pergrad, besides the plain step: {'; '.join(slower)}."
+    return f"{table}\n\n{verdict}"
+
+
+def _rows(record: Record) -> list[list[str]]:
+    rows = []
+    for row in record["contestants"].values():
+        if row["failure"] is not None:
+            rows.append([row["title"], "", "", "", "", "", "", _plain_text(row["failure"])])
+            continue
+        notes = []
+        if row["part"]:
+            notes.append(f"timed on {row['part'][0]} of {row['part'][1]} examples, and scaled")
+        if "first_over_again" in row:
+            notes.append(f"{row['first_over_again']:.2f} of the time at a known length")
+        rows.append(
+            [
+                row["title"],
+                f"{row['milliseconds']['median']:.1f}",
+                _share(row["ratio"]),
+                f"{row['ratio']['runs']}",
+                # a part of the batch says nothing about the memory of the whole
+                "" if row["part"] else f"{statistics.median(row['peak_bytes']) / 1e6:.0f} MB",
+                "" if row["part"] else _number(row["memory_ratio"]),
+                f"{row['error']:.0e}" if row["error"] is not None else "",
+                "; ".join(notes),
+            ]
+        )
+    return rows
+
+
+def _plain_text(failure: str, longest: int = 120) -> str:
+    """An error in a cell of a table."""
+    text = failure.replace("|", "\\|").replace("<", "&lt;")
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def full(records: dict[str, Record], imported: Record | None, scaling: Record | None) -> str:
+    """For benchmarks/README.md: everything that was measured."""
+    head = ["", "ms", "share of plain", "turns", "peak memory", "share", "error", "remarks"]
+    parts = [
+        "### Targets\n\n" + bounds(records),
+        "![time as a share of the plain step, one panel per workload](results/costs.svg)",
+    ]
     for name, record in records.items():
-        rows = []
-        for row in record["contestants"].values():
-            peak = (
-                sorted(row["peak_bytes"])[len(row["peak_bytes"]) // 2]
-                if row.get("peak_bytes")
-                else 0
-            )
-            rows.append(
-                [
-                    row["title"],
-                    f"{row['milliseconds']['median']:.1f}",
-                    _share(row["ratio"]),
-                    f"{row['ratio']['runs']}",
-                    f"{peak / 1e6:.0f} MB" if peak else "",
-                    f"{row['memory_ratio']:.2f}" if row.get("memory_ratio") else "",
-                    f"{row['error']:.0e}" if row.get("error") is not None else "",
-                ]
-            )
-        head = ["", "ms", "share of plain", "runs", "peak memory", "share of plain", "error"]
-        claims = [
-            f"{WORDS[claim]} at most {record['claims'][claim]} of a plain step: "
-            + ("holds" if holds else "**does not hold**")
-            for claim, holds in harness.held(record).items()
+        parts.append(
+            f"### {name}\n\n{record['title']}; {record['parameters']:,} parameters. "
+            f"{record['task_title'][0].upper()}{record['task_title'][1:]}.\n\n"
+            f"{_table(head, _rows(record))}"
+        )
+    parts.append(f"All of these: {_machines(list(records.values()))}.")
+    if scaling:
+        rows = [
+            [
+                s["title"],
+                f"{s['values'][0]}–{s['values'][-1]}",
+                f"{s['exponents']['plain']:.2f}",
+                f"{s['exponents']['pergrad']:.2f}",
+            ]
+            for s in scaling["series"]
         ]
         parts.append(
-            f"### {name}\n\n{record['title']}; {record['parameters']:,} parameters.\n\n"
-            f"{_table(head, rows)}\n\n"
-            + (f"Claims for `pergrad.norms`: {'; '.join(claims)}.\n\n" if claims else "")
-            + f"{_machine(record)}."
+            "### Scaling\n\n![time over the number of examples and of positions]"
+            "(results/scaling.svg)\n\nTime grows as a power of the number; 1 is linear. Over the "
+            f"upper half of the range:\n\n"
+            f"{_table(['', 'range', 'plain step', 'pergrad'], rows)}\n\n{_machine(scaling)}."
         )
-    imported = read_import()
     if imported:
         parts.append(
-            "### import\n\n"
+            "### Import\n\n"
             f"`import pergrad` adds {imported['pergrad_seconds']['median']:.3f} s to "
             "`import torch` "
             f"(claim: at most {imported['claims']['seconds']} s).\n\n{_machine(imported)}."
         )
-    scanned = read_scan()
+    scanned = read_other("scan")
     if scanned:
         parts.append(_scan(scanned))
-    reported = read_report()
+    reported = read_other("report")
     if reported:
         parts.append(_report(reported))
     return "\n\n".join(parts)
@@ -183,19 +265,19 @@ def _replaced(path: Path, text: str) -> str:
     return f"{before}{START}\n{text}\n{END}{rest.split(END, 1)[1]}"
 
 
-def broken(records: dict[str, dict[str, Any]]) -> list[str]:
-    """The claims that do not hold."""
+def missed(records: dict[str, Record], imported: Record | None, *, claim: bool) -> list[str]:
+    """The bounds that do not hold: those that README.md claims, or the other targets."""
     found = [
-        f"{name}: {WORDS[claim]}"
-        for name, record in records.items()
-        for claim, holds in harness.held(record).items()
-        if not holds
+        f"{o.workload}: {o.measure} {'not measured' if o.value is None else _number(o.value)}"
+        f" ({o.bound:.2f})"
+        for record in records.values()
+        for o in targets.outcomes(record)
+        if o.claim == claim and not o.holds
     ]
-    imported = read_import()
-    if imported and imported["pergrad_seconds"]["median"] > imported["claims"]["seconds"]:
+    if claim and imported and imported["pergrad_seconds"]["median"] > imported["claims"]["seconds"]:
         found.append("import time")
-    scanned = read_scan()
-    if scanned:
+    scanned = read_other("scan")
+    if claim and scanned:
         claims, memory = scanned["claims"], scanned["whole"]["memory_bytes"]
         overhead = scanned["compared_steady_allocator"]["processor_ratio"]["median"] - 1
         if overhead > claims["overhead"]:
@@ -204,8 +286,8 @@ def broken(records: dict[str, dict[str, Any]]) -> list[str]:
             found.append("scan: size")
         if memory["100 %"]["peak"] > (1 + claims["memory_growth"]) * memory["10 %"]["peak"]:
             found.append("scan: memory")
-    reported = read_report()
-    if reported:
+    reported = read_other("report")
+    if claim and reported:
         if any(page["bytes"] > page["claim_bytes"] for page in reported["pages"]):
             found.append("report: size")
         if reported["pages"][0]["opening_seconds"]["median"] > reported["claims"]["seconds"]:
@@ -217,12 +299,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
-    records = read()
+    records, imported, scaling = read(), read_other("import_time"), read_other("scaling")
     wanted = {
         path: _replaced(path, text)
         for path, text in (
             (ROOT / "README.md", summary(records)),
-            (ROOT / "benchmarks" / "README.md", full(records)),
+            (ROOT / "benchmarks" / "README.md", full(records, imported, scaling)),
         )
     }
     if args.check:
@@ -230,8 +312,10 @@ def main() -> None:
         sys.exit(f"Run benchmarks/tables.py: out of date: {', '.join(stale)}" if stale else 0)
     for path, text in wanted.items():
         path.write_text(text)
-    failed = broken(records)
-    sys.exit(f"Claims that do not hold: {', '.join(failed)}." if failed else 0)
+    for name in missed(records, imported, claim=False):
+        print(f"target missed: {name}")
+    failed = missed(records, imported, claim=True)
+    sys.exit(f"Claims of README.md that do not hold: {'; '.join(failed)}." if failed else 0)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,19 @@ import torch
 import pergrad
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every", type=int, default=1, metavar="N",
+                     help="run every N-th test; the others are reported as deselected")  # fmt: skip
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    step = config.getoption("--every")
+    if step > 1:
+        config.hook.pytest_deselected(items=[t for k, t in enumerate(items) if k % step])
+        items[:] = items[::step]
+
+
 @pytest.fixture(autouse=True)
 def _few_threads():
     torch.set_num_threads(1)

@@ -1,5 +1,6 @@
 """Wrong input is an error that names the remedy, or has the value that is stated for it."""
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 import zoo
 from helpers import assert_agrees
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import pergrad
 from pergrad.precondition import Diagonal, Kronecker
@@ -250,6 +252,13 @@ def test_direction_of_wrong_shape(model: nn.Module) -> None:
         pergrad.dots(losses_of(model), model, against=torch.ones(total, dtype=torch.long))
 
 
+def test_direction_that_is_a_shell(model: nn.Module) -> None:
+    v = {n: p.detach() for n, p in model.named_parameters()}
+    v["2.bias"] = TwoTensor(v["2.bias"], v["2.bias"])
+    with refused(r"TwoTensor(.|\n)*2\.bias(.|\n)*full_tensor"):
+        pergrad.dots(losses_of(model), model, against=v)
+
+
 def test_weights(model: nn.Module) -> None:
     wrong: list[tuple[object, str]] = [
         (torch.ones(B, dtype=torch.long), r"int64(.|\n)*float"),
@@ -422,6 +431,50 @@ def test_saved_tensor_changed_before_the_call() -> None:
         for verb in (pergrad.norms, pergrad.gradients, pergrad.backward):
             with refused(r"in.?place"):
                 verb(change(what), model)
+
+
+CHANGED = {
+    "mlp", "gpt_tied", "conv2d", "weight_norm", "lora_merged", "embedding", "layer_norm_3d",
+    "mixture_of_experts", "lstm", "custom_with_weight", "encoder_and_decoder", "checkpointed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name, marks=() if name in CHANGED else pytest.mark.slow)
+     for name, case in zoo.CASES.items() if case.mixes == "no"],
+)  # fmt: skip
+def test_any_tensor_changed_before_the_call(case: zoo.Case) -> None:
+    """An error, or the numbers of the tensors as they were: the gradient may not need it."""
+    number = 0
+    while True:
+        params, forward, data, *_ = case.build(B)
+        tensors = [*naive.named(params).values(), *data]
+        if number >= len(tensors):
+            return
+        losses, changed = forward(*data), tensors[number]
+        number += 1
+        truth = naive.norms(naive.loop_grads(losses, params))
+        with torch.no_grad():
+            if changed.is_floating_point():
+                changed.mul_(1.5).add_(0.1)
+            elif changed.dim():
+                changed.copy_(changed.roll(1, 0))
+        if case.name.startswith("checkpointed") and changed.is_floating_point():
+            # The block runs again, on what is there now; torch cannot tell, nor can pergrad.
+            with contextlib.suppress(RuntimeError):
+                truth = naive.norms(naive.loop_grads(losses, params))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pergrad.FallbackWarning)
+            error = ""
+            try:
+                norms = pergrad.norms(losses, params, retain_graph=True)
+            except pergrad.UsageError as raised:
+                error = str(raised)
+        if error:
+            assert "in place" in error
+        else:
+            assert_agrees(norms, truth, truth)
 
 
 def test_saved_tensor_changed_after_gradients(model: nn.Module) -> None:

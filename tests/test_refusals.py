@@ -96,6 +96,28 @@ def test_inside_a_transform_of_torch_func(model: nn.Module) -> None:
         torch.func.vmap(lambda row: pergrad.norms(model(row).square(), model))(x)
 
 
+def test_a_renamed_number_is_no_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sum_dim` without `dim` must not be taken for a sum over everything."""
+    read = nodes.attribute
+    monkeypatch.setattr(nodes, "attribute", lambda node, field: read(node, field + "_renamed"))
+    w, x = torch.ones(3, requires_grad=True), torch.ones(4, 3)
+    with pytest.raises(pergrad.UnsupportedError, match=r"`dim_renamed` with SumBackward1"):
+        pergrad.norms((w * x).sin().sum(1), [w])
+
+
+class Bare:
+    """A node of a release of torch that keeps no metadata."""
+
+    def name(self) -> str:
+        return "BareBackward0"
+
+
+@pytest.mark.parametrize("read", [nodes.metas, nodes.outline])
+def test_a_torch_without_metadata(read) -> None:
+    with pytest.raises(pergrad.UnsupportedError, match=r"`_input_metadata`(.|\n)*version"):
+        read(Bare())
+
+
 def test_a_use_that_the_pass_misses(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     serve = engine._Pass.serve
 

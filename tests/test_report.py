@@ -674,13 +674,21 @@ class Page:
         )
 
 
+@pytest.fixture(scope="module")
+def digits_page(
+    digits: tuple[pa.Table, dict[int, Preview]], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    path = tmp_path_factory.mktemp("report") / "digits.html"
+    return write_report(digits[0], manifest(), digits[1], path)
+
+
 @pytest.fixture
-def opened(
-    chromium: webdriver.Chrome, digits: tuple[pa.Table, dict[int, Preview]], tmp_path: Path
-) -> Page:
-    path = write_report(digits[0], manifest(), digits[1], tmp_path / "digits.html")
-    assert path.stat().st_size < 8_000_000
-    return Page(chromium, path)
+def opened(chromium: webdriver.Chrome, digits_page: Path) -> Page:
+    return Page(chromium, digits_page)
+
+
+def test_a_report_of_the_digits_is_small(digits_page: Path) -> None:
+    assert digits_page.stat().st_size < 8_000_000
 
 
 def test_the_page_opens_in_peace(opened: Page) -> None:

@@ -42,6 +42,20 @@ def test_a_compiled_model_is_one_op(model: nn.Module) -> None:
     torch.compiler.reset()
 
 
+def test_inside_a_compiled_step(model: nn.Module) -> None:
+    """A whole step is compiled, the call in it is not: the graph ends before and begins behind."""
+    truth = naive.norms(naive.loop_grads(losses(model), model))
+    norms = torch.compiler.disable(pergrad.norms)
+
+    @torch.compile(backend="eager")
+    def step(x: Tensor) -> Tensor:
+        values = F.cross_entropy(model(x), Y, reduction="none")
+        return 2 * norms(values, model)
+
+    torch.testing.assert_close(step(X), 2 * truth)
+    torch.compiler.reset()
+
+
 def test_derivatives_of_a_compiled_model(model: nn.Module) -> None:
     values = losses(torch.compile(model, backend="aot_eager"))
     with pytest.raises(pergrad.UnsupportedError, match=r"create_graph(.|\n)*force_eager"):

@@ -12,7 +12,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import assert_agrees
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
 from torch.utils.checkpoint import checkpoint
 
 import pergrad
@@ -134,6 +136,60 @@ def _exact(rank: int) -> None:
 
 def test_norms_are_those_of_the_plain_model(tmp_path: Path) -> None:
     on_two_ranks(_exact, tmp_path)
+
+
+def _elsewhere(rank: int) -> None:
+    """Other ways to shard the same model."""
+    ids, plain = examples(rank), build()
+    norms = naive.norms(naive.loop_grads(losses_of(plain, ids), plain))
+
+    def whole() -> Model:
+        return fully_shard(build())
+
+    def blocks_alone() -> Model:
+        model = build()
+        for block in model.blocks:
+            fully_shard(block)
+        return model
+
+    def blocks_together() -> Model:
+        model = build()
+        fully_shard([*model.blocks])
+        return fully_shard(model)
+
+    def some_left_out() -> Model:
+        model = build()
+        ignored = {p for n, p in model.named_parameters() if n.endswith(("scale", "slope"))}
+        for module in (*model.blocks, model):
+            fully_shard(module, ignored_params=ignored)
+        return model
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    for make in (
+        whole,
+        blocks_alone,
+        blocks_together,
+        some_left_out,
+        lambda: sharded(mesh=mesh),
+        lambda: sharded(reshard_after_forward=2),
+        lambda: sharded(offload_policy=CPUOffloadPolicy(pin_memory=False)),
+        lambda: sharded(
+            shard_placement_fn=lambda p: None if p.shape[-1] % 2 else Shard(p.dim() - 1)
+        ),
+    ):
+        model = make()
+        for _ in range(2):
+            losses = losses_of(model, ids)
+            assert_agrees(pergrad.norms(losses, model, retain_graph=True), norms, norms)
+            losses.sum().backward()
+    losses = losses_of(model, ids) + losses_of(model, ids.flip(1))  # two forward passes
+    both = losses_of(plain, ids) + losses_of(plain, ids.flip(1))
+    norms = naive.norms(naive.loop_grads(both, plain))
+    assert_agrees(pergrad.norms(losses, model), norms, norms)
+
+
+def test_other_ways_to_shard(tmp_path: Path) -> None:
+    on_two_ranks(_elsewhere, tmp_path)
 
 
 def _steps(rank: int) -> None:
@@ -320,6 +376,39 @@ def _odd(rank: int) -> None:
 
 def test_fallbacks_measured_layouts_and_frozen_weights(tmp_path: Path) -> None:
     on_two_ranks(_odd, tmp_path)
+
+
+def _around(rank: int) -> None:
+    """What is asked for is not sharded itself: the pass goes through sharded weights to it."""
+    ids = examples(rank)
+    embedding = nn.Embedding(11, WIDTH).double()
+    plain, block = build().blocks[0], build().blocks[0].requires_grad_(False)
+    fully_shard(block)
+    truth = naive.norms(naive.loop_grads(plain(embedding(ids)).square().sum((1, 2)), embedding))
+    for _ in range(2):
+        norms = pergrad.norms(block(embedding(ids)).square().sum((1, 2)), embedding)
+        assert_agrees(norms, truth, truth)
+
+
+def test_a_plain_layer_below_frozen_shards(tmp_path: Path) -> None:
+    on_two_ranks(_around, tmp_path)
+
+
+def _compiled(rank: int) -> None:
+    warnings.simplefilter("ignore", pergrad.FallbackWarning)
+    ids, plain = examples(rank), build()
+    norms = naive.norms(naive.loop_grads(losses_of(plain, ids), plain))
+    for recompute in (False, True):
+        model = build(recompute)
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+            fully_shard(block)
+        fully_shard(model)
+        assert_agrees(pergrad.norms(losses_of(model, ids), model), norms, norms)
+
+
+def test_compiled_blocks(tmp_path: Path) -> None:
+    on_two_ranks(_compiled, tmp_path)
 
 
 def _refused(rank: int) -> None:

@@ -255,10 +255,12 @@ def gradients(losses: Tensor, params: Params, **options: Any) -> GradientMatrix:
     """  # noqa: E501
     named, losses, chosen = _prepare(losses, params, options)
     found: dict[str, Factor] = {}
+    owned: set[int] = set()
 
     def emit(name: str, factor: Factor) -> None:
-        # Only now: parameters that are sharded between steps have no memory before.
-        owned = {p.untyped_storage().data_ptr() for p in named.values()} | sharded.storages()
+        if not owned:  # not before: sharded parameters have no memory between steps
+            owned.update(p.untyped_storage().data_ptr() for p in named.values())
+            owned.update(sharded.storages())
         found[name] = _kept(factor, owned, chosen.create_graph)
 
     _stream(losses, named, chosen, emit)

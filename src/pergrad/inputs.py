@@ -177,6 +177,12 @@ def direction(
                 f"The direction `{what}` has shape {got} for `{name}`, whose shape is "
                 f"{tuple(shapes[name])}. Pass a tensor of the parameter's shape."
             )
+        if hasattr(part, "__tensor_flatten__"):
+            raise UsageError(
+                f"The direction `{what}` is a {type(part).__name__} for `{name}`, a shell around "
+                "other tensors. Pass an ordinary tensor of the whole parameter's shape; a DTensor "
+                "gives one by `.full_tensor()`."
+            )
         if not part.is_floating_point():
             raise UsageError(
                 f"The direction `{what}` has dtype {part.dtype} for `{name}`; pass floating point."

@@ -277,15 +277,40 @@ def clip_towers() -> Problem:
     return Problem(model, losses)
 
 
-@architecture("hf-llama-lora-peft", "transformers", needs=("transformers", "peft"))
-def llama_lora() -> Problem:
-    """LoRA by peft: only the low-rank factors are trained."""
+def _peft(kind: str, **config: Any) -> Problem:
+    """A Llama with adapters by peft: only these are trained."""
     import peft
 
     base = _model("LlamaForCausalLM", _config("LlamaConfig", **_SIZES, num_key_value_heads=2))
-    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.1)
-    model = peft.get_peft_model(base, lora).double().eval()
+    model = peft.get_peft_model(base, getattr(peft, kind)(**config)).double().eval()
     return _causal(alive(model))
+
+
+@architecture("hf-llama-lora-peft", "transformers", needs=("transformers", "peft"))
+def llama_lora() -> Problem:
+    """LoRA by peft: only the low-rank factors are trained."""
+    targets = ["q_proj", "v_proj", "down_proj"]
+    return _peft("LoraConfig", r=4, target_modules=targets, lora_dropout=0.1)
+
+
+@architecture("hf-llama-dora-peft", "transformers", needs=("transformers", "peft"))
+def llama_dora() -> Problem:
+    """Low-rank additions whose sum with the weight is normalised; the head is trained whole."""
+    return _peft("LoraConfig", r=4, target_modules=["q_proj", "down_proj"], use_dora=True,
+                 modules_to_save=["lm_head"])  # fmt: skip
+
+
+@architecture("hf-llama-oft-peft", "transformers", needs=("transformers", "peft"))
+def llama_oft() -> Problem:
+    """The weight times a learned orthogonal matrix, made of blocks."""
+    return _peft("OFTConfig", oft_block_size=4, target_modules=["q_proj"])
+
+
+@architecture("hf-llama-ia3-peft", "transformers", needs=("transformers", "peft"))
+def llama_ia3() -> Problem:
+    """Scales on keys and on the inside of the perceptrons."""
+    return _peft("IA3Config", target_modules=["k_proj", "down_proj"],
+                 feedforward_modules=["down_proj"])  # fmt: skip
 
 
 @_hf("llama-checkpointed")

@@ -10,6 +10,7 @@ from torch import Tensor
 from pergrad.factors import outer_products, rows_products
 from pergrad.factors.base import Factor, over_tiles
 from pergrad.factors.combined import Placed, Sum
+from pergrad.factors.correlation import Correlation
 from pergrad.factors.dense import Dense, Zero
 from pergrad.factors.lazy import Scaled
 from pergrad.factors.mapped import Embedded, Mapped
@@ -109,6 +110,9 @@ def _special_gram(f: Factor, h: Factor) -> Tensor | None:
             return _sum_self_gram(f) if f is h else f._total(lambda part: part.gram(h))
         case Outer(), Outer() if _same_sizes(f, h):
             return outer_products.gram(f, h)
+        case Correlation(), Correlation() if _fit_as_patches(f, h):
+            one = f.outer(slice(0, f.batch))
+            return one.gram(one if h is f else h.outer(slice(0, h.batch)))
         case Rows(), _:
             return rows_products.gram(f, h)
         case Mapped(), _:
@@ -127,6 +131,13 @@ def _special_gram(f: Factor, h: Factor) -> Tensor | None:
 def _same_sizes(f: Outer, h: Outer) -> bool:
     """Equal (N, p, d): only then do positions of one meet positions of the other."""
     return f.g.shape[1::2] == h.g.shape[1::2] and f.a.shape[3] == h.a.shape[3]
+
+
+def _fit_as_patches(f: Correlation, h: Correlation) -> bool:
+    """Whether all patches may be laid out once, instead of anew for each tile."""
+    count = f.batch + (0 if h is f else h.batch)
+    empty = f.g.numel() * f.x.numel() * h.g.numel() * h.x.numel() == 0
+    return not empty and count * max(f.patch_bytes, h.patch_bytes) <= limit(f.device)
 
 
 def _brought_back(f: Mapped, h: Factor) -> Factor | None:

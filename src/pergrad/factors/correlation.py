@@ -119,7 +119,8 @@ class Correlation(Factor):
         return self.g.numel() == 0 or self.x.numel() == 0
 
     @property
-    def _patch_bytes(self) -> int:
+    def patch_bytes(self) -> int:
+        """What the patches of one example take, and the gradient beside them."""
         N, T, p, d = self.sizes
         return N * T * (p + d) * self.dtype.itemsize
 
@@ -127,7 +128,7 @@ class Correlation(Factor):
         """(B, *shape)."""
         if self._empty:
             return self._zeros(self.batch, *self.shape)
-        each = self._patch_bytes + self.bytes_per_row
+        each = self.patch_bytes + self.bytes_per_row
         return by_chunks(self.batch, each, lambda rows: self.outer(rows).dense(),
                          like=self._zeros(0), tail=self.shape)  # fmt: skip
 
@@ -136,7 +137,7 @@ class Correlation(Factor):
         wide = self.matrix_shape[1]
         if self._empty:
             return self._zeros(self.batch, (hi - lo) * wide)
-        return by_chunks(self.batch, self._patch_bytes,
+        return by_chunks(self.batch, self.patch_bytes,
                          lambda rows: self.outer(rows).tile(lo, hi),
                          like=self._zeros(0), tail=((hi - lo) * wide,))  # fmt: skip
 
@@ -224,7 +225,7 @@ class Correlation(Factor):
             part = self.outer(rows)
             return outer_norms.direct(part.g, part.a) if force_direct else part.sq_norms()
 
-        return by_chunks(self.batch, self._patch_bytes, piece, like=self._zeros(0),
+        return by_chunks(self.batch, self.patch_bytes, piece, like=self._zeros(0),
                          budget=scratch(self.device))  # fmt: skip
 
     def _by_shifts(self) -> tuple[Tensor, Tensor]:
@@ -273,14 +274,17 @@ class Correlation(Factor):
         if len(self.out) > 3:
             return by_chunks(
                 self.batch,
-                self._patch_bytes,
+                self.patch_bytes,
                 lambda rows: self.outer(rows).matvec(v),
                 like=self._zeros(0),
             )
         convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(self.out) - 1]
 
+        padding = self.padding if self._natural else 0
+
         def piece(rows: slice) -> Tensor:
-            y = convolve(self._window(rows), kernel, None, self.stride, 0, self.dilation, N)
+            x = self.x[rows].to(self.dtype) if self._natural else self._window(rows)
+            y = convolve(x, kernel, None, self.stride, padding, self.dilation, N)
             return row_dots(self._still(rows), y)
 
         each = (2 * self.x[:1].numel() + 3 * N * T * p) * self.dtype.itemsize
@@ -292,10 +296,11 @@ class Correlation(Factor):
         if self._empty:
             return self._zeros(*self.shape)
         if len(self.out) > 3:
-            parts = chunks(self.batch, self._patch_bytes, limit(self.device))
+            parts = chunks(self.batch, self.patch_bytes, limit(self.device))
             return sum((self.outer(rows).weighted_sum(c[rows]) for rows in parts),
                        self._zeros(*self.shape))  # fmt: skip
-        total = self._zeros(self.g.shape[1], self.x.shape[1] // self.groups, *self.kernel)
+        like = self._zeros(self.g.shape[1], self.x.shape[1] // self.groups, *self.kernel)
+        total: Tensor | None = None
         each = (2 * self.x[:1].numel() + 2 * self.g[:1].numel()) * self.dtype.itemsize
         zeros = (0,) * len(self.out)
         padding = self.padding if self._natural else zeros
@@ -304,11 +309,11 @@ class Correlation(Factor):
             g = g * columns(c[rows], g)
             x = self.x[rows].to(self.dtype) if self._natural else self._window(rows)
             _, part, _ = torch.ops.aten.convolution_backward(
-                g, x, total, None, self.stride, padding, self.dilation, False,
+                g, x, like, None, self.stride, padding, self.dilation, False,
                 zeros, self.groups, (False, True, False),
             )  # fmt: skip
-            total = total + part
-        return total.reshape(self.shape)
+            total = part if total is None else total + part
+        return (like if total is None else total).reshape(self.shape)
 
     def _like(self, g: Tensor, x: Tensor) -> "Correlation":
         return Correlation(

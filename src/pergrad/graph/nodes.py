@@ -102,7 +102,14 @@ def op_name(node: Node) -> str:
 
 def metas(node: Node) -> tuple[Meta, ...]:
     """Shape, dtype, device of each output of the op (= of each cotangent the node takes)."""
-    return tuple([Meta(tuple(m.shape), m.dtype, m.device) for m in node._input_metadata])
+    return tuple([Meta(tuple(m.shape), m.dtype, m.device) for m in _input_metadata(node)])
+
+
+def _input_metadata(node: Node) -> Any:
+    try:
+        return node._input_metadata
+    except AttributeError:
+        raise UnsupportedError(_other_fields(node, "_input_metadata")) from None
 
 
 def edges(node: Node) -> tuple[tuple[Node | None, int], ...]:
@@ -195,7 +202,7 @@ def outline(node: Node) -> tuple[Any, ...]:
     Not always hashable: see `attributes`. Numbers are as torch stores them, unsigned.
     """
     name = op_name(node) if is_python(node) else node.name()
-    shapes = [(tuple(m.shape), m.dtype) for m in node._input_metadata]
+    shapes = [(tuple(m.shape), m.dtype) for m in _input_metadata(node)]
     return name, *shapes, _reader(type(node))(node)
 
 
@@ -309,7 +316,7 @@ def translate(error: RuntimeError) -> Exception:
     text = str(error)
     if "second time" in text or "already been freed" in text:
         return UsageError(f"{_FREED}. {_FREED_REMEDY}")
-    if "modified by an inplace operation" in text:
+    if "modified by an inplace operation" in text or "has been modified inplace" in text:
         return UsageError(
             "A tensor that the gradient needs was changed in place after the forward pass "
             f"(an optimizer step, `x += ...`?). Run the forward pass again. torch says: {text}"
