@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import pergrad
+from pergrad import extras
 from pergrad.command import jobs, main
 from pergrad.errors import UsageError
 
@@ -438,6 +439,16 @@ def test_explain_tells_where_the_users_code_raises(pergrad_: Run, file: Path) ->
     code, _, complained = pergrad_("explain", f"{file}:job")
     assert code == 1
     assert "is empty. Pass at least one example." in complained
+
+
+def test_the_demo_without_its_packages_names_the_pip_line(
+    pergrad_: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda n: None if n == "sklearn" else there(n))
+    code, said, complained = pergrad_("demo", "--out", tmp_path)
+    assert (code, said) == (1, "")
+    assert re.search(r"needs sklearn.*pip install 'pergrad\[demo\]'", complained)
 
 
 # The process
