@@ -1,5 +1,6 @@
 """Scoring a whole data set: the numbers, what stays as it was, and what goes wrong on the way."""
 
+import pickle
 import random
 import subprocess
 import sys
@@ -144,6 +145,15 @@ def test_processes_that_fetch_ahead_change_nothing(workers: int, tmp_path: Path)
     alone = scan(task, tmp_path / "0", batch_size=8).table()
     ahead = scan(task, tmp_path / "n", batch_size=8, workers=workers).table()
     assert alone.equals(ahead)
+
+
+def test_processes_that_are_not_forked_get_no_model(tmp_path: Path) -> None:
+    from pergrad.scores import local, work
+
+    task = job(losses=lambda net, batch: losses(net, batch))  # cannot be pickled
+    ahead = local._Ahead(work.Work(task, work.Settings(8)), [range(8)])
+    there = pickle.loads(pickle.dumps(ahead))
+    assert torch.equal(there[0][0], ahead[0][0])
 
 
 def test_train_mode_is_the_same_whenever_a_block_is_scored(tmp_path: Path) -> None:

@@ -70,16 +70,19 @@ class _Failed:
 
 
 class _Ahead(Dataset):
-    """Item k is the collated batch of block k."""
+    """Item k is the collated batch of block k. It goes to other processes, which where they are not
+    forked means pickling: so it holds neither the model nor the losses.
+    """
 
     def __init__(self, work: Work, blocks: list[range]) -> None:
-        self.job, self.seed, self.blocks = work.job, work.settings.seed, blocks
+        self.data, self.collate = work.job.data, work.job.collate
+        self.seed, self.blocks = work.settings.seed, blocks
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __getitem__(self, k: int) -> Any:
         try:
-            return fetch(self.job, self.job.data, self.blocks[k], self.seed)
+            return fetch(self.collate, self.data, self.blocks[k], self.seed)
         except Exception:
             return _Failed()

@@ -108,12 +108,14 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def fetch(job: Job, data: Any, block: Sequence[int], seed: int) -> Any:
+def fetch(
+    collate: Callable[[list[Any]], Any] | None, data: Any, block: Sequence[int], seed: int
+) -> Any:
     """The collated batch of some examples."""
     seed_for(seed, block[0])
     many = getattr(data, "__getitems__", None)
     items = many(list(block)) if callable(many) else [data[i] for i in block]
-    return (job.collate or default_collate)(items)
+    return (collate or default_collate)(items)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -264,7 +266,7 @@ class Scorer:
     def _numbers_of(self, piece: range, ready: Fetched | None) -> np.ndarray:
         work = self.work
         if ready is None:
-            batch = fetch(work.job, work.job.data, piece, work.settings.seed)
+            batch = fetch(work.job.collate, work.job.data, piece, work.settings.seed)
         else:
             batch = ready.batch
         if self._home is not None and self._home.type != "cpu":
@@ -358,7 +360,7 @@ def mean_gradient(job: Job, data: Any, batch_size: int, seed: int) -> dict[str, 
     for lo in range(0, len(data), batch_size):
         block = range(lo, min(lo + batch_size, len(data)))
         try:
-            batch = fetch(job, data, block, seed)
+            batch = fetch(job.collate, data, block, seed)
             if home is not None and home.type != "cpu":
                 batch = to_device(batch, home)
             seed_for(seed, lo)
@@ -410,7 +412,7 @@ def sensible_batch_size(job: Job, seed: int) -> int:
 
     block = range(min(2, len(job)))
     try:
-        batch = fetch(job, job.data, block, seed)
+        batch = fetch(job.collate, job.data, block, seed)
         seed_for(seed, 0)
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
             job.losses(job.model, batch if home.type == "cpu" else to_device(batch, home))
