@@ -171,7 +171,9 @@ class Scorer:
         self._home = home_of(self._params)
         self._columns = manifest.columns(work.job, work.settings, work.references)
         self._schema = schema(self._columns)
-        self._dtype = np.float64 if self._columns["loss"]["type"] == "double" else np.float32
+        self._dtype: type[np.generic] = (
+            np.float64 if self._columns["loss"]["type"] == "double" else np.float32
+        )
         self._numbers = [n for n, c in self._columns.items() if c["type"] in ("float", "double")]
         # With weights that are not finite every example would be looked at alone, for nothing.
         self._finite = all(
