@@ -93,7 +93,9 @@ class OnRay:
         content = packed(work, ray.cloudpickle)
         with _session(ray, self.address, self.workers):
             crew = _plan(ray, self.workers, work.settings.device)
-            run = _Run(ray, crew, ray.put(content), work, write, smaller)
+            stored = ray.put(content)
+            del content  # it may hold a data set
+            run = _Run(ray, crew, stored, work, write, smaller)
             run.finish(chain([first], blocks))
 
 
