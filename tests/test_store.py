@@ -426,6 +426,7 @@ def test_the_operating_system_refuses_a_write(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tmp_path), "4000"],
         check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parent,  # where `scanning` is
     )  # fmt: skip
     assert "Cannot write to" in done.stdout
     assert "goes on where it stopped" in done.stdout
