@@ -37,9 +37,10 @@ RESULTS = Path(__file__).parent / "results"
 # models, and at 1e-5 on an inner product of two; a wrong method is off by far more than this.
 TOLERANCE = 1e-4
 
-SHORT_SECONDS = (
-    0.1  # repetitions shorter than this are repeated within a turn, after one unrecorded
-)
+# A turn begins with a repetition that is not recorded: while the others had theirs, the caches have
+# gone to them, and a training loop is warm. It goes on for about this long.
+TURN_SECONDS = 0.6
+WARM_SECONDS = 1.0  # only repetitions longer than this are timed cold
 SCALED_SECONDS = 1.5  # what is proportional to the examples is timed on as many as fit into this
 
 
@@ -150,8 +151,8 @@ class Runner:
 
     def turn(self) -> float:
         """The median time of the repetitions of one turn."""
-        repeats = max(1, min(10, int(SHORT_SECONDS / max(self.once, 1e-4))))
-        warm = int(self.once < SHORT_SECONDS)
+        repeats = max(1, min(10, int(TURN_SECONDS / max(self.once, 1e-4))))
+        warm = int(self.once < WARM_SECONDS)
         found = self.ask("turn", repeats=repeats, warm=warm, examples=self.part)["all"]
         return statistics.median(found) * self.scale
 

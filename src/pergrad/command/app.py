@@ -387,7 +387,7 @@ def _explained(job: pergrad.Job, examples: int) -> pergrad.Coverage:
     with scorer.prepared(job.model, "eval"):
         params = manifest.parameters_of(job)
         with jobs.told("Computing the losses of the first examples"):
-            batch = scorer.fetch(job, job.data, range(min(examples, len(job))), seed=0)
+            batch = scorer.fetch(job.collate, job.data, range(min(examples, len(job))), seed=0)
             home = scorer.home_of(params)
             losses = job.losses(job.model, scorer.to_device(batch, home) if home else batch)
         return pergrad.explain(losses, params)

@@ -54,9 +54,12 @@ def layer_norm(use: Situation) -> Served:
     return _scale_and_shift(use, normalised, shape, (1, 2))
 
 
-# torch's own kernel for one example makes no temporaries; below this many numbers for an example
-# the calls cost more than that saves.
-_WORTH_A_CALL = 2**14
+def _worth_a_call(numbers: int) -> bool:
+    """Whether an example is so long that torch's own kernel, called for it alone, is faster.
+
+    It makes no temporaries. But a call costs something, and more when threads share the example.
+    """
+    return numbers >= (2**14 if torch.get_num_threads() == 1 else 2**17)
 
 
 def _by_position(
@@ -80,7 +83,8 @@ def _by_position(
     mean = None if mean is None else mean.reshape(B, T, 1)
     dtype = result_dtype(x, g)
     found: dict[int, list[Tensor]] = {slot: [] for slot in use.operands if slot in (1, 2)}
-    if mean is not None and T * size >= _WORTH_A_CALL and x.dtype == g.dtype == dtype and x.is_cpu:
+    alike = x.is_cpu and x.dtype == g.dtype == dtype
+    if mean is not None and alike and _worth_a_call(T * size):
         like = x.new_empty(size)
         wanted = (False, 1 in found, 2 in found)
         for b in range(B):
