@@ -4,12 +4,15 @@ Owns: the formulas of `sq_norms`, and when a Gram's result may not be trusted.
 Does not know: other factors. Everything here works on the tensors g (B,N,T,p) and a (B,N,T,d).
 """
 
+from functools import partial
+from math import prod
+
 import torch
 from torch import Tensor
 
 from pergrad.factors import costs
 from pergrad.factors.numeric import last_squares, product, result_dtype, row_squares, tracing
-from pergrad.factors.workspace import by_chunks, chunks, scratch
+from pergrad.factors.workspace import by_chunks, chunks, lent, scratch
 
 # κ² = |A|²|G|² / |AᵀG|². A Gram's terms are of size |A|²|G|² and cancel down to |AᵀG|², so its
 # relative error is at most about u κ² (in practice a hundredth of it) against u κ of the direct
@@ -77,9 +80,8 @@ def direct(g: Tensor, a: Tensor) -> Tensor:
     spans = chunks(p, d * dtype.itemsize, budget) if each > budget else [slice(0, p)]
     widest = min(N, max(1, budget // each)) * spans[0].stop * d
     step = max(1, budget // (widest * dtype.itemsize))
-    buffer = None if tracing(g, a) else g.new_empty(min(step, B) * widest, dtype=dtype)
 
-    def piece(rows: slice) -> Tensor:
+    def piece(rows: slice, buffer: Tensor | None) -> Tensor:
         total = g.new_zeros(rows.stop - rows.start, dtype=dtype)
         for group in groups:
             right = a[rows, group].to(dtype)
@@ -88,9 +90,14 @@ def direct(g: Tensor, a: Tensor) -> Tensor:
                 total = total + _sum_of_squares(formed)
         return total
 
-    return by_chunks(
-        B, widest * dtype.itemsize, piece, like=g.new_zeros(0, dtype=dtype), budget=budget
-    )
+    def pieces(buffer: Tensor | None) -> Tensor:
+        return by_chunks(B, widest * dtype.itemsize, partial(piece, buffer=buffer),
+                         like=g.new_zeros(0, dtype=dtype), budget=budget)  # fmt: skip
+
+    if tracing(g, a):
+        return pieces(None)
+    with lent(min(step, B) * widest, dtype, g.device) as buffer:
+        return pieces(buffer)
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
@@ -137,12 +144,21 @@ def gram(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor, Tens
     plain = not tracing(g, a)
     asked = notes.side if notes is not None and N == 1 else None
 
-    def piece(rows: slice) -> list[Tensor]:
+    def products(G: Tensor, A: Tensor, lo: int, hi: int, room: Tensor | None) -> list[Tensor]:
+        if room is None:
+            return [torch.bmm(x[:, lo:hi], x[:, lo:].mT) for x in (G, A)]
+        shape = (len(G), hi - lo, T - lo)
+        return [
+            torch.bmm(x[:, lo:hi], x[:, lo:].mT, out=half[: prod(shape)].view(shape))
+            for x, half in zip((G, A), room.chunk(2), strict=True)
+        ]
+
+    def piece(rows: slice, room: Tensor | None) -> list[Tensor]:
         G, A = g[rows].to(dtype).reshape(-1, T, p), a[rows].to(dtype).reshape(-1, T, d)
         sums: list[Tensor] = []  # the product's, of the traces, and of the side asked about
         for lo in range(0, T, block):
             hi = min(T, lo + block)
-            left, right = torch.bmm(G[:, lo:hi], G[:, lo:].mT), torch.bmm(A[:, lo:hi], A[:, lo:].mT)
+            left, right = products(G, A, lo, hi, room)
             here = [_trace(left), _trace(right)]
             if asked is not None:
                 here.append(_upper_and_lower(left if asked is g else right))
@@ -152,9 +168,14 @@ def gram(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor, Tens
         found = [sums[-1], size] if N == 1 else [x.view(-1, N).sum(1) for x in (sums[-1], size)]
         return found if asked is None else [*found, sums[2], T * sums[0 if asked is g else 1]]
 
-    pieces = [piece(rows) for rows in chunks(B, each, scratch(g.device))]
-    if not pieces:
+    cut = chunks(B, each, scratch(g.device))
+    if not cut:
         return g.new_zeros(0, dtype=dtype), g.new_zeros(0, dtype=dtype)
+    if plain:
+        with lent(2 * (cut[0].stop * N) * block * T, dtype, g.device) as room:
+            pieces = [piece(rows, room) for rows in cut]
+    else:
+        pieces = [piece(rows, None) for rows in cut]
     columns = pieces[0] if len(pieces) == 1 else [torch.cat(x) for x in zip(*pieces, strict=True)]
     if notes is not None and asked is not None:
         notes.sq_norms, notes.sizes = columns[2:]
