@@ -29,10 +29,11 @@ from pergrad.factors import (
     Summed,
     Zero,
     costs,
+    inspect,
     mapped,
     outer_norms,
 )
-from pergrad.factors.workspace import limit, workspace
+from pergrad.factors.workspace import CACHE_BYTES, lent, limit, workspace
 
 Cast = Callable[[Tensor], Tensor]
 CONTRACT = settings(max_examples=100, derandomize=True, deadline=None, database=None)
@@ -428,6 +429,26 @@ def test_parameters_of_any_rank(shape):
             torch.testing.assert_close(f.dot(h), flat.square().sum(1))
 
 
+def test_room_is_lent_to_one_at_a_time_and_renewed_for_every_pass():
+    cpu = torch.device("cpu")
+    with workspace(None):
+        with lent(5, torch.float32, cpu) as first, lent(5, torch.float64, cpu) as second:
+            first.fill_(1)
+            second.fill_(2)
+            assert first.shape == second.shape == (5,)
+            assert (first == 1).all()
+        with lent(3, torch.float64, cpu) as again, torch.inference_mode():
+            assert again.data_ptr() == first.data_ptr()
+            again.fill_(3)
+        with lent(CACHE_BYTES, torch.float32, cpu) as large:
+            assert large.data_ptr() != first.data_ptr()
+    before = first.data_ptr()
+    with torch.inference_mode(), workspace(None), lent(5, torch.float32, cpu) as renewed:
+        assert renewed.data_ptr() != before
+    with workspace(None), lent(5, torch.float32, cpu) as outside:
+        outside.fill_(1)  # a buffer made in inference mode could not be written here
+
+
 def test_chunks_never_change_a_result():
     n = Sizes(B=7, T=5)
     for kind in ZOO:
@@ -807,9 +828,10 @@ WINDOWS = [  # spatial sizes, kernel, stride, padding, dilation
 
 
 @pytest.mark.parametrize("method", ["direct", "gram", "shift", "convolution"])
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", WINDOWS)
-def test_every_method_of_a_convolution(window, dtype, method):
+def test_every_method_of_a_convolution(window, dtype, groups, method):
     size, kernel, stride, padding, dilation = window
     generator = torch.Generator().manual_seed(0)
     out = [
@@ -817,11 +839,11 @@ def test_every_method_of_a_convolution(window, dtype, method):
         for n, k, s, p, e in zip(size, kernel, stride, padding, dilation, strict=True)
     ]
     x = torch.randn(3, 4, *size, generator=generator).to(dtype)
-    g = torch.randn(3, 5, *out, generator=generator).to(dtype)
+    g = torch.randn(3, 6, *out, generator=generator).to(dtype)
 
     def factor(g: Tensor, x: Tensor) -> Correlation:
         return Correlation(
-            g, x, kernel=kernel, stride=stride, padding=padding, dilation=dilation
+            g, x, kernel=kernel, stride=stride, padding=padding, dilation=dilation, groups=groups
         )  # fmt: skip
 
     plain = factor(g.double(), x.double()).dense()
@@ -832,9 +854,34 @@ def test_every_method_of_a_convolution(window, dtype, method):
         mock.patch.object(costs, "outer_norm_method", return_value=method),
         workspace(None),
     ):
-        got = f.sq_norms()
+        got, rows = f.sq_norms(), f.dense()
     wanted = plain.flatten(1).square().sum(1)
     assert ((got - wanted).abs() <= 1e-5 * wanted).all()
+    assert (rows - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def test_a_convolution_of_many_examples_is_cut():
+    generator = torch.Generator().manual_seed(0)
+    g, x = (torch.randn(9, 3, n, generator=generator) for n in (4, 6))
+    f = Correlation(g, x, kernel=(3,), stride=(1,), padding=(0,), dilation=(1,))
+    with workspace(2 * f.bytes_per_row):
+        cut = [rows for rows, _ in f._kernels()]
+        assert len(cut) == 5
+        norms = f._by_convolutions()
+    wanted = f.outer(slice(None)).dense().double().flatten(1).square().sum(1)
+    assert ((norms - wanted).abs() <= 1e-5 * wanted).all()
+
+
+def test_rows_are_kept_where_norms_form_them_and_they_are_smaller():
+    long = Outer(torch.randn(2, 1, 1000, 3), torch.randn(2, 1, 1000, 4))
+    kept = inspect.formed(long)
+    assert isinstance(kept, Dense)
+    assert torch.equal(kept.dense(), long.dense())
+    wide = Outer(torch.randn(2, 1, 10, 40), torch.randn(2, 1, 10, 50))
+    with choices("direct", None):
+        assert inspect.formed(wide) is wide
+    with choices("gram", None):
+        assert inspect.formed(long) is long
 
 
 def test_a_convolution_is_called_only_where_it_fits():
@@ -842,5 +889,5 @@ def test_a_convolution_is_called_only_where_it_fits():
     sizes = {"kernel": (3,), "stride": (1,), "padding": (0,), "dilation": (1,)}
     assert not Correlation(g, x, **sizes)._callable  # x goes on beyond what the kernel sees
     assert Correlation(g, x[..., :6], **sizes)._callable
-    assert not Correlation(g, x[..., :6], groups=3, **sizes)._callable
+    assert Correlation(g, x[..., :6], groups=3, **sizes)._callable
     assert not Correlation(g.double(), x[..., :6].double(), **sizes)._callable

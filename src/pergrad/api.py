@@ -340,6 +340,7 @@ def backward(losses: Tensor, params: Params, *, weights: Weights = None, **optio
     kept: dict[str, Factor] = {}
 
     def emit(name: str, factor: Factor) -> None:
+        factor = inspect.formed(factor)  # the norm and the sum need the same rows
         total.add(factor.sq_norms())
         # The graph may be gone when the weights are known, so nothing may be left to pull.
         kept[name] = inspect.materialized(factor)

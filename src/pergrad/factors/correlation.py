@@ -4,7 +4,7 @@ Owns: patches, and the norms and products that avoid holding them for the whole 
 Does not know: ops. A transposed convolution is the same factor with its two tensors swapped.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product as every
 from math import prod
 
@@ -17,7 +17,6 @@ from pergrad.factors.base import Factor
 from pergrad.factors.numeric import (
     Index,
     columns,
-    flat,
     last_squares,
     result_dtype,
     row_dots,
@@ -128,6 +127,11 @@ class Correlation(Factor):
         """(B, *shape)."""
         if self._empty:
             return self._zeros(self.batch, *self.shape)
+        if self.norm_method == "convolution":
+            out = self.g.new_empty((self.batch, *self.shape), dtype=self.dtype)
+            for rows, grads in self._kernels():
+                out[rows] = grads.reshape(len(grads), *self.shape)
+            return out
         each = self.patch_bytes + self.bytes_per_row
         return by_chunks(self.batch, each, lambda rows: self.outer(rows).dense(),
                          like=self._zeros(0), tail=self.shape)  # fmt: skip
@@ -152,9 +156,10 @@ class Correlation(Factor):
     @property
     def norm_method(self) -> str:
         """One of rows, direct, gram, shift and convolution."""
-        _, T, p, d = self.sizes
+        N, T, p, d = self.sizes
+        call = self.g[:1].numel() + self.x[:1].numel() if self._callable else None
         return costs.correlation_norm_method(
-            T, self._window_size, p, d, prod(self.kernel), callable=self._callable
+            N, T, self._window_size, p, d, prod(self.kernel), call=call
         )
 
     @property
@@ -171,7 +176,6 @@ class Correlation(Factor):
         return (
             self.dtype == torch.float32  # other dtypes have slow kernels
             and self.device.type == "cpu"  # a call for each example would starve a GPU
-            and self.groups == 1
             and len(self.out) <= 3
             and self._natural
             and not tracing(self.g, self.x)
@@ -185,7 +189,7 @@ class Correlation(Factor):
         if self.norm_method == "shift":
             return N * costs.shift_norm_cost(T, self._window_size, p, d, k)
         if self.norm_method == "convolution":
-            return costs.direct_norm_cost(T, p, d)
+            return N * costs.direct_norm_cost(T, p, d)
         return N * costs.outer_norm_cost(T, p, d)
 
     def sq_norms(self) -> Tensor:
@@ -205,20 +209,31 @@ class Correlation(Factor):
             return norms.index_copy(0, rows, part._by_patches(force_direct=True))
         return self._by_patches()
 
-    def _by_convolutions(self) -> Tensor:
-        """torch's gradient of the kernel, one example after the other: it lays out no patches."""
-        like = self.g.new_empty((self.g.shape[1], self.x.shape[1], *self.kernel), dtype=self.dtype)
-        rank = len(self.out)
-        rows = []
-        for b in range(self.batch):
-            one = slice(b, b + 1)
-            _, grad, _ = torch.ops.aten.convolution_backward(
-                self.g[one].to(self.dtype), self.x[one].to(self.dtype), like, None,
-                self.stride, self.padding, self.dilation, False, (0,) * rank, 1,
-                (False, True, False),
+    def _kernels(self) -> Iterator[tuple[slice, Tensor]]:
+        """torch's own gradient for some examples at a time: (n, O, C / groups, *kernel).
+
+        The examples are groups of channels of one convolution. That lays out no patches, costs a
+        call for all of them, and keeps the threads busier than one example would.
+        """
+        outputs, inputs = self.g.shape[1], self.x.shape[1]
+        natural = (outputs, inputs // self.groups, *self.kernel)
+        held = (self.g[:1].numel() + self.x[:1].numel()) * self.dtype.itemsize
+        budget = scratch(self.device)
+        for rows in chunks(self.batch, max(self.bytes_per_row, held // 8), budget):
+            g, x = self.g[rows].to(self.dtype), self.x[rows].to(self.dtype)
+            n = len(g)
+            _, kernels, _ = torch.ops.aten.convolution_backward.default(
+                g.reshape(1, n * outputs, *self.out), x.reshape(1, n * inputs, *x.shape[2:]),
+                g.new_empty(n * outputs, *natural[1:]), None,
+                self.stride, self.padding, self.dilation, False, (0,) * len(self.out),
+                n * self.groups, (False, True, False),
             )  # fmt: skip
-            rows.append(last_squares(flat(grad), self.dtype))
-        return torch.stack(rows).sum(1)
+            yield rows, kernels.view(n, *natural)
+
+    def _by_convolutions(self) -> Tensor:
+        # rows of a kernel are short enough for one running sum each, see `LONG_ROW`
+        found = [last_squares(grads.flatten(2), self.dtype) for _, grads in self._kernels()]
+        return torch.cat(found).sum(1)
 
     def _by_patches(self, *, force_direct: bool = False) -> Tensor:
         def piece(rows: slice) -> Tensor:

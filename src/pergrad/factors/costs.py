@@ -98,11 +98,15 @@ def join_is_cheaper(pairs: int, B: int, K: int, ids: int) -> bool:
 
 # A convolution's methods, in multiply-adds of a matrix product. Measured on one core, milliseconds
 # for 64 examples, explicit patches / torch's convolution / shifts, (channels, size, kernel):
-#   (64, 32 x 32, 3): 64, 40, -      (128, 16 x 16, 3): -, 43, 51     (256, 8 x 8, 3): -, 56, 11
-#   (512, 4 x 4, 3): -, 96, 4.2      (3 to 64, 32 x 32, 3): 5.5, 6.0, -
+#   (64, 32 x 32, 3): 62, 37, -      (128, 16 x 16, 3): 39, 36, 46    (256, 8 x 8, 3): 18, 67, 8
+#   (512, 4 x 4, 3): 12, 270, 3      (3 to 64, 32 x 32, 3): 4.2, 4.9, -
+#   (64 in 4 groups, 32 x 32, 3): 50, 14, -     (64 depthwise, 32 x 32, 3): 27, 15, -
+#   (64 to 128, 16 x 16 by steps of 2, 3): 27, 22, -     (1 to 6, 28 x 28, 5): 0.8, 1.6, -
 PATCH_OVERHEAD = 45  # laying out one number of a patch, or of the gradient beside it
-CALL_OVERHEAD = 2_000_000  # one call of torch's convolution
-CALL_ELEMENTWISE = 28  # one number of the gradient that it returns
+CALL_OVERHEAD = 1_000_000  # an example's share of a call of torch's convolution
+CALL_ELEMENTWISE = 50  # one number of the gradient that it returns
+CALL_READS = 30  # one number that it reads
+SHIFT_CALLS = 2_000_000
 SHIFT_ELEMENTWISE = 16  # adding up one shifted Gram reads strided rows
 SHIFT_OVERHEAD = 1.7
 
@@ -113,11 +117,12 @@ def shift_norm_cost(T: int, window: int, p: int, d: int, k: int) -> int:
 
 
 def correlation_norm_method(
-    T: int, window: int, p: int, d: int, k: int, *, callable: bool = False
+    N: int, T: int, window: int, p: int, d: int, k: int, *, call: int | None = None
 ) -> str:
     """Norms of a convolution's weight: as an `Outer` over patches, "shift" or "convolution".
 
-    "convolution" is torch's own gradient for each example, where it can be called.
+    "convolution" is torch's own gradient for each example; `call` is how many numbers it reads,
+    None if it cannot be called. All counts but that one are of one of N groups.
     """
     plain = outer_norm_method(T, p, d)
     if plain == "rows":
@@ -127,7 +132,8 @@ def correlation_norm_method(
         plain: outer_norm_cost(T, p, d) * (GRAM_OVERHEAD if plain == "gram" else 1) + patches
     }
     if k > 1:
-        costs["shift"] = SHIFT_OVERHEAD * shift_norm_cost(T, window, p, d, k) + CALL_OVERHEAD
-    if callable:
-        costs["convolution"] = T * p * d + CALL_ELEMENTWISE * p * d + CALL_OVERHEAD
+        costs["shift"] = SHIFT_OVERHEAD * shift_norm_cost(T, window, p, d, k) + SHIFT_CALLS
+    if call is not None:
+        moved = (CALL_READS * call + CALL_OVERHEAD) / N
+        costs["convolution"] = T * p * d + CALL_ELEMENTWISE * p * d + moved
     return min(costs, key=lambda name: costs[name])

@@ -101,7 +101,8 @@ class Summed(Dense):
     def values(self) -> Tensor:  # type: ignore[override]
         """(B, *shape)."""
         if self._formed is None:
-            total = self.g[:, 0].sum(1, dtype=self.dtype)
+            one = self.g.shape[2] == 1  # position: nothing to sum, and nothing to copy
+            total = self.g.to(self.dtype) if one else self.g[:, 0].sum(1, dtype=self.dtype)
             self._formed = total.reshape(self.batch, *self.shape)
         return self._formed
 
@@ -116,6 +117,14 @@ class Summed(Dense):
         if not bool(doubtful.any()):
             return noted
         return torch.where(doubtful, super().sq_norms(), noted)
+
+    def weighted_sum(self, c: Tensor) -> Tensor:
+        """Σ_bt c[b] g[b, t], without the sums of single examples."""
+        B, _, T, p = self.g.shape
+        if self._formed is not None or self.g.dtype != self.dtype:
+            return super().weighted_sum(c)
+        weights = c.to(self.device, self.dtype)[:, None].expand(B, T).reshape(-1)
+        return torch.mv(self.g.reshape(B * T, p).mT, weights).reshape(self.shape)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """`g`."""

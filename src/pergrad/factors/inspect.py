@@ -12,7 +12,7 @@ from pergrad.factors import costs
 from pergrad.factors.base import Factor
 from pergrad.factors.combined import Placed, Sum
 from pergrad.factors.correlation import Correlation
-from pergrad.factors.dense import Zero
+from pergrad.factors.dense import Dense, Zero
 from pergrad.factors.lazy import Computed, Pulled, Scaled
 from pergrad.factors.mapped import Embedded, Mapped
 from pergrad.factors.outer import Outer
@@ -33,6 +33,15 @@ def materialized(factor: Factor) -> Factor:
         return Embedded(materialized(factor.factor), factor.shape, factor.index)
     if isinstance(factor, Scaled):
         return Scaled(materialized(factor.factor), factor.diagonal)
+    return factor
+
+
+def formed(factor: Factor) -> Factor:
+    """The same factor as rows, if its norms form them anyway and they take no more memory."""
+    if isinstance(factor, (Outer, Correlation)) and method(factor) in ("direct", "convolution"):
+        held = sum(x.numel() * x.element_size() for x in factor.tensors())
+        if factor.batch * factor.bytes_per_row <= held:
+            return Dense(factor.dense())
     return factor
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pergrad.factors import Dense
 from pergrad.factors.numeric import result_dtype
-from pergrad.factors.workspace import chunks, scratch
+from pergrad.factors.workspace import chunks, lent, scratch
 from pergrad.graph.transfer import in_training
 from pergrad.rules.positions import blocks, in_order, partition, reduced
 from pergrad.rules.registry import Served, Situation, rule
@@ -94,22 +94,28 @@ def _by_position(
             for slot, rows_ in found.items():
                 rows_.append(sums[slot])
         return {slot: Dense(torch.stack(x).reshape(B, *shape)) for slot, x in found.items()}
-    for part in chunks(B, T * size * dtype.itemsize, scratch(g.device)):
-        here = g[part].to(dtype)
-        if 1 in found:
-            scaled = x[part].to(dtype) * here if mean is None else _centred(x, mean, part, here)
-            found[1].append(torch.bmm(rstd[part].to(dtype), scaled)[:, 0])
-        if 2 in found:
-            found[2].append(here.sum(1))
+    cut = chunks(B, T * size * dtype.itemsize, scratch(g.device))
+    with lent(cut[0].stop * T * size if cut else 0, dtype, g.device) as room:
+        for part in cut:
+            here = g[part].to(dtype)
+            if 1 in found:
+                scaled = _centred(x[part], None if mean is None else mean[part], here, room)
+                found[1].append(torch.bmm(rstd[part].to(dtype), scaled)[:, 0])
+            if 2 in found:
+                found[2].append(here.sum(1))
     return {
         slot: Dense((torch.cat(x) if len(x) > 1 else x[0]).reshape(B, *shape))
         for slot, x in found.items()
     }
 
 
-def _centred(x: Tensor, mean: Tensor, part: slice, g: Tensor) -> Tensor:
-    """(x - mean) g, in one temporary."""
-    return (x[part].to(g.dtype) - mean[part]).mul_(g)
+def _centred(x: Tensor, mean: Tensor | None, g: Tensor, room: Tensor) -> Tensor:
+    """(x - mean) g, in the room given."""
+    out = room[: x.numel()].view(x.shape)
+    if mean is None:
+        return torch.mul(x, g, out=out)
+    torch.sub(x, mean, out=out)
+    return out.mul_(g.view(out.shape))
 
 
 def _live_statistics(x: Tensor, dims: list[int], rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,23 +165,35 @@ def group_norm(use: Situation) -> Served:
 
 
 def _by_channel(use: Situation, x: Tensor, mean: Tensor, rstd: Tensor) -> Served:
-    """Scale and shift of a group norm, example by example in one temporary, cache-sized.
+    """Scale and shift of a group norm: rstd Σ_s (x_s - mean) g_s, over the pixels of a channel.
 
-    rstd Σ_s (x_s - mean) g_s, the sum over the pixels of a channel.
+    By torch's own kernel, to which the channels of all examples are those of one, so that it sums
+    over no example; else in one temporary, cache-sized.
     """
     g = use.g
     B, C = g.shape[:2]
     N = mean.shape[1]
     dtype = result_dtype(x, g)
+    alike = x.is_cpu and x.dtype == g.dtype == dtype
+    if alike and x.is_contiguous() and g.is_contiguous():
+        sums = torch.ops.aten.native_group_norm_backward.default(
+            g.view(1, B * C, -1), x.view(1, B * C, -1), mean.reshape(1, -1), rstd.reshape(1, -1),
+            x.new_empty(B * C), 1, B * C, g[0, 0].numel(), B * N, (False, True, True),
+        )  # fmt: skip
+        return {k: Dense(sums[k].view(B, C)) for k in use.operands if k in (1, 2)}
     found: dict[int, list[Tensor]] = {slot: [] for slot in use.operands if slot in (1, 2)}
-    for part in chunks(B, g[0].numel() * dtype.itemsize, scratch(g.device)):
-        here = g[part].to(dtype).reshape(-1, C, g[0, 0].numel())
-        if 1 in found:
-            centred = x[part].to(dtype).reshape(here.shape[0], N, -1) - mean[part]
-            sums = centred.view(here.shape).mul_(here).sum(2).view(-1, N, C // N)
-            found[1].append(sums.mul_(rstd[part]).view(-1, C))
-        if 2 in found:
-            found[2].append(here.sum(2))
+    each = g[0].numel()
+    cut = chunks(B, each * dtype.itemsize, scratch(g.device))
+    with lent(cut[0].stop * each if cut else 0, dtype, g.device) as room:
+        for part in cut:
+            here = g[part].to(dtype).reshape(-1, C, each // C)
+            if 1 in found:
+                folded = x[part].reshape(len(here), N, -1)
+                scaled = _centred(folded, mean[part], here.view(folded.shape), room)
+                sums = scaled.view(here.shape).sum(2).view(-1, N, C // N)
+                found[1].append(sums.mul_(rstd[part]).view(-1, C))
+            if 2 in found:
+                found[2].append(here.sum(2))
     return {slot: Dense(torch.cat(rows)) for slot, rows in found.items()}
 
 
