@@ -25,6 +25,8 @@ ONCE_FAILED = {
     20285: "torch's own batch norm backward is wrong for a permuted 5-D input",
     53593: "a batched product with its own weights, below interacting examples, by the fallback",
     55895: "torch's layer norm over one element has rounding for a gradient",
+    9507: "the same of an expanded and permuted 4-D input, below a user's hook",
+    6278: "a group norm of non-contiguous cotangents",
     40567: "a tensor asked for together with the parameter it is computed from",
 }
 

@@ -5,7 +5,8 @@ so that a step can be left out without changing the others: that is how failures
 """  # noqa: E501
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,16 @@ class Model:
         self.log: list[str] = []
         self.position = (0, 0)
         self.again = False  # a checkpoint runs a step for the second time
+        self.hooks = True
+
+    @contextmanager
+    def without_hooks(self) -> Iterator[None]:
+        """Without the user's hooks, with which a gradient is not that of any function."""
+        self.hooks = False
+        try:
+            yield
+        finally:
+            self.hooks = True
 
     def data(self, version: int = 0) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(self.seed * 7 + version)
@@ -1346,7 +1357,7 @@ def stopped(m, a, pool, data):
 def hooked(m, a, pool, data):
     """A tensor hook of the user's that scales the gradient."""
     y = a.x.sin()
-    if y.requires_grad:
+    if m.hooks and y.requires_grad:
         y.register_hook(lambda g: -2 * g)
     return Act(y, a.b)
 

@@ -110,12 +110,12 @@ def _by_position(
 
 
 def _centred(x: Tensor, mean: Tensor | None, g: Tensor, room: Tensor) -> Tensor:
-    """(x - mean) g, in the room given."""
+    """(x - mean) g, of g's shape, in the room given. x and its mean may be folded otherwise."""
     out = room[: x.numel()].view(x.shape)
     if mean is None:
         return torch.mul(x, g, out=out)
     torch.sub(x, mean, out=out)
-    return out.mul_(g.view(out.shape))
+    return out.view(g.shape).mul_(g)
 
 
 def _live_statistics(x: Tensor, dims: list[int], rstd: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,8 +189,8 @@ def _by_channel(use: Situation, x: Tensor, mean: Tensor, rstd: Tensor) -> Served
             here = g[part].to(dtype).reshape(-1, C, each // C)
             if 1 in found:
                 folded = x[part].reshape(len(here), N, -1)
-                scaled = _centred(folded, mean[part], here.view(folded.shape), room)
-                sums = scaled.view(here.shape).sum(2).view(-1, N, C // N)
+                scaled = _centred(folded, mean[part], here, room)
+                sums = scaled.sum(2).view(-1, N, C // N)
                 found[1].append(sums.mul_(rstd[part]).view(-1, C))
             if 2 in found:
                 found[2].append(here.sum(2))
