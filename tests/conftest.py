@@ -1,5 +1,7 @@
 """Settings for all tests: few threads, so that results and times depend little on the machine."""
 
+import signal
+
 import pytest
 import torch
 
@@ -9,6 +11,12 @@ import pergrad
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, metavar="N",
                      help="run every N-th test; the others are reported as deselected")  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A shell starts what runs in its background with Ctrl-C ignored, and so would every process be
+    # that the tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)

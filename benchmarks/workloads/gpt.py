@@ -93,7 +93,11 @@ register(
         "GPT-like: 4 layers, width 256, 4 heads, vocabulary 1000; T=128, B=16, mean cross entropy",
         "norms",
         lambda tiny: gpt(16, 128, width=256, layers=4, heads=4, tiny=tiny),
-        (Target("time", 0.95, claim=True), Target("memory", 1.10, claim=True)),
+        (
+            Target("time", 1.10, claim=True),
+            Target("time", 0.95),
+            Target("memory", 1.10, claim=True),
+        ),
     )
 )
 
