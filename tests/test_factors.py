@@ -33,7 +33,7 @@ from pergrad.factors import (
     mapped,
     outer_norms,
 )
-from pergrad.factors.workspace import CACHE_BYTES, lent, limit, workspace
+from pergrad.factors.workspace import CACHE_BYTES, WORTH_KEEPING, lent, limit, workspace
 
 Cast = Callable[[Tensor], Tensor]
 CONTRACT = settings(max_examples=100, derandomize=True, deadline=None, database=None)
@@ -431,22 +431,23 @@ def test_parameters_of_any_rank(shape):
 
 def test_room_is_lent_to_one_at_a_time_and_renewed_for_every_pass():
     cpu = torch.device("cpu")
+    count = WORTH_KEEPING
+    with torch.inference_mode(), workspace(None), lent(count, torch.float32, cpu) as fresh:
+        assert fresh.shape == (count,)
+    with torch.inference_mode(), workspace(None), lent(count, torch.float32, cpu) as kept:
+        before = kept.data_ptr()
     with workspace(None):
-        with lent(5, torch.float32, cpu) as first, lent(5, torch.float64, cpu) as second:
-            first.fill_(1)
+        with lent(count, torch.float32, cpu) as first, lent(5, torch.float64, cpu) as second:
+            first.fill_(1)  # a buffer made in inference mode could not be written here
             second.fill_(2)
-            assert first.shape == second.shape == (5,)
+            assert first.shape == (count,)
             assert (first == 1).all()
+            assert first.data_ptr() != before
         with lent(3, torch.float64, cpu) as again, torch.inference_mode():
             assert again.data_ptr() == first.data_ptr()
             again.fill_(3)
         with lent(CACHE_BYTES, torch.float32, cpu) as large:
             assert large.data_ptr() != first.data_ptr()
-    before = first.data_ptr()
-    with torch.inference_mode(), workspace(None), lent(5, torch.float32, cpu) as renewed:
-        assert renewed.data_ptr() != before
-    with workspace(None), lent(5, torch.float32, cpu) as outside:
-        outside.fill_(1)  # a buffer made in inference mode could not be written here
 
 
 def test_chunks_never_change_a_result():

@@ -19,6 +19,8 @@ SHARE_OF_FREE = 8  # at most one part in eight of what is free
 # A temporary that is written and read again at once should not leave the CPU's caches: measured,
 # a 4 MiB buffer is as fast as a smaller one and a fresh one of 100 MiB is three times slower.
 CACHE_BYTES = 4 * 2**20
+# Renewing a kept buffer takes longer than fresh memory of less than this.
+WORTH_KEEPING = 2**18
 
 _budget: ContextVar[int | None] = ContextVar("pergrad_workspace", default=None)
 
@@ -30,9 +32,9 @@ def workspace(size: int | None) -> Iterator[None]:
         raise ValueError(f"The budget for temporary buffers must be positive, not {size} bytes.")
     # asked for once, not for every temporary: the answer takes as long as a small matrix product
     token = _budget.set(size if size is not None else limit())
-    if _kept.free:
+    if _kept.free and _kept.most >= WORTH_KEEPING:
         with torch.inference_mode(False):  # else it could not be written outside that mode
-            _kept.buffer = torch.empty(CACHE_BYTES, dtype=torch.uint8)
+            _kept.buffer = torch.empty(_kept.most, dtype=torch.uint8)
     try:
         yield
     finally:
@@ -40,10 +42,11 @@ def workspace(size: int | None) -> Iterator[None]:
 
 
 class _Kept(threading.local):
-    """A thread's own buffer of CACHE_BYTES on the CPU."""
+    """A thread's own buffer on the CPU, as large as any that was lent."""
 
     def __init__(self) -> None:
-        self.buffer: Tensor | None = None
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.most = 0  # bytes
         self.free = True
 
 
@@ -63,13 +66,16 @@ def lent(count: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tenso
     """
     size = count * dtype.itemsize
     kept = _kept
-    buffer = kept.buffer
-    if device.type != "cpu" or size > CACHE_BYTES or not kept.free or buffer is None:
+    if device.type != "cpu" or size > CACHE_BYTES or not kept.free:
+        yield torch.empty(count, dtype=dtype, device=device)
+        return
+    kept.most = max(kept.most, size)
+    if size > kept.buffer.numel():
         yield torch.empty(count, dtype=dtype, device=device)
         return
     kept.free = False
     try:
-        yield buffer[:size].view(dtype)
+        yield kept.buffer[:size].view(dtype)
     finally:
         kept.free = True
 
