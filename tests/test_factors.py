@@ -18,6 +18,7 @@ from pergrad.factors import (
     Embedded,
     Factor,
     Isometry,
+    KeptGram,
     Mapped,
     Notes,
     Outer,
@@ -248,7 +249,7 @@ def choices(method: str | None, budget: int | None) -> Iterator[None]:
             direct = "gram" if gram else "direct"
             tiles = "gram" if gram else "tiles"
             for name, chosen in (
-                ("outer_norm_method", lambda T, p, d: "rows" if T <= 1 else direct),
+                ("outer_norm_method", lambda T, p, d, readers=1: "rows" if T <= 1 else direct),
                 ("outer_dot_method", lambda T, S, p, d: direct),
                 ("outer_gram_method", lambda *sizes, same=False: tiles),
                 ("join_is_cheaper", lambda *sizes: gram),
@@ -739,6 +740,8 @@ def test_costs_choose_by_arithmetic():
     assert costs.outer_gram_method(512, 512, 1, 1, 512, 512) == "rows"
     assert costs.outer_gram_method(32, 32, 1024, 1024, 1024, 1024) == "tiles"
     assert costs.outer_gram_method(8, 8, 4, 4, 1024, 1024) == "gram"
+    assert costs.outer_norm_method(100, 192, 192) == "direct"
+    assert costs.outer_norm_method(100, 192, 192, 3) == "gram"  # of three, one has the Gram of a
     assert costs.join_is_cheaper(10, 100, 100, 100)
     assert not costs.join_is_cheaper(1000, 10, 10, 10)
 
@@ -808,6 +811,70 @@ def test_a_bias_has_its_norms_from_the_weight(T, swapped, method):
     if method == "gram" or T == 1:
         assert notes.sq_norms is not None
     assert ((bias.sq_norms() - wanted).abs() <= 1e-12 * wanted).all()
+
+
+# -- a Gram that several uses read -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("N", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [5, 130])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_kept_gram_gives_the_same_norms(swapped, T, dtype, N, monkeypatch):
+    generator = torch.Generator().manual_seed(T)
+    a = torch.randn(3, N, T, 300, generator=generator).to(dtype)
+    sides = [torch.randn(3, N, T, p, generator=generator).to(dtype) for p in (400, 350, 500)]
+    kept = KeptGram(3)
+    products = mock.Mock(wraps=torch.bmm)
+    for i, g in enumerate(sides):
+        pair = (a, g) if swapped else (g, a)
+        notes = Notes(g, read=a, kept=kept)
+        with choices("gram", 1 if i == 1 else None), monkeypatch.context() as patch:
+            want = Outer(*pair).sq_norms()
+            patch.setattr(torch, "bmm", products)
+            products.reset_mock()
+            got = Outer(*pair, notes=notes).sq_norms()
+        widths = [call.args[0].shape[2] for call in products.call_args_list]
+        assert set(widths) == ({g.shape[3], 300} if i == 0 else {g.shape[3]})
+        assert torch.equal(got, want)
+        if N == 1:
+            wanted = g[:, 0].double().sum(1).square().sum(1)
+            assert torch.allclose(notes.sq_norms.double(), wanted, rtol=1e-4)
+        kept.served()
+    assert kept.blocks(a) is None  # let go after the last
+
+
+def test_a_gram_is_kept_of_one_memory_only():
+    a = torch.randn(2, 1, 4, 8)
+    kept = KeptGram(3)
+    kept.keep(a, [torch.zeros(2, 4, 4)])
+    assert kept.blocks(a.view(2, 1, 4, 8)) is not None
+    assert kept.blocks(a.clone()) is None
+    assert kept.blocks(a.view(2, 2, 2, 8)) is None
+    assert kept.blocks(a.transpose(2, 3)) is None
+    assert kept.blocks(a[:, :, 1:]) is None
+
+
+def test_a_gram_takes_no_more_room_than_the_input():
+    kept = KeptGram(2)
+    assert kept.room(torch.zeros(2, 1, 9, 8), [(2, 9, 9)], torch.float32) is None
+    room = kept.room(torch.zeros(2, 1, 8, 8), [(2, 8, 8)], torch.float64)
+    assert room is not None
+    assert room[0].dtype == torch.float64
+    kept.served()
+    assert kept.room(torch.zeros(2, 1, 8, 8), [(2, 8, 8)], torch.float32) is None  # for nobody
+
+
+def test_a_doubtful_gram_is_taken_directly_though_it_was_kept():
+    a = torch.randn(2, 1, 64, 200, dtype=torch.float64)
+    a -= a.mean(2, keepdim=True)
+    kept, ones = KeptGram(2), torch.ones(2, 1, 64, 200, dtype=torch.float64)
+    for g in (ones + 1e-9 * torch.randn_like(ones), ones):
+        want = (g.mT @ a).square().sum((1, 2, 3))
+        with choices("gram", None):
+            got = Outer(g, a, notes=Notes(g, read=a, kept=kept)).sq_norms()
+        assert ((got - want).abs() <= 1e-9 * want + 1e-20).all()
+        kept.served()
 
 
 def test_parts_of_a_bias_become_one_part():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pergrad.errors import FallbackWarning, MixedExamplesError, UnsupportedError, UsageError
-from pergrad.factors import Computed, Embedded, Factor, Pulled, Sum, inspect, mapped
+from pergrad.factors import Computed, Embedded, Factor, KeptGram, Pulled, Sum, inspect, mapped
 from pergrad.graph import chain, nodes
 from pergrad.graph.layout import describe
 from pergrad.graph.plan import Plan, plan_for
@@ -81,6 +81,7 @@ class _Pass:
     parts: dict[Slot, list[Factor]] = field(default_factory=dict)
     missing: dict[Slot, set[Slot]] = field(default_factory=dict)  # ends, by parameter
     found: dict[Slot, list[Factor]] = field(default_factory=dict)
+    kept: dict[Slot, KeptGram] = field(default_factory=dict)  # by where the data come from
 
     def __post_init__(self) -> None:
         self.waiting = dict(self.schedule.waiting)
@@ -89,8 +90,15 @@ class _Pass:
     def serve(self, use: Use, cotangents: list[Tensor | None]) -> None:
         """Factors of every operand of one use."""
         site = use.site
+        kept = self._kept(use)
         situation = Situation(
-            self.graph.nodes[site.node], use.op, self.batch, cotangents, site.layouts, use.operands
+            self.graph.nodes[site.node],
+            use.op,
+            self.batch,
+            cotangents,
+            site.layouts,
+            use.operands,
+            kept,
         )
         alive = any(g is not None for g in cotangents)
         served = use.rule(situation) if use.rule is not None and alive else {}
@@ -104,6 +112,17 @@ class _Pass:
                 self._report(use, k, served[k], "rule")
             else:
                 self._report(use, k, others[k], "fallback")
+        if kept is not None:
+            kept.served()
+
+    def _kept(self, use: Use) -> KeptGram | None:
+        """What the uses that read the same data share; nothing if it has to be differentiable."""
+        if use.reads is None or self.create_graph:
+            return None
+        found = self.kept.get(use.reads)
+        if found is None:
+            found = self.kept[use.reads] = KeptGram(self.schedule.readers[use.reads])
+        return found
 
     def _report(self, use: Use, k: int, factor: Factor | None, how: str) -> None:
         end = use.ends[k]

@@ -11,8 +11,8 @@ from pergrad.factors.correlation import Correlation
 from pergrad.factors.dense import Dense, Summed, Zero
 from pergrad.factors.lazy import Computed, Pulled, Scaled
 from pergrad.factors.mapped import Embedded, Isometry, Mapped
+from pergrad.factors.notes import KeptGram, Notes
 from pergrad.factors.outer import Outer
-from pergrad.factors.outer_norms import Notes
 from pergrad.factors.rows import Rows
 from pergrad.factors.simplify import mapped
 
@@ -23,6 +23,7 @@ __all__ = [
     "Embedded",
     "Factor",
     "Isometry",
+    "KeptGram",
     "Mapped",
     "Notes",
     "Outer",

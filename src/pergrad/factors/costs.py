@@ -39,10 +39,13 @@ def row_norm_cost(p: int, d: int) -> int:
     return p + d
 
 
-def gram_norm_cost(T: int, p: int, d: int) -> int:
-    """Σ_ts (g_t·g_s)(a_t·a_s), half by symmetry (less, in k blocks): T² (p + d) (k + 1) / 2k."""
+def gram_norm_cost(T: int, p: int, d: int, readers: int = 1) -> int:
+    """Σ_ts (g_t·g_s)(a_t·a_s), half by symmetry (less, in k blocks): T² (p + d) (k + 1) / 2k.
+
+    The Gram of a that several uses read costs each of them its share.
+    """
     k = gram_blocks(T)
-    return T * T * (p + d) * (k + 1) // (2 * k)
+    return T * T * (p + d // readers) * (k + 1) // (2 * k)
 
 
 def direct_norm_cost(T: int, p: int, d: int) -> int:
@@ -50,20 +53,20 @@ def direct_norm_cost(T: int, p: int, d: int) -> int:
     return (T + 1) * p * d
 
 
-def outer_norm_method(T: int, p: int, d: int) -> str:
+def outer_norm_method(T: int, p: int, d: int, readers: int = 1) -> str:
     """How to take the norms of an Outer: "rows", "gram" or "direct"."""
     if T <= 1:
         return "rows"
-    gram = GRAM_OVERHEAD * (gram_norm_cost(T, p, d) + GRAM_ELEMENTWISE * T * T)
+    gram = GRAM_OVERHEAD * (gram_norm_cost(T, p, d, readers) + GRAM_ELEMENTWISE * T * T)
     return "gram" if gram < direct_norm_cost(T, p, d) else "direct"
 
 
-def outer_norm_cost(T: int, p: int, d: int) -> int:
+def outer_norm_cost(T: int, p: int, d: int, readers: int = 1) -> int:
     """Multiply-adds per example and group of the chosen method."""
-    method = outer_norm_method(T, p, d)
+    method = outer_norm_method(T, p, d, readers)
     if method == "rows":
         return row_norm_cost(p, d)
-    return gram_norm_cost(T, p, d) if method == "gram" else direct_norm_cost(T, p, d)
+    return gram_norm_cost(T, p, d, readers) if method == "gram" else direct_norm_cost(T, p, d)
 
 
 def outer_dot_method(T: int, S: int, p: int, d: int) -> str:

@@ -16,6 +16,7 @@ from pergrad.factors.dense import Dense, Zero
 from pergrad.factors.lazy import Computed, Pulled, Scaled
 from pergrad.factors.mapped import Embedded, Mapped
 from pergrad.factors.outer import Outer
+from pergrad.factors.outer_norms import sizes_and_readers
 from pergrad.factors.rows import Rows
 
 
@@ -53,8 +54,7 @@ def cloned(factor: Factor) -> Factor:
 def method(factor: Factor) -> str:
     """How the norm is computed, in one word."""
     if isinstance(factor, Outer):
-        _, T, p, d = factor.sizes
-        return costs.outer_norm_method(T, p, d)
+        return costs.outer_norm_method(*sizes_and_readers(factor.g, factor.a, factor.notes))
     if isinstance(factor, Correlation):
         return factor.norm_method
     if isinstance(factor, Rows):
@@ -73,8 +73,8 @@ def method(factor: Factor) -> str:
 def cost(factor: Factor) -> int:
     """Multiply-adds of the squared norms of all examples."""
     if isinstance(factor, Outer):
-        N, T, p, d = factor.sizes
-        return factor.batch * N * costs.outer_norm_cost(T, p, d)
+        sizes = sizes_and_readers(factor.g, factor.a, factor.notes)
+        return factor.batch * factor.sizes[0] * costs.outer_norm_cost(*sizes)
     if isinstance(factor, Correlation):
         return factor.batch * factor.norm_cost
     if isinstance(factor, Rows):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pergrad.factors import outer_norms
 from pergrad.factors.base import Factor
+from pergrad.factors.notes import Notes
 from pergrad.factors.numeric import Index, columns, product, result_dtype, row_dots
 from pergrad.factors.workspace import by_chunks, chunks, limit
 
@@ -30,7 +31,7 @@ class Outer(Factor):
         g: Tensor,
         a: Tensor,
         shape: tuple[int, ...] | None = None,
-        notes: outer_norms.Notes | None = None,
+        notes: Notes | None = None,
     ) -> None:
         if g.dim() == 3:
             g, a = g.unsqueeze(1), a.unsqueeze(1)
@@ -44,7 +45,7 @@ class Outer(Factor):
         super().__init__(B, shape, g.device, result_dtype(g, a))
         self.g = g
         self.a = a
-        self.notes = notes  # where `sq_norms` leaves what it finds out about a side's sum
+        self.notes = notes  # what `sq_norms` leaves for others, and may take from them
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:

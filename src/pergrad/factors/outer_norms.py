@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pergrad.factors import costs
+from pergrad.factors.notes import Notes
 from pergrad.factors.numeric import last_squares, product, result_dtype, row_squares, tracing
 from pergrad.factors.workspace import by_chunks, chunks, lent, scratch
 
@@ -21,26 +22,13 @@ from pergrad.factors.workspace import by_chunks, chunks, lent, scratch
 KAPPA_LIMIT = {torch.float32: 64.0, torch.float64: 1000.0}
 
 
-class Notes:
-    """What the norms of an `Outer` find out on their way about the sum over positions of a side.
-
-    ‖Σ_t g_t‖², a bias' squared norm, is the sum of all entries of the Gram of g, which has been
-    formed anyway. It is noted only for the side that somebody has asked about.
-    """
-
-    def __init__(self, side: Tensor) -> None:
-        self.side = side
-        self.sq_norms: Tensor | None = None  # (B,)
-        self.sizes: Tensor | None = None  # (B,): T |G|², as in `cancels`; None where exact
-
-
 def sq_norms(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
     """(B,): ‖Σ_t g[b,n,t] ⊗ a[b,n,t]‖², summed over groups."""
     B, N, T, p = g.shape
     d = a.shape[3]
     if T == 0 or 0 in (N, p, d):
         return g.new_zeros(B, dtype=result_dtype(g, a))
-    method = costs.outer_norm_method(T, p, d)
+    method = costs.outer_norm_method(*sizes_and_readers(g, a, notes))
     if method == "rows":
         return by_rows(g, a, notes)
     if method == "direct":
@@ -53,6 +41,14 @@ def sq_norms(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
     return norms.index_copy(0, rows, direct(g[rows], a[rows]))
 
 
+def sizes_and_readers(g: Tensor, a: Tensor, notes: Notes | None) -> tuple[int, int, int, int]:
+    """T, the width of a side of one's own, of the side that others read too, and their number."""
+    T, p, d = g.shape[2], g.shape[3], a.shape[3]
+    if notes is None or notes.kept is None:
+        return T, p, d, 1
+    return (T, d, p, notes.readers) if notes.read is g else (T, p, d, notes.readers)
+
+
 def cancels(norms: Tensor, sizes: Tensor) -> Tensor:
     """Whether κ is above the limit; also where a Gram overflowed (so not `>`: NaN must be true)."""
     norms, sizes = norms.detach(), sizes.detach()
@@ -63,8 +59,8 @@ def by_rows(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
     """T = 1: Σ_n |g_n|² |a_n|². N (p + d) multiply-adds."""
     dtype = result_dtype(g, a)
     left, right = last_squares(g, dtype), last_squares(a, dtype)  # (B, N, 1), no copy on the way
-    if notes is not None and g.shape[1] == 1:
-        notes.sq_norms = (left if notes.side is g else right).reshape(-1)
+    if notes is not None and notes.summed is not None and g.shape[1] == 1:
+        notes.sq_norms = (left if notes.summed is g else right).reshape(-1)
     return (left * right).flatten(1).sum(1) if g.shape[1] > 1 else (left * right).reshape(-1)
 
 
@@ -138,32 +134,48 @@ def gram(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor, Tens
     d = a.shape[3]
     k = costs.gram_blocks(T)
     block = -(-T // k)
+    bounds = [(lo, min(T, lo + block)) for lo in range(0, T, block)]
     # what is read alone needs no room; half precision is widened first
     copies = p * (g.dtype != dtype) + d * (a.dtype != dtype)
     each = N * T * (copies + 2 * block) * dtype.itemsize
     plain = not tracing(g, a)
-    asked = notes.side if notes is not None and N == 1 else None
+    asked = notes.summed if notes is not None and N == 1 else None
+    kept = notes.kept if notes is not None and plain else None
+    read = notes.read if notes is not None and kept is not None else None
+    known = kept.blocks(read) if kept is not None and read is not None else None
+    ours = None  # blocks that are formed here and kept for other readers
+    if known is None and kept is not None and read is not None:
+        ours = kept.room(read, [(B * N, hi - lo, T - lo) for lo, hi in bounds], dtype)
 
-    def products(G: Tensor, A: Tensor, lo: int, hi: int, room: Tensor | None) -> list[Tensor]:
+    def product(x: Tensor, which: Tensor, rows: slice, i: int, room: Tensor | None) -> Tensor:
+        """Block i of the Gram of the rows x of one side."""
+        lo, hi = bounds[i]
+        if which is read and known is not None:
+            return known[i][rows.start * N : rows.stop * N]
         if room is None:
-            return [torch.bmm(x[:, lo:hi], x[:, lo:].mT) for x in (G, A)]
-        shape = (len(G), hi - lo, T - lo)
-        return [
-            torch.bmm(x[:, lo:hi], x[:, lo:].mT, out=half[: prod(shape)].view(shape))
-            for x, half in zip((G, A), room.chunk(2), strict=True)
-        ]
+            return torch.bmm(x[:, lo:hi], x[:, lo:].mT)
+        if which is read and ours is not None:
+            into = ours[i][rows.start * N : rows.stop * N]
+        else:
+            shape = (len(x), hi - lo, T - lo)
+            into = room[: prod(shape)].view(shape)
+        return torch.bmm(x[:, lo:hi], x[:, lo:].mT, out=into)
 
     def piece(rows: slice, room: Tensor | None) -> list[Tensor]:
         G, A = g[rows].to(dtype).reshape(-1, T, p), a[rows].to(dtype).reshape(-1, T, d)
+        one, two = (None, None) if room is None else room.chunk(2)
         sums: list[Tensor] = []  # the product's, of the traces, and of the side asked about
-        for lo in range(0, T, block):
-            hi = min(T, lo + block)
-            left, right = products(G, A, lo, hi, room)
+        for i in range(len(bounds)):
+            left, right = product(G, g, rows, i, one), product(A, a, rows, i, two)
             here = [_trace(left), _trace(right)]
             if asked is not None:
                 here.append(_upper_and_lower(left if asked is g else right))
-            here.append(_upper_and_lower(left.mul_(right) if plain else left * right))
-            sums = here if lo == 0 else [x + y for x, y in zip(sums, here, strict=True)]
+            if not plain:
+                both = left * right
+            else:  # a block that others will read is only read
+                both = right.mul_(left) if read is g else left.mul_(right)
+            here.append(_upper_and_lower(both))
+            sums = here if i == 0 else [x + y for x, y in zip(sums, here, strict=True)]
         size = sums[0] * sums[1]
         found = [sums[-1], size] if N == 1 else [x.view(-1, N).sum(1) for x in (sums[-1], size)]
         return found if asked is None else [*found, sums[2], T * sums[0 if asked is g else 1]]
@@ -176,6 +188,8 @@ def gram(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor, Tens
             pieces = [piece(rows, room) for rows in cut]
     else:
         pieces = [piece(rows, None) for rows in cut]
+    if kept is not None and read is not None and ours is not None:
+        kept.keep(read, ours)
     columns = pieces[0] if len(pieces) == 1 else [torch.cat(x) for x in zip(*pieces, strict=True)]
     if notes is not None and asked is not None:
         notes.sq_norms, notes.sizes = columns[2:]

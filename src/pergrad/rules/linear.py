@@ -4,6 +4,7 @@ Owns: lowering a product to `Outer`, whichever operand is the weight.
 Does not know: modules. `nn.Linear`, `F.linear`, `x @ W` and einsum all arrive here.
 """
 
+from collections.abc import Collection
 from math import prod
 
 import torch
@@ -14,12 +15,20 @@ from pergrad.graph.layout import reshape
 from pergrad.rules.positions import blocks, outer, partition, reduced, rows_by_id
 from pergrad.rules.registry import Operand, Served, Situation, rule
 
+_LEFT = {"mm": 0, "addmm": 1}  # the input that is the left matrix; the right one follows
+
+
+def data_input(name: str, operands: Collection[int]) -> int | None:
+    """The input from which a product with a weight on the right takes its data."""
+    left = _LEFT.get(name)
+    return left if left is not None and left not in operands and left + 1 in operands else None
+
 
 @rule("mm", "addmm")
 def matrix(use: Situation) -> Served:
     """out = beta * bias + alpha * left @ right, two matrices."""
     names = ("self", "mat2") if use.name == "mm" else ("mat1", "mat2")
-    first = 0 if use.name == "mm" else 1
+    first = _LEFT[use.name]
     served: Served = {}
     g, layout, scale = use.g, use.layout, _alpha(use)
     scaled = scale * g if scale != 1 else g
@@ -31,11 +40,12 @@ def matrix(use: Situation) -> Served:
             if left is None or right is None:
                 served[first + 1] = outer(a[:, None], scaled[:, None], rows, shape)
             elif first and scale == 1 and _behind_rows(use):
-                notes = Notes(right)
+                notes = Notes(right, read=left, kept=use.kept)
                 served[first + 1] = Outer(left, right, shape, notes)
                 served[0] = Summed(right, use.operands[0].shape, notes)
             else:
-                served[first + 1] = Outer(left, right, shape)
+                notes = Notes(read=left, kept=use.kept)
+                served[first + 1] = Outer(left, right, shape, notes)
     if first in use.operands:  # (n, k) weight, (k, m) data: positions are columns
         columns = partition(layout, (1,), use.batch)
         if columns is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pergrad.factors import Factor
+from pergrad.factors import Factor, KeptGram
 from pergrad.graph import nodes
 from pergrad.graph.layout import Layout
 
@@ -44,6 +44,7 @@ class Situation:
     cotangents: list[Tensor | None]
     layouts: tuple[Layout | None, ...]
     operands: dict[int, Operand]  # by slot
+    kept: KeptGram | None = None  # of the data, if other ops read them too
 
     @property
     def g(self) -> Tensor:

@@ -1,0 +1,85 @@
+"""What the norms of one factor leave for those of others in the same pass.
+
+Owns: `Notes` beside an `Outer`, and `KeptGram`, the Gram of an input that several ops read.
+Does not know: how either is computed.
+"""
+
+import torch
+from torch import Tensor
+
+
+class KeptGram:
+    """A Aᵀ, (n, T, T) in rows of blocks, formed for the first of several readers of A.
+
+    Query, key and value projections read the same input, so do a gate and its values: three uses,
+    one Gram of A. It takes no more room than A.
+    """
+
+    def __init__(self, readers: int) -> None:
+        self.readers = readers  # of them all
+        self.left = readers  # of those that have not been served
+        self._input: Tensor | None = None
+        self._blocks: list[Tensor] = []
+
+    def blocks(self, a: Tensor) -> list[Tensor] | None:
+        """Those of this very memory; None if they have not been formed."""
+        return self._blocks if self._input is not None and _same(self._input, a) else None
+
+    def room(self, a: Tensor, shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> (
+        list[Tensor] | None
+    ):  # fmt: skip
+        """Memory for the blocks; None if nobody will read them or they take more than A does."""
+        if self.left < 2 or sum(n * rows * columns for n, rows, columns in shapes) > a.numel():
+            return None
+        return [torch.empty(shape, dtype=dtype, device=a.device) for shape in shapes]
+
+    def keep(self, a: Tensor, blocks: list[Tensor]) -> None:
+        """For the readers that are left. Holding A itself, so that its memory stays its own."""
+        if self.left > 1:
+            self._input, self._blocks = a, blocks
+
+    def served(self) -> None:
+        """One reader less."""
+        self.left -= 1
+        if self.left <= 0:
+            self._input, self._blocks = None, []
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same memory, read alike.
+
+    That nobody has written to it in between is torch's to see, when it hands out what was saved.
+    """
+    return (
+        x.data_ptr() == y.data_ptr()
+        and x.shape == y.shape
+        and x.stride() == y.stride()
+        and x.dtype == y.dtype
+        and x.device == y.device
+    )
+
+
+class Notes:
+    """Beside one `Outer`: what somebody has asked to know, and what others know already.
+
+    ‖Σ_t g_t‖², a bias' squared norm, is the sum of all entries of the Gram of g, which the weight's
+    norm forms anyway. It is noted for the side `summed`.
+    """
+
+    def __init__(
+        self,
+        summed: Tensor | None = None,
+        *,
+        read: Tensor | None = None,
+        kept: KeptGram | None = None,
+    ) -> None:
+        self.summed = summed
+        self.sq_norms: Tensor | None = None  # (B,)
+        self.sizes: Tensor | None = None  # (B,): T |G|², as in `cancels`; None where exact
+        self.read = read  # the side that other ops read too
+        self.kept = kept
+
+    @property
+    def readers(self) -> int:
+        """How many share the Gram of the side `read`."""
+        return 1 if self.kept is None else self.kept.readers

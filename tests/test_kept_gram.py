@@ -1,0 +1,137 @@
+"""Uses that read the same data share one Gram of them, and nothing else does."""
+
+from unittest import mock
+
+import naive
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_agrees
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import pergrad
+from pergrad.factors import KeptGram
+from pergrad.graph import plan
+
+B, T, W = 3, 12, 64
+
+
+class Projections(nn.Module):
+    """Several projections of one input, as in attention and in gated layers."""
+
+    def __init__(self, readers: int, *, bias: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(W, W)
+        self.own = nn.ModuleList(nn.Linear(W, W + 8 * i, bias=bias) for i in range(readers))
+        self.last = nn.Linear(sum(W + 8 * i for i in range(readers)), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.first(x))
+        return self.last(torch.cat([torch.tanh(layer(y)) for layer in self.own], -1)).sum((1, 2))
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    plan.clear()
+
+
+def kept_grams(losses: Tensor, model: nn.Module, verb=pergrad.norms, **options) -> tuple[int, int]:
+    """How many Grams were kept during one call, and how often one of them was read."""
+    written, read = [], []
+    keep, blocks = KeptGram.keep, KeptGram.blocks
+
+    def reading(self, a):
+        found = blocks(self, a)
+        if found is not None:
+            read.append(self)
+        return found
+
+    def writing(self, a, values):
+        written.append(self)
+        keep(self, a, values)
+
+    with (
+        mock.patch.object(KeptGram, "keep", writing),
+        mock.patch.object(KeptGram, "blocks", reading),
+    ):
+        verb(losses, model, **options)
+    assert all(not kept._blocks and kept._input is None for kept in written)  # let go
+    return len(written), len(read)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("readers", [1, 2, 3])
+def test_projections_of_one_input_share_its_gram(readers, bias):
+    torch.manual_seed(0)
+    model = Projections(readers, bias=bias).double()
+    x = torch.randn(B, T, W, dtype=torch.float64)
+    want = naive.norms(naive.loop_grads(model(x), model))
+    assert_agrees(pergrad.norms(model(x), model), want, want)
+    assert kept_grams(model(x), model) == ((1, readers - 1) if readers > 1 else (0, 0))
+
+
+def test_every_verb_with_a_shared_gram():
+    torch.manual_seed(0)
+    model = Projections(3, bias=True).double()
+    x = torch.randn(B, T, W, dtype=torch.float64)
+    grads = naive.loop_grads(model(x), model)
+    want = naive.norms(grads)
+    assert_agrees(pergrad.backward(model(x), model, weights=pergrad.clip(1.0)), want, want)
+    assert_agrees(pergrad.gradients(model(x), model).norms(), want, want)
+    for name, norms in pergrad.norms_by_parameter(model(x), model).items():
+        assert_agrees(norms, grads[name].flatten(1).norm(dim=1), want, what=name)
+    assert kept_grams(model(x), model, create_graph=True) == (0, 0)  # it may be differentiated
+
+
+def test_a_checkpointed_block_shares_too():
+    torch.manual_seed(0)
+    model = Projections(3, bias=False).double()
+    x = torch.randn(B, T, W, dtype=torch.float64)
+    want = naive.norms(naive.loop_grads(model(x), model))
+
+    def losses() -> Tensor:
+        return checkpoint(model, x, use_reentrant=False)
+
+    assert_agrees(pergrad.norms(losses(), model), want, want)
+    assert kept_grams(losses(), model) == (1, 2)
+
+
+def test_other_memory_is_not_shared():
+    """Under autocast every projection reads a copy of its own; two slices are two inputs."""
+    torch.manual_seed(0)
+    model = Projections(2, bias=False)
+    x = torch.randn(B, T, W)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = torch.tanh(model.first(x)).float()
+        losses = sum(layer(y).tanh().float().sum((1, 2)) for layer in model.own)
+    assert kept_grams(losses, model)[1] == 0
+
+    first, second = nn.Linear(W, W), nn.Linear(W, W)
+    table = nn.Parameter(torch.randn(2, B, T, W))
+    both = nn.ParameterList([table, *first.parameters(), *second.parameters()])
+    x = table * 2
+    losses = (first(x[0]).tanh() + second(x[1]).tanh()).sum((1, 2))
+    assert kept_grams(losses, both)[1] == 0
+
+
+def test_a_reader_that_gets_no_gradient_keeps_nobody_waiting():
+    """The losses reach one projection only in the graph's form: its cotangent is dead."""
+    torch.manual_seed(0)
+    model = Projections(2, bias=False).double()
+    x = torch.randn(B, T, W, dtype=torch.float64)
+
+    def losses() -> Tensor:
+        y = torch.tanh(model.first(x))
+        one, two = (layer(y) for layer in model.own)
+        return one.tanh().sum((1, 2)) + F.relu(two * 0).sum((1, 2))
+
+    want = naive.norms(naive.loop_grads(losses(), model))
+    assert_agrees(pergrad.norms(losses(), model), want, want)
+
+
+def test_explain_shows_the_shares():
+    model = Projections(3, bias=False)
+    table = pergrad.explain(model(torch.randn(B, T, W)), model)
+    costs = {row.parameter: row.cost for row in table.rows}
+    assert costs["own.0.weight"] == B * T * T * (W + W // 3)
