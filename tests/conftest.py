@@ -1,11 +1,16 @@
 """Settings for all tests: few threads, so that results and times depend little on the machine."""
 
+import os
 import signal
 
 import pytest
 import torch
 
 import pergrad
+from pergrad.factors import constants
+
+# What was measured on this machine must not decide what is tested; inherited by every process.
+os.environ["PERGRAD_COSTS"] = ""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,6 +35,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _few_threads():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _typical_costs():
+    yield
+    constants.forget()
 
 
 @pytest.fixture

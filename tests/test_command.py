@@ -550,10 +550,31 @@ def test_ctrl_c_before_anything_is_scored_says_so(file: Path, tmp_path: Path) ->
     assert "Traceback" not in done.stderr
 
 
+# calibrate
+
+
+def test_calibrate_says_what_it_found_and_where_it_is(
+    pergrad_: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "costs.json"
+    monkeypatch.setenv("PERGRAD_COSTS", str(file))
+    code, said, _ = pergrad_("calibrate")
+    assert code == 0
+    assert re.search(r"norms, B=8 T=128, 768 to 768 +[\d.]+ +[\d.]+\n", said)
+    assert f"Kept in {file}.\n" in said
+    code, said, _ = pergrad_("calibrate", "--dtype", "float64", "--json")
+    assert code == 0
+    found = json.loads(said)
+    assert found["file"] == str(file)
+    assert len(json.loads(file.read_text())["constants"]) == 2
+    assert pergrad_("calibrate", "--dtype", "int8")[0] == 2
+    assert pergrad_("calibrate", "--device", "warp")[0] == 1
+
+
 # The documentation
 
 
-@pytest.mark.parametrize("name", ["", "scan", "top", "report", "explain", "demo"])
+@pytest.mark.parametrize("name", ["", "scan", "top", "report", "explain", "demo", "calibrate"])
 def test_help_is_in_the_documentation(pergrad_: Run, name: str) -> None:
     words = [*name.split(), "--help"]
     code, said, _ = pergrad_(*words)

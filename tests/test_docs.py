@@ -40,7 +40,7 @@ def test_every_public_name_is_documented() -> None:
     assert set(pergrad.__all__) <= headings()
 
 
-@pytest.mark.parametrize("owner", ["GradientMatrix", "Check", "Coverage", "Scores"])
+@pytest.mark.parametrize("owner", ["GradientMatrix", "Check", "Coverage", "Scores", "Calibration"])
 def test_every_public_attribute_is_mentioned(owner: str) -> None:
     text = (ROOT / "docs" / "api.md").read_text()
     section = re.split(rf"^#+ `{owner}`$", text, flags=re.MULTILINE)[1].split("\n## ")[0]

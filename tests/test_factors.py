@@ -249,9 +249,12 @@ def choices(method: str | None, budget: int | None) -> Iterator[None]:
             direct = "gram" if gram else "direct"
             tiles = "gram" if gram else "tiles"
             for name, chosen in (
-                ("outer_norm_method", lambda T, p, d, readers=1: "rows" if T <= 1 else direct),
-                ("outer_dot_method", lambda T, S, p, d: direct),
-                ("outer_gram_method", lambda *sizes, same=False: tiles),
+                (
+                    "outer_norm_method",
+                    lambda T, p, d, readers=1, by=None: "rows" if T <= 1 else direct,
+                ),
+                ("outer_dot_method", lambda T, S, p, d, by: direct),
+                ("outer_gram_method", lambda *sizes, same=False, by: tiles),
                 ("join_is_cheaper", lambda *sizes: gram),
                 ("gram_blocks", lambda T: 2 if T > 1 else 1),
             ):
@@ -742,8 +745,8 @@ def test_costs_choose_by_arithmetic():
     assert costs.outer_gram_method(8, 8, 4, 4, 1024, 1024) == "gram"
     assert costs.outer_norm_method(100, 192, 192) == "direct"
     assert costs.outer_norm_method(100, 192, 192, 3) == "gram"  # of three, one has the Gram of a
-    assert costs.join_is_cheaper(10, 100, 100, 100)
-    assert not costs.join_is_cheaper(1000, 10, 10, 10)
+    assert costs.join_is_cheaper(10, 100, 100, 100, 8)
+    assert not costs.join_is_cheaper(1000, 10, 10, 10, 8)
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -916,7 +919,7 @@ def test_every_method_of_a_convolution(window, dtype, groups, method):
 
     plain = factor(g.double(), x.double()).dense()
     f = factor(g, x)
-    assert f._callable
+    assert f.callable
     with (
         mock.patch.object(costs, "correlation_norm_method", return_value=method),
         mock.patch.object(costs, "outer_norm_method", return_value=method),
@@ -955,7 +958,7 @@ def test_rows_are_kept_where_norms_form_them_and_they_are_smaller():
 def test_a_convolution_is_called_only_where_it_fits():
     g, x = torch.randn(2, 3, 4), torch.randn(2, 3, 9)
     sizes = {"kernel": (3,), "stride": (1,), "padding": (0,), "dilation": (1,)}
-    assert not Correlation(g, x, **sizes)._callable  # x goes on beyond what the kernel sees
-    assert Correlation(g, x[..., :6], **sizes)._callable
-    assert Correlation(g, x[..., :6], groups=3, **sizes)._callable
-    assert not Correlation(g.double(), x[..., :6].double(), **sizes)._callable
+    assert not Correlation(g, x, **sizes).callable  # x goes on beyond what the kernel sees
+    assert Correlation(g, x[..., :6], **sizes).callable
+    assert Correlation(g, x[..., :6], groups=3, **sizes).callable
+    assert not Correlation(g.double(), x[..., :6].double(), **sizes).callable

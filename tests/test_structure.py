@@ -13,7 +13,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     ["errors"],
     ["extras", "factors", "inputs", "retained", "hidden"],
-    ["graph"],
+    ["graph", "calibration"],
     ["rules"],
     ["schedule"],
     ["engine"],

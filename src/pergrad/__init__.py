@@ -36,6 +36,7 @@ from pergrad.errors import (
 from pergrad.matrix import GradientMatrix
 
 if TYPE_CHECKING:
+    from pergrad.calibration import Calibration, calibrate
     from pergrad.scores.job import Job, MeanGradient
     from pergrad.scores.results import Scores, open_scores
     from pergrad.scores.scan import scan
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "Check",
     "Coverage",
     "FallbackWarning",
@@ -59,6 +61,7 @@ __all__ = [
     "WorkerError",
     "WorkerWarning",
     "backward",
+    "calibrate",
     "check",
     "clip",
     "dots",
@@ -74,9 +77,11 @@ __all__ = [
 
 # Imported when first asked for: `import pergrad` stays as light as torch allows.
 _LATER = {
+    "Calibration": "pergrad.calibration",
     "Job": "pergrad.scores.job",
     "MeanGradient": "pergrad.scores.job",
     "Scores": "pergrad.scores.results",
+    "calibrate": "pergrad.calibration",
     "open_scores": "pergrad.scores.results",
     "scan": "pergrad.scores.scan",
 }

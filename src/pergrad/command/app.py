@@ -1,4 +1,4 @@
-"""The command line: `pergrad scan, top, report, explain, demo`.
+"""The command line: `pergrad scan, top, report, explain, demo, calibrate`.
 
 Owns: the commands, their options and help, their exit codes, and what is printed where.
 Does not know: how scoring, the store or the report work; each command is one call of the library.
@@ -14,6 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 
 import pergrad
@@ -107,6 +108,13 @@ class Groups(StrEnum):
 
     layer = "layer"
     parameter = "parameter"
+
+
+class Precision(StrEnum):
+    """What is multiplied. Half precision is multiplied in float32."""
+
+    float32 = "float32"
+    float64 = "float64"
 
 
 JobName = Annotated[
@@ -380,6 +388,57 @@ def demo(
         typer.echo(printing.as_json(found))
     else:
         typer.echo(f"The code of this demo, to copy and change: {demonstration.file()}")
+
+
+@app.command()
+def calibrate(
+    device: Annotated[str, typer.Option(help="Where to measure: cpu, cuda, cuda:1.")] = "cpu",
+    dtype: Annotated[Precision, typer.Option(help="Of the products.")] = Precision.float32,
+    as_json: AsJson = False,
+) -> None:
+    """Measure which of its exact methods are fastest on this machine, in a few seconds.
+
+    \b
+    Once per machine and device, with the number of threads that you work with. It changes how
+    long pergrad takes; of the results, only the rounding. What was measured is kept in
+    ~/.cache/pergrad/costs.json, or in the file that the environment variable PERGRAD_COSTS
+    names; delete the file to undo it.
+
+    \b
+    Examples:
+        pergrad calibrate
+        OMP_NUM_THREADS=8 pergrad calibrate
+        pergrad calibrate --device cuda --json
+    """
+    found = pergrad.calibrate(device, getattr(torch, dtype.value))
+    if as_json:
+        typer.echo(
+            printing.as_json(
+                {
+                    "device": found.device,
+                    "dtype": dtype.value,
+                    "loss": found.loss,
+                    "loss_before": found.loss_before,
+                    "constants": found.constants,
+                    "file": None if found.file is None else str(found.file),
+                }
+            )
+        )
+        return
+    rows = [
+        {
+            "product": case.what,
+            **{f"{name} ms": float(f"{1000 * t:.3g}") for name, t in case.seconds.items()},
+        }
+        for case in found.cases
+    ]
+    for names in {tuple(row): None for row in rows}:
+        typer.echo(printing.as_table([row for row in rows if tuple(row) == names]) + "\n")
+    typer.echo(
+        f"{found.device}, {dtype.value}: the choice of method loses {found.loss:.1%} of the time "
+        f"to the fastest one ({found.loss_before:.1%} before).\n"
+        f"Kept in {found.file or 'this process only'}."
+    )
 
 
 def _explained(job: pergrad.Job, examples: int) -> pergrad.Coverage:

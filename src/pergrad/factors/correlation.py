@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from pergrad.factors import costs, outer_norms
 from pergrad.factors.base import Factor
+from pergrad.factors.constants import Constants, constants
 from pergrad.factors.numeric import (
     Index,
     columns,
@@ -156,11 +157,19 @@ class Correlation(Factor):
     @property
     def norm_method(self) -> str:
         """One of rows, direct, gram, shift and convolution."""
+        return self.norm_method_by(self._costs)
+
+    def norm_method_by(self, by: Constants) -> str:
+        """The cheapest by these constants."""
         N, T, p, d = self.sizes
-        call = self.g[:1].numel() + self.x[:1].numel() if self._callable else None
+        call = self.g[:1].numel() + self.x[:1].numel() if self.callable else None
         return costs.correlation_norm_method(
-            N, T, self._window_size, p, d, prod(self.kernel), call=call
+            N, T, self._window_size, p, d, prod(self.kernel), call=call, by=by
         )
+
+    @property
+    def _costs(self) -> Constants:
+        return constants(self.device, self.dtype)
 
     @property
     def _natural(self) -> bool:
@@ -171,7 +180,7 @@ class Correlation(Factor):
         return self.out == tuple((n + 2 * p - e * (k - 1) - 1) // s + 1 for n, k, s, p, e in sizes)
 
     @property
-    def _callable(self) -> bool:
+    def callable(self) -> bool:
         """Whether torch's own weight gradient may take the place of the patches."""
         return (
             self.dtype == torch.float32  # other dtypes have slow kernels
@@ -187,16 +196,17 @@ class Correlation(Factor):
         N, T, p, d = self.sizes
         k = prod(self.kernel)
         if self.norm_method == "shift":
-            return N * costs.shift_norm_cost(T, self._window_size, p, d, k)
+            return N * costs.shift_norm_cost(T, self._window_size, p, d, k, self._costs)
         if self.norm_method == "convolution":
             return N * costs.direct_norm_cost(T, p, d)
-        return N * costs.outer_norm_cost(T, p, d)
+        return N * costs.outer_norm_cost(T, p, d, by=self._costs)
 
     def sq_norms(self) -> Tensor:
         """‖G[b]‖², by the method that `costs.correlation_norm_method` chooses."""
-        if self._empty:
-            return self._zeros(self.batch)
-        method = self.norm_method
+        return self._zeros(self.batch) if self._empty else self.sq_norms_by(self.norm_method)
+
+    def sq_norms_by(self, method: str) -> Tensor:
+        """‖G[b]‖² by one of `norm_method`'s methods."""
         if method == "convolution":
             return self._by_convolutions()
         if method == "shift":

@@ -11,6 +11,7 @@ import torch
 from pergrad.factors import costs
 from pergrad.factors.base import Factor
 from pergrad.factors.combined import Placed, Sum
+from pergrad.factors.constants import constants
 from pergrad.factors.correlation import Correlation
 from pergrad.factors.dense import Dense, Zero
 from pergrad.factors.lazy import Computed, Pulled, Scaled
@@ -54,7 +55,8 @@ def cloned(factor: Factor) -> Factor:
 def method(factor: Factor) -> str:
     """How the norm is computed, in one word."""
     if isinstance(factor, Outer):
-        return costs.outer_norm_method(*sizes_and_readers(factor.g, factor.a, factor.notes))
+        sizes = sizes_and_readers(factor.g, factor.a, factor.notes)
+        return costs.outer_norm_method(*sizes, constants(factor.device, factor.dtype))
     if isinstance(factor, Correlation):
         return factor.norm_method
     if isinstance(factor, Rows):
@@ -74,7 +76,8 @@ def cost(factor: Factor) -> int:
     """Multiply-adds of the squared norms of all examples."""
     if isinstance(factor, Outer):
         sizes = sizes_and_readers(factor.g, factor.a, factor.notes)
-        return factor.batch * factor.sizes[0] * costs.outer_norm_cost(*sizes)
+        by = constants(factor.device, factor.dtype)
+        return factor.batch * factor.sizes[0] * costs.outer_norm_cost(*sizes, by)
     if isinstance(factor, Correlation):
         return factor.batch * factor.norm_cost
     if isinstance(factor, Rows):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pergrad.factors import costs
+from pergrad.factors.constants import constants
 from pergrad.factors.notes import Notes
 from pergrad.factors.numeric import last_squares, product, result_dtype, row_squares, tracing
 from pergrad.factors.workspace import by_chunks, chunks, lent, scratch
@@ -28,7 +29,8 @@ def sq_norms(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
     d = a.shape[3]
     if T == 0 or 0 in (N, p, d):
         return g.new_zeros(B, dtype=result_dtype(g, a))
-    method = costs.outer_norm_method(*sizes_and_readers(g, a, notes))
+    by = constants(g.device, result_dtype(g, a))
+    method = costs.outer_norm_method(*sizes_and_readers(g, a, notes), by)
     if method == "rows":
         return by_rows(g, a, notes)
     if method == "direct":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pergrad.factors import costs
+from pergrad.factors.constants import constants
 from pergrad.factors.numeric import product, row_dots, tracing
 from pergrad.factors.outer import Outer
 from pergrad.factors.outer_norms import KAPPA_LIMIT, outer_size
@@ -20,11 +21,14 @@ def dot(f: Outer, h: Outer) -> Tensor:
     S = h.sizes[1]
     if 0 in (N, T, S, p, d):
         return f._zeros(f.batch)
-    method = costs.outer_dot_method(T, S, p, d)
+    method = costs.outer_dot_method(T, S, p, d, constants(f.device, f.dtype))
     if method == "direct":
-        return _direct_dot(f, h)
-    if method == "rows" and N == 1:
-        return _row_dot(f, h)
+        return direct_dot(f, h)
+    return _row_dot(f, h) if method == "rows" and N == 1 else guarded_dot(f, h)
+
+
+def guarded_dot(f: Outer, h: Outer) -> Tensor:
+    """By Grams of positions, and directly where these lose digits."""
     products, sizes = _gram_dot(f, h)
     # A small product of large gradients is as exact as they allow: only where the gradients
     # themselves are small against their Outers' sizes has the Gram lost digits.
@@ -35,7 +39,7 @@ def dot(f: Outer, h: Outer) -> Tensor:
         lengths = (one.detach().sq_norms() * two.detach().sq_norms()).sqrt()
         rows = rows[~(sizes[rows] <= bound * lengths)]
     if len(rows):
-        products = products.index_copy(0, rows, _direct_dot(f._select(rows), h._select(rows)))
+        products = products.index_copy(0, rows, direct_dot(f._select(rows), h._select(rows)))
     return products
 
 
@@ -65,7 +69,7 @@ def _gram_dot(f: Outer, h: Outer) -> tuple[Tensor, Tensor]:
     return pair[:, 0], pair[:, 1].detach()
 
 
-def _direct_dot(f: Outer, h: Outer) -> Tensor:
+def direct_dot(f: Outer, h: Outer) -> Tensor:
     """Form f's gradient in one reused buffer, and pass h through it: (T + S) p d."""
     N, _, p, d = f.sizes
     budget = scratch(f.device)
@@ -101,12 +105,18 @@ def gram(f: Outer, h: Outer) -> Tensor:
     if 0 in (f.batch, h.batch, N, T, S, p, d):
         return f._zeros(f.batch, h.batch)
     same = f is h
-    method = costs.outer_gram_method(f.batch, h.batch, T, S, p, d, same=same)
+    by = constants(f.device, f.dtype)
+    method = costs.outer_gram_method(f.batch, h.batch, T, S, p, d, same=same, by=by)
     if method == "tiles":
-        return _tile_gram(f, h)
+        return tile_gram(f, h)
+    return _position_gram(f, h) if method == "rows" and N == 1 else guarded_gram(f, h)
+
+
+def guarded_gram(f: Outer, h: Outer) -> Tensor:
+    """By Grams of positions, or in tiles if these lose digits."""
     products = _position_gram(f, h)
-    if (method == "gram" or N > 1) and (_loses_digits(f) or (not same and _loses_digits(h))):
-        return _tile_gram(f, h)
+    if _loses_digits(f) or (f is not h and _loses_digits(h)):
+        return tile_gram(f, h)
     return products
 
 
@@ -156,7 +166,7 @@ def _position_gram(f: Outer, h: Outer) -> Tensor:
     return out.tril() + out.tril(-1).mT if half else out
 
 
-def _tile_gram(f: Outer, h: Outer) -> Tensor:
+def tile_gram(f: Outer, h: Outer) -> Tensor:
     """Form tiles of both sides and multiply them: (B T + K S + B K) N p d."""
     if f.sizes[3] > f.sizes[2]:  # tiles are cut along p: let that be the longer side
         same = f is h

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pergrad.factors import costs
 from pergrad.factors.base import Factor
+from pergrad.factors.constants import constants
 from pergrad.factors.dense import Dense
 from pergrad.factors.outer import Outer
 from pergrad.factors.rows import Rows
@@ -68,14 +69,17 @@ def dot_outer(f: Rows, h: Outer) -> Tensor | None:
     return by_chunks(f.batch, each, piece, like=f._zeros(0))
 
 
-def gram(f: Rows, h: Factor) -> Tensor | None:
-    """(B, K): over the ids present in f only; None where h cannot give chosen rows."""
+def gram(f: Rows, h: Factor, method: str | None = None) -> Tensor | None:
+    """(B, K): over the ids present in f only; None where h cannot give chosen rows.
+
+    Two `Rows` are multiplied by "join" or in "tables", whichever is cheaper unless it is said.
+    """
     ids = f.ids_present()
     if h.pick(ids[:0]) is None:
         return None
     if isinstance(h, Rows):
         ids = ids if h is f else ids[torch.isin(ids, h.ids_present())]
-        joined = _join(f, h)
+        joined = None if method == "tables" else _join(f, h, len(ids), certain=method == "join")
         if joined is not None:
             return joined
     each = (f.batch + h.batch) * f.matrix_shape[1] * f.dtype.itemsize
@@ -89,8 +93,8 @@ def gram(f: Rows, h: Factor) -> Tensor | None:
     return out
 
 
-def _join(f: Rows, h: Rows) -> Tensor | None:
-    """Products of every two segments with one id, added up; None where matrices are cheaper."""
+def _join(f: Rows, h: Rows, ids: int, *, certain: bool) -> Tensor | None:
+    """Products of every two segments with one id, added up; None where tables are cheaper."""
     table = f.shape[0]
     if table == 0:
         return None
@@ -101,14 +105,14 @@ def _join(f: Rows, h: Rows) -> Tensor | None:
     first = torch.searchsorted(sorted_ids, keys % table)
     count = torch.searchsorted(sorted_ids, keys % table, right=True) - first
     pairs = int(count.sum())
-    present = len(torch.unique(keys % table))
-    if not costs.join_is_cheaper(pairs, f.batch, h.batch, present):
+    by, width = constants(f.device, f.dtype), f.matrix_shape[1]
+    if not certain and not costs.join_is_cheaper(pairs, f.batch, h.batch, ids, width, by):
         return None
     left = torch.repeat_interleave(count)  # which segment of f, for every pair
     offset = torch.arange(pairs, device=f.device) - (count.cumsum(0) - count)[left]
     right = order[first[left] + offset]
     out = f._zeros(f.batch * h.batch)
-    for span in chunks(pairs, 3 * f.matrix_shape[1] * f.dtype.itemsize, limit(f.device)):
+    for span in chunks(pairs, 3 * width * f.dtype.itemsize, limit(f.device)):
         one, two = left[span], right[span]
         target = (keys[one] // table) * h.batch + others[two] // table
         out = out.index_add(0, target, (values[one] * more[two]).sum(1))
