@@ -122,8 +122,8 @@ def _read() -> dict[str, Constants]:
         return {key: _constants(values) for key, values in text["constants"].items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         warnings.warn(
-            f"The measured costs in {path} cannot be read ({error}), so typical ones are used; only "
-            "the time that pergrad takes may differ. Delete the file, or call pergrad.calibrate().",
+            f"The measured costs in {path} cannot be read ({error}), so typical ones are used: "
+            "pergrad may be slower. Delete the file, or call pergrad.calibrate().",
             stacklevel=2,
         )
         return {}
