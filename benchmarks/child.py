@@ -148,6 +148,22 @@ class Worker:
         self._save(result, save)
         return {"first": middle - start, "again": end - middle}
 
+    def multiply_adds(self) -> Answer:
+        """Of the matrix products of a plain step, and of those that pergrad puts in the place of
+        its weight gradients.
+        """
+        from torch.utils.flop_counter import FlopCounterMode
+
+        import pergrad
+
+        with FlopCounterMode(display=False) as counter:
+            self.step.losses().mean().backward()
+        coverage = pergrad.explain(self.step.losses(), self.step.model)
+        return {
+            "plain": counter.get_total_flops() // 2,
+            "pergrad": sum(row.cost for row in coverage.rows),
+        }
+
     def _save(self, result: Any, path: str | None) -> None:
         record = record_of(self.task, result)
         if path is not None and record is not None:

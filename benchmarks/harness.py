@@ -189,6 +189,9 @@ def _reference(
     try:
         about = process.answer(effort.patience)
         process.ask("first", seconds=10 * effort.patience, save=str(folder / "want"))
+        if workload.task == "norms":
+            counts = process.ask("multiply_adds", seconds=effort.patience)
+            about["multiply_adds"] = {who: counts[who] for who in ("plain", "pergrad")}
         for k in range(batches):
             process.ask(
                 "batch", seconds=10 * effort.patience, index=k, save=str(folder / f"want{k}")
@@ -358,6 +361,7 @@ def measure(
             "targets": [[t.measure, t.bound, t.claim] for t in workload.targets],
             "examples": about["examples"],
             "parameters": about["parameters"],
+            "multiply_adds": about.get("multiply_adds"),
             "environment": started,
             "contestants": {
                 r.name: _row(r, unit, _peaks(workload, r, effort, tiny=tiny) if r is not plain

@@ -178,6 +178,29 @@ def bounds(records: dict[str, Record]) -> str:
     return f"{table}\n\n{verdict}"
 
 
+def above_the_floor(records: dict[str, Record]) -> str:
+    """Where the time of norms goes: what nobody can save, and what pergrad adds to it."""
+    rows = []
+    for name, record in records.items():
+        counts, found = record.get("multiply_adds"), record["contestants"]
+        if not counts or "ratio" not in found.get("floor", {}):
+            continue
+        floor, ours = (found[who]["ratio"]["median"] for who in ("floor", "pergrad"))
+        rows.append(
+            [
+                name,
+                _number(floor),
+                _number(ours),
+                _number(ours - floor),
+                f"{counts['plain'] / 1e9:.2f}",
+                f"{counts['pergrad'] / 1e9:.2f}",
+                _number(counts["pergrad"] / counts["plain"]),
+            ]
+        )
+    head = ["norms", "floor", "pergrad", "above it", "G multiply-adds of plain", "added", "share"]
+    return _table(head, rows)
+
+
 def _rows(record: Record) -> list[list[str]]:
     rows = []
     for row in record["contestants"].values():
@@ -217,6 +240,9 @@ def full(records: dict[str, Record], imported: Record | None, scaling: Record | 
     parts = [
         "### Targets\n\n" + bounds(records),
         "![time as a share of the plain step, one panel per workload](results/costs.svg)",
+        "### Above the floor\n\nThe floor is the forward pass and the half of the backward that "
+        "gives cotangents: what pergrad takes if it serves no use. Above it are its products, and "
+        "everything else that it does.\n\n" + above_the_floor(records),
     ]
     for name, record in records.items():
         parts.append(

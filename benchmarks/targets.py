@@ -8,6 +8,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from contestants import CONTESTANTS
+
 Record = dict[str, Any]
 
 WORDS = {
@@ -91,14 +93,15 @@ def outcomes(record: Record) -> list[Outcome]:
 
 
 def faster(record: Record) -> list[str]:
-    """Contestants, other than the plain step, that took less time than pergrad."""
+    """Contestants that computed what was asked in less time than pergrad."""
     ours = _row(record, "pergrad")
     if ours is None:
         return []
     return [
         name
         for name, row in record["contestants"].items()
-        if name not in ("plain", "pergrad")
+        if name != "pergrad"
+        and CONTESTANTS[name].computes
         and "ratio" in row
         and row["ratio"]["median"] < ours["ratio"]["median"]
     ]

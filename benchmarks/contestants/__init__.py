@@ -22,6 +22,7 @@ class Contestant:
     prefixes: tuple[str, ...] = ("",)  # of the workloads that it is written for
     linear: bool = False  # its time is proportional to the examples: a part may be timed and scaled
     extra: str | None = None  # what must be installed for it
+    computes: bool = True  # whether it gives what is asked for
 
     def function(self, task: str) -> Any:
         return getattr(import_module(f"contestants.{self.module}"), task)
@@ -35,8 +36,9 @@ EVERY = ("norms", "gram", "cross", "direction", "clip", "lengths")
 CONTESTANTS = {
     c.name: c
     for c in (
-        Contestant("plain", "plain forward and backward", EVERY, "plain"),
+        Contestant("plain", "plain forward and backward", EVERY, "plain", computes=False),
         Contestant("pergrad", "pergrad", EVERY, "ours"),
+        Contestant("floor", "(the floor: no products)", ("norms",), "floor", computes=False),
         Contestant(
             "loop",
             "a backward pass for each example",

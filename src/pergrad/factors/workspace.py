@@ -107,9 +107,11 @@ def free_bytes(device: torch.device | None) -> int | None:
 
 
 def chunks(count: int, bytes_each: int, budget: int) -> list[slice]:
-    """Cut range(count) into slices of about `budget` bytes, at least one item each."""
-    step = max(1, budget // max(1, bytes_each))
-    return [slice(lo, min(lo + step, count)) for lo in range(0, count, step)]
+    """Cut range(count) into slices of about `budget` bytes and equal size, one item at least."""
+    most = max(1, budget // max(1, bytes_each))
+    # not 7 + 1 of 8: a small last piece keeps one thread busy and the others waiting
+    step = -(-count // max(1, -(-count // most)))
+    return [slice(lo, min(lo + step, count)) for lo in range(0, count, step or 1)]
 
 
 def by_chunks(
