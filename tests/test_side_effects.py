@@ -14,6 +14,7 @@ from helpers import assert_agrees
 from torch import Tensor, nn
 
 import pergrad
+from pergrad import retained
 
 B = 4
 VERBS: dict[str, Callable] = {
@@ -436,3 +437,83 @@ def test_within_a_hook_of_a_backward_pass() -> None:
     y.register_hook(lambda g: found.append(pergrad.norms(losses, model)))
     y.sum().backward()
     assert_agrees(found[0], norms, norms)
+
+
+# -- tensors that retain their gradient, wherever the collector has them --------------------------
+
+
+def passes(h: Tensor, losses: Tensor, model: nn.Module) -> None:
+    """h.grad stays what it is."""
+    before = h.grad if h.retains_grad else None
+    pergrad.norms(losses, model, retain_graph=True)
+    assert not h.retains_grad or h.grad is before
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("late", [False, True])
+def test_old_tensors_that_retain_their_gradient(known: bool, late: bool) -> None:
+    """Old for Python's collector before or after pergrad looked; retained before or after that."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    retained._old.stop()
+    if known:
+        pergrad.norms(model(torch.randn(2, 3)).squeeze(1), model)
+    h = model[:2](torch.randn(2, 3))
+    losses = model[2](h).squeeze(1)
+    if not late:
+        h.retain_grad()
+    gc.collect()
+    passes(h, losses, model)
+    if late:
+        h.retain_grad()
+    passes(h, losses, model)
+    gc.collect()
+    gc.collect()
+    passes(h, losses, model)
+    losses.sum().backward(retain_graph=True)
+    assert h.grad is not None
+    passes(h, losses, model)
+
+
+def test_all_objects_are_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(3, 1)
+    retained._old.stop()
+    searched: list[int] = []
+    objects = gc.get_objects
+
+    def counted(generation: int) -> list:
+        searched.append(generation)
+        return objects(generation)
+
+    monkeypatch.setattr(gc, "get_objects", counted)
+    for _ in range(4):
+        pergrad.norms(model(torch.randn(2, 3)).squeeze(1), model)
+        gc.collect(1)
+    assert searched.count(2) == 1
+
+
+def test_the_collector_is_left_alone_when_nobody_asks() -> None:
+    model = nn.Linear(3, 1)
+    count = len(gc.callbacks)
+    pergrad.norms(model(torch.randn(2, 3)).squeeze(1), model)
+    retained._old.stop()
+    without = len(gc.callbacks)
+    pergrad.norms(model(torch.randn(2, 3)).squeeze(1), model)
+    assert len(gc.callbacks) == without + 1
+    for _ in range(retained._PATIENCE + 1):
+        gc.collect(1)
+    assert len(gc.callbacks) == without <= count
+    h = model(torch.randn(2, 3))
+    h.retain_grad()
+    gc.collect()
+    passes(h, h.squeeze(1), model)
+
+
+def test_dead_tensors_are_not_remembered() -> None:
+    model = nn.Linear(3, 1)
+    for _ in range(5):
+        losses = model(torch.randn(2, 3)).squeeze(1)
+        gc.collect(1)
+        pergrad.norms(losses, model)
+    del losses
+    gc.collect()
+    assert sum(ref() is not None and ref().shape == (2,) for ref in retained._old._known) == 0

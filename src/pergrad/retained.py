@@ -5,25 +5,23 @@ Does not know: the graph. torch adds to their `.grad` in every backward pass, an
 tell whose gradient it retains, so they are looked for among Python's objects.
 """
 
+import atexit
 import gc
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch import Tensor
 
-# Tensors of the latest forward pass are among the collector's young objects, of which there are
-# few. Looking through all objects takes tens of milliseconds, so that is done only after the
-# collector has moved young objects on; what was found then is remembered.
-_known: list[weakref.ref[Tensor]] = []
-_promotions = -1
+# After so many collections between which nobody asked, nobody is likely to ask.
+_PATIENCE = 50
 
 
 @contextmanager
 def retained_untouched() -> Iterator[None]:
     """Whatever passes run inside, `.grad` of tensors with retain_grad() is as before."""
-    before = [(tensor, tensor.grad) for tensor in _retained()]
+    before = [(tensor, tensor.grad) for tensor in _old.retained()]
     try:
         yield
     finally:
@@ -31,18 +29,58 @@ def retained_untouched() -> Iterator[None]:
             tensor.grad = grad
 
 
-def _retained() -> list[Tensor]:
-    global _known, _promotions
-    promotions = gc.get_stats()[1]["collections"]
-    found = {id(t): t for ref in _known if (t := ref()) is not None}
-    generations: Iterable[int] = (0, 1)
-    if promotions != _promotions:
-        generations, _promotions = (0, 1, 2), promotions
-    for generation in generations:
-        found.update((id(t), t) for t in _among(gc.get_objects(generation)))
-    _known = [weakref.ref(t) for t in found.values()]
-    return list(found.values())
+class _Old:
+    """Tensors with a history that have become old objects of Python's garbage collector.
+
+    Tensors of the latest forward pass are young objects, of which there are few: they are looked
+    through at every pass. Looking through the old ones, all objects of the process, takes tens of
+    milliseconds, so that is done once; later ones are seen when the collector is about to make
+    them old.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[weakref.ref[Tensor]] = []
+        self._watching = False
+        self._collections = 0  # since somebody asked
+
+    def retained(self) -> list[Tensor]:
+        """Those on which retain_grad() has been called, young ones too."""
+        self._collections = 0
+        if self._watching:
+            found = {id(t): t for ref in self._known if (t := ref()) is not None}
+        else:
+            # before the search: what it overtakes is found twice, and nothing is missed
+            gc.callbacks.append(self._before_collection)
+            self._watching = True
+            found = {id(t): t for t in _with_history(gc.get_objects(2))}
+        self._known = [weakref.ref(t) for t in found.values()]
+        for generation in (0, 1):
+            found.update((id(t), t) for t in _with_history(gc.get_objects(generation)))
+        return [t for t in found.values() if t.retains_grad]
+
+    def _before_collection(self, phase: str, info: dict[str, int]) -> None:
+        if phase != "start" or info["generation"] == 0:
+            return
+        self._collections += 1
+        if self._collections > _PATIENCE:
+            self.stop()
+            return
+        self._known = [ref for ref in self._known if ref() is not None]
+        for generation in (0, 1):
+            young = _with_history(gc.get_objects(generation))
+            self._known += [weakref.ref(t) for t in young]
+
+    def stop(self) -> None:
+        """Look at no collection any more; the next pass looks through all objects again."""
+        self._watching = False
+        self._known = []
+        with suppress(ValueError):
+            gc.callbacks.remove(self._before_collection)
 
 
-def _among(objects: Iterable[Any]) -> list[Tensor]:
-    return [o for o in objects if type(o) is Tensor and o.retains_grad]
+_old = _Old()
+atexit.register(_old.stop)  # the last collections find modules in pieces
+
+
+def _with_history(objects: Iterable[Any]) -> list[Tensor]:
+    return [o for o in objects if type(o) is Tensor and o.requires_grad]
