@@ -531,3 +531,56 @@ def test_a_row_is_no_name(model: nn.Module) -> None:
         with refused(r"indexed by row(.|\n)*J\.dense\(\)"):
             J[wrong]
     assert J[[]].shape == (0, J.shape[1])
+
+
+class TwiceUsed(nn.Module):
+    """One layer used twice: its first factor waits for the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(6, 6)
+        self.own = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shared(self.own(self.shared(x)).tanh()).tanh().sum(1)
+
+
+OVERWRITTEN = r"`shared\.weight` .*overwritten during the backward pass(.|\n)*Return a new tensor"
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        pergrad.norms,
+        pergrad.gram,
+        pergrad.gradients,
+        lambda losses, model: pergrad.backward(losses, model, weights=pergrad.clip(1.0)),
+    ],
+)
+def test_an_unpack_hook_that_returns_the_same_memory_again(verb: Callable) -> None:
+    model, room = TwiceUsed(), torch.empty(4, 6)
+
+    def unpack(saved: Tensor) -> Tensor:
+        return room.copy_(saved) if saved.shape == room.shape else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), unpack):
+        losses = model(torch.randn(4, 6))
+    with pytest.raises(pergrad.UsageError, match=OVERWRITTEN):
+        verb(losses, model)
+
+
+@pytest.mark.parametrize("verb", [pergrad.gradients, pergrad.backward])
+def test_a_hook_that_changes_a_gradient_in_place(verb: Callable) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    x = torch.randn(5, 3)
+    seen: list[Tensor] = []
+    z = model[0](x)
+    out = model[1](z)
+    out.register_hook(seen.append)
+
+    def change(g: Tensor) -> None:
+        seen[0].mul_(2)
+
+    z.register_hook(change)
+    with pytest.raises(pergrad.UsageError, match=r"hook that changes a gradient(.|\n)*a clone"):
+        verb(out.square().sum(1), model)

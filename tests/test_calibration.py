@@ -1,7 +1,8 @@
 """What a machine is good at: the fit to measured times, and the file that keeps it."""
 
 import json
-import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,9 +20,19 @@ CPU, FLOAT = torch.device("cpu"), torch.float32
 
 
 @pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / "cache" / "costs.json"
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "costs"
     monkeypatch.setenv("PERGRAD_COSTS", str(path))
+    constants.forget()
+    return path
+
+
+@pytest.fixture
+def file(folder: Path) -> Path:
+    """The file of this machine, written."""
+    path = constants.keep(CPU, FLOAT, replace(DEFAULT, gram_overhead=2.0))
+    assert path is not None
+    assert path.parent == folder
     constants.forget()
     return path
 
@@ -74,9 +85,10 @@ def test_a_method_that_was_not_timed_counts_as_slow():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_is_measured_holds_here_and_in_later_processes(file, small, dtype):
+def test_what_is_measured_holds_here_and_in_later_processes(folder, small, dtype):
     found = pergrad.calibrate(dtype=dtype)
-    assert found.file == file
+    assert found.file is not None
+    assert found.file.parent == folder
     assert found.loss <= found.loss_before
     assert {tuple(sorted(case.seconds)) for case in found.cases} == {
         ("direct", "gram"), ("gram", "tiles"), ("join", "tables"),
@@ -90,28 +102,50 @@ def test_what_is_measured_holds_here_and_in_later_processes(file, small, dtype):
     assert constants.constants(CPU, dtype) == here
     other = torch.float64 if dtype == torch.float32 else torch.float32
     assert constants.constants(CPU, other) == DEFAULT
-    assert str(file) in repr(found)
+    assert str(found.file) in repr(found)
 
 
-def test_half_precision_is_measured_as_float32(file, small):
+def test_half_precision_is_measured_as_float32(folder, small):
     assert pergrad.calibrate(dtype=torch.bfloat16).dtype == torch.float32
 
 
-def test_other_machines_in_one_file_are_left_alone(file):
-    constants.keep(CPU, FLOAT, replace(DEFAULT, gram_overhead=2.0))
+def test_random_numbers_of_the_user_are_left_alone(folder, small):
+    before = torch.get_rng_state()
+    pergrad.calibrate()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_each_kind_of_machine_has_a_file(file):
+    """A home folder may be shared; the number of threads is part of the kind."""
+    assert constants.constants(CPU, FLOAT).gram_overhead == 2.0
+    assert constants.constants(CPU, torch.float64) == DEFAULT
+    torch.set_num_threads(2)
+    assert constants.constants(CPU, FLOAT) == DEFAULT
+    other = constants.keep(CPU, FLOAT, replace(DEFAULT, gram_overhead=3.0))
+    torch.set_num_threads(1)
+    assert constants.constants(CPU, FLOAT).gram_overhead == 2.0
+    assert sorted(file.parent.iterdir()) == sorted([file, other])
     text = json.loads(file.read_text())
-    (mine,) = text["constants"]
-    assert f"{torch.get_num_threads()} threads" in mine
-    assert "float32" in mine
-    text["constants"]["another machine"] = text["constants"].pop(mine)
-    file.write_text(json.dumps(text))
+    file.write_text(json.dumps({**text, "measured on": "a machine of the same file name"}))
     constants.forget()
     assert constants.constants(CPU, FLOAT) == DEFAULT
-    constants.keep(CPU, FLOAT, replace(DEFAULT, gram_overhead=3.0))
-    assert len(json.loads(file.read_text())["constants"]) == 2
 
 
-def test_the_constants_decide(file):
+def test_many_may_write_at_once(folder):
+    def write(n: int) -> None:
+        for k in range(20):
+            constants.keep(CPU, FLOAT, replace(DEFAULT, gram_overhead=float(1 + n * 20 + k)))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(write, range(4)))
+        constants.forget()
+        assert constants.constants(CPU, FLOAT).gram_overhead in {20.0, 40.0, 60.0, 80.0}
+    assert len(list(folder.iterdir())) == 1  # nothing half-written is left
+
+
+def test_the_constants_decide(folder):
     """Every choice that is made by cost is made by the constants of the device and dtype."""
     f = Outer(torch.randn(3, 16, 32), torch.randn(3, 16, 32))
     c = Correlation(torch.randn(2, 8, 6, 6), torch.randn(2, 8, 6, 6), kernel=(3, 3),
@@ -132,33 +166,34 @@ def test_the_constants_decide(file):
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", '{"format": 1}', '{"format": 1, "constants": {"x": {"gram_overhead": 1}}}'],
+    ("old", "new"),
+    [
+        ("{", ""),
+        ("}", ""),
+        ('"constants": {', '"constants": {"more": 1, '),
+        ('"constants"', '"constant"'),
+        ("2.0", "-2.0"),
+        ("2.0", "1e999"),
+        ("2.0", "1" + 400 * "0"),
+        ("2.0", "null"),
+        ("2.0", '"two"'),
+    ],
 )
-def test_a_damaged_file_is_named_and_changes_nothing(file, text):
-    file.parent.mkdir()
-    file.write_text(text)
-    with pytest.warns(UserWarning, match=r"costs\.json cannot be read .* Delete the file"):
+def test_a_damaged_file_is_named_and_changes_nothing(file, old, new):
+    file.write_text(file.read_text().replace(old, new, 1))
+    with pytest.warns(UserWarning, match=r"\.json cannot be read .* Delete the file") as caught:
         assert constants.constants(CPU, FLOAT) == DEFAULT
-
-
-def test_numbers_that_cannot_be_costs_are_refused(file):
-    constants.keep(CPU, FLOAT, replace(DEFAULT, gram_overhead=2.0))
-    file.write_text(file.read_text().replace("2.0", "-2.0"))
-    constants.forget()
-    with pytest.warns(UserWarning, match="not the numbers of a cost model"):
-        assert constants.constants(CPU, FLOAT) == DEFAULT
+    assert caught[0].filename == __file__
 
 
 def test_a_file_of_another_format_is_passed_over(file):
-    file.parent.mkdir()
     file.write_text('{"format": 99}')
     assert constants.constants(CPU, FLOAT) == DEFAULT
 
 
-def test_a_file_that_cannot_be_written_costs_nothing_but_a_warning(tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_costs_nothing_but_a_warning(tmp_path, monkeypatch):
     (tmp_path / "folder").write_text("a file where a folder should be")
-    monkeypatch.setenv("PERGRAD_COSTS", str(tmp_path / "folder" / "costs.json"))
+    monkeypatch.setenv("PERGRAD_COSTS", str(tmp_path / "folder"))
     constants.forget()
     found = replace(DEFAULT, gram_overhead=2.0)
     with pytest.warns(UserWarning, match="cannot be kept in .* PERGRAD_COSTS"):
@@ -166,18 +201,24 @@ def test_a_file_that_cannot_be_written_costs_nothing_but_a_warning(tmp_path, mon
     assert constants.constants(CPU, FLOAT) == found
 
 
-def test_where_the_file_is(monkeypatch):
+def test_where_the_files_are(monkeypatch):
     monkeypatch.setenv("PERGRAD_COSTS", "")
-    assert constants.file() is None
+    assert constants.folder() is None
+    monkeypatch.setenv("PERGRAD_COSTS", "~/costs")
+    assert constants.folder() == Path.home() / "costs"
     monkeypatch.delenv("PERGRAD_COSTS")
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert constants.file() == Path("/cache/pergrad/costs.json")
+    assert constants.folder() == Path("/cache/pergrad/costs")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert constants.file() == Path(os.path.expanduser("~/.cache/pergrad/costs.json"))
+    assert constants.folder() == Path.home() / ".cache/pergrad/costs"
 
 
 def test_bad_devices_and_dtypes():
-    with pytest.raises(UsageError, match=r"no device 'warp' .* Pass one"):
-        pergrad.calibrate("warp")
-    with pytest.raises(UsageError, match=r"torch.int64 .* pass torch.float32 or torch.float64"):
-        pergrad.calibrate(dtype=torch.int64)
+    for device in ("warp", 3.5, None):
+        with pytest.raises(UsageError, match=r"no device .* Pass one"):
+            pergrad.calibrate(device)
+    with pytest.raises(UsageError, match=r'timed on \'meta\' so far: pass "cpu"'):
+        pergrad.calibrate("meta")
+    for dtype in (torch.int64, "float32"):
+        with pytest.raises(UsageError, match=r"are not measured; pass torch.float32"):
+            pergrad.calibrate(dtype=dtype)

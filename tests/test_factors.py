@@ -831,7 +831,7 @@ def test_a_kept_gram_gives_the_same_norms(swapped, T, dtype, N, monkeypatch):
     products = mock.Mock(wraps=torch.bmm)
     for i, g in enumerate(sides):
         pair = (a, g) if swapped else (g, a)
-        notes = Notes(g, read=a, kept=kept)
+        notes = Notes(g, read=a, version=7, kept=kept)
         with choices("gram", 1 if i == 1 else None), monkeypatch.context() as patch:
             want = Outer(*pair).sq_norms()
             patch.setattr(torch, "bmm", products)
@@ -844,26 +844,41 @@ def test_a_kept_gram_gives_the_same_norms(swapped, T, dtype, N, monkeypatch):
             wanted = g[:, 0].double().sum(1).square().sum(1)
             assert torch.allclose(notes.sq_norms.double(), wanted, rtol=1e-4)
         kept.served()
-    assert kept.blocks(a) is None  # let go after the last
+    assert kept.blocks(a, 7) is None  # let go after the last
 
 
-def test_a_gram_is_kept_of_one_memory_only():
+@pytest.mark.parametrize(
+    ("other", "version"),
+    [
+        (lambda a: a.clone(), 3),
+        (lambda a: a.view(2, 2, 2, 8), 3),
+        (lambda a: a.transpose(2, 3), 3),
+        (lambda a: a[:, :, 1:], 3),
+        (lambda a: a.view(torch.int32), 3),
+        (lambda a: a, 4),  # written to
+    ],
+)
+def test_a_gram_is_kept_of_one_memory_only(other, version):
     a = torch.randn(2, 1, 4, 8)
     kept = KeptGram(3)
-    kept.keep(a, [torch.zeros(2, 4, 4)])
-    assert kept.blocks(a.view(2, 1, 4, 8)) is not None
-    assert kept.blocks(a.clone()) is None
-    assert kept.blocks(a.view(2, 2, 2, 8)) is None
-    assert kept.blocks(a.transpose(2, 3)) is None
-    assert kept.blocks(a[:, :, 1:]) is None
+    assert kept.blocks(a, 3) is None
+    kept.keep(a, 3, [torch.zeros(2, 4, 4)])
+    assert kept.blocks(a.view(2, 1, 4, 8), 3) is not None
+    assert kept.blocks(other(a), version) is None
+    # nobody shares, so nothing is kept any more, and nobody counts on it
+    assert kept.blocks(a, 3) is None
+    assert kept.room(a, [(2, 4, 4)], torch.float32) is None
+    assert kept.readers == 1
 
 
 def test_a_gram_takes_no_more_room_than_the_input():
     kept = KeptGram(2)
     assert kept.room(torch.zeros(2, 1, 9, 8), [(2, 9, 9)], torch.float32) is None
-    room = kept.room(torch.zeros(2, 1, 8, 8), [(2, 8, 8)], torch.float64)
+    half = torch.zeros(2, 1, 8, 8, dtype=torch.bfloat16)
+    assert kept.room(half, [(2, 8, 8)], torch.float32) is None
+    room = kept.room(half, [(2, 8, 4)], torch.float32)
     assert room is not None
-    assert room[0].dtype == torch.float64
+    assert room[0].dtype == torch.float32
     kept.served()
     assert kept.room(torch.zeros(2, 1, 8, 8), [(2, 8, 8)], torch.float32) is None  # for nobody
 

@@ -41,15 +41,15 @@ def kept_grams(losses: Tensor, model: nn.Module, verb=pergrad.norms, **options) 
     written, read = [], []
     keep, blocks = KeptGram.keep, KeptGram.blocks
 
-    def reading(self, a):
-        found = blocks(self, a)
+    def reading(self, a, version):
+        found = blocks(self, a, version)
         if found is not None:
             read.append(self)
         return found
 
-    def writing(self, a, values):
+    def writing(self, a, version, values):
         written.append(self)
-        keep(self, a, values)
+        keep(self, a, version, values)
 
     with (
         mock.patch.object(KeptGram, "keep", writing),
@@ -113,6 +113,62 @@ def test_other_memory_is_not_shared():
     x = table * 2
     losses = (first(x[0]).tanh() + second(x[1]).tanh()).sum((1, 2))
     assert kept_grams(losses, both)[1] == 0
+
+
+def test_one_memory_with_other_numbers_is_not_shared():
+    """Saved tensors that come back rounded at random, always in the same memory."""
+    torch.manual_seed(0)
+    model = Projections(3, bias=False).double()
+    x = torch.randn(B, T, W, dtype=torch.float64)
+    room = torch.empty(B * T, W, dtype=torch.float64)
+    calls = []
+
+    def unpack(saved: Tensor) -> Tensor:
+        if saved.shape != room.shape:
+            return saved
+        calls.append(saved)
+        return room.copy_(saved).mul_(1 + 0.1 * len(calls))
+
+    def losses() -> Tensor:
+        calls.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), unpack):
+            return model(x)
+
+    pergrad.norms(losses(), model)  # plans, and measures
+    assert kept_grams(losses(), model)[1] == 0
+
+
+def test_grouped_queries_share_only_where_all_form_the_gram():
+    """Keys and values are narrow, so they are formed; the query has nobody to share with."""
+    long = 384
+    projections = nn.ModuleList(nn.Linear(512, n, bias=False) for n in (512, 64, 64))
+    scale = nn.Parameter(torch.ones(512))
+    model = nn.ParameterList([scale, *(layer.weight for layer in projections)])
+
+    def losses() -> Tensor:
+        y = scale * torch.ones(2, long, 512)
+        return sum(layer(y).tanh().sum((1, 2)) for layer in projections)
+
+    rows = pergrad.explain(losses(), model).rows
+    assert [row.method for row in rows if row.op == "mm"] == ["direct"] * 3
+    assert kept_grams(losses(), model) == (0, 0)
+
+
+def test_data_read_in_rows_of_another_length_are_other_data():
+    torch.manual_seed(0)
+    first, second, third = nn.Linear(W, W), nn.Linear(W, W), nn.Linear(T * W, 5)
+    model = nn.ModuleList([first, second, third]).double()
+    x = torch.randn(B, T, W, dtype=torch.float64)
+
+    def losses() -> Tensor:
+        y = first(x).tanh()
+        return second(y).tanh().sum((1, 2)) + third(y.reshape(B, T * W)).tanh().sum(1)
+
+    want = naive.norms(naive.loop_grads(losses(), model))
+    assert_agrees(pergrad.norms(losses(), model), want, want)
+    assert kept_grams(losses(), model) == (0, 0)
+    costs = {row.parameter: row.cost for row in pergrad.explain(losses(), model).rows}
+    assert costs["1.weight"] == B * T * T * 2 * W
 
 
 def test_a_reader_that_gets_no_gradient_keeps_nobody_waiting():

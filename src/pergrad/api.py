@@ -18,6 +18,7 @@ from pergrad.errors import UnsupportedError, UsageError
 from pergrad.factors import Factor, inspect
 from pergrad.factors.workspace import workspace
 from pergrad.graph import nodes, sharded
+from pergrad.held import Held
 from pergrad.inputs import Direction, Params
 from pergrad.matrix import GradientMatrix, root, zeros_for
 
@@ -254,18 +255,19 @@ def gradients(losses: Tensor, params: Params, **options: Any) -> GradientMatrix:
         tensor([5., 1.])
     """  # noqa: E501
     named, losses, chosen = _prepare(losses, params, options)
-    found: dict[str, Factor] = {}
+    found: dict[str, Held] = {}
     owned: set[int] = set()
 
     def emit(name: str, factor: Factor) -> None:
         if not owned:  # not before: sharded parameters have no memory between steps
             owned.update(p.untyped_storage().data_ptr() for p in named.values())
             owned.update(sharded.storages())
-        found[name] = _kept(factor, owned, chosen.create_graph)
+        found[name] = Held(_kept(factor, owned, chosen.create_graph))
 
     _stream(losses, named, chosen, emit)
     batch = losses.shape[0]
-    return GradientMatrix(zeros_for(named, found, batch), batch, chosen.chunk_bytes)
+    factors = {name: held.factor(name) for name, held in found.items()}
+    return GradientMatrix(zeros_for(named, factors, batch), batch, chosen.chunk_bytes)
 
 
 def _kept(factor: Factor, owned: set[int], live: bool) -> Factor:
@@ -337,13 +339,13 @@ def backward(losses: Tensor, params: Params, *, weights: Weights = None, **optio
     total = _Total(losses, named, (batch,))
     if batch == 0:
         return total.value
-    kept: dict[str, Factor] = {}
+    kept: dict[str, Held] = {}
 
     def emit(name: str, factor: Factor) -> None:
         factor = inspect.formed(factor)  # the norm and the sum need the same rows
         total.add(factor.sq_norms())
         # The graph may be gone when the weights are known, so nothing may be left to pull.
-        kept[name] = inspect.materialized(factor)
+        kept[name] = Held(inspect.materialized(factor))
 
     with workspace(chosen.chunk_bytes):
         run(losses, named, chosen, emit)
@@ -352,7 +354,7 @@ def backward(losses: Tensor, params: Params, *, weights: Weights = None, **optio
             weights = inputs.check_weights(weights(norms_), losses)
         rows = torch.ones_like(norms_) if weights is None else weights.to(norms_.dtype)
         for name in list(kept):
-            factor = kept.pop(name)
+            factor = kept.pop(name).factor(name)
             _accumulate(named[name], factor.weighted_sum(rows.to(factor.device, factor.dtype)))
     return norms_
 

@@ -90,8 +90,9 @@ def calibrate(
     Returns:
         A Calibration: `.constants`, `.loss` and `.loss_before` (the share of time that the choices
         lose to the fastest methods), `.cases` with all times, `.file`. The constants are kept in
-        `~/.cache/pergrad/costs.json`, or the file that the environment variable PERGRAD_COSTS names
-        (empty: none), and read by later processes on machines of the same kind.
+        the folder `~/.cache/pergrad/costs`, or the one that the environment variable PERGRAD_COSTS
+        names (empty: none), and read by later processes on machines of the same kind, with as many
+        threads.
 
     Raises:
         UsageError: another dtype, or a device that is not there.
@@ -108,7 +109,7 @@ def calibrate(
         dtype = torch.float32
     if dtype not in (torch.float32, torch.float64):
         raise UsageError(
-            f"Products in {dtype} are not measured; pass torch.float32 or torch.float64."
+            f"Products in {dtype!r} are not measured; pass torch.float32 or torch.float64."
         )
     before = constants(device, dtype)
     with workspace(None), torch.no_grad():
@@ -116,7 +117,7 @@ def calibrate(
     found = fit(cases, before)
     path = keep(device, dtype, found)
     return Calibration(
-        machine(device),
+        machine(device, torch.get_num_threads()),
         dtype,
         {name: getattr(found, name) for name in Constants.__slots__},
         _loss(cases, found),
@@ -128,12 +129,20 @@ def calibrate(
 
 def _present(device: torch.device | str) -> torch.device:
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch without CUDA asserts
+        first = str(error).partition("\n")[0]
         raise UsageError(
-            f"There is no device {str(device)!r} to measure on ({error}). Pass one that this torch "
+            f"There is no device {device!r} to measure on ({first}). Pass one that this torch "
             'sees, such as "cpu".'
         ) from error
+    if found.type not in ("cpu", "cuda"):
+        raise UsageError(
+            f'Nothing can be timed on {str(found)!r} so far: pass "cpu" or "cuda". Elsewhere '
+            "pergrad goes by the constants of a CPU."
+        )
+    return found
 
 
 def fit(cases: tuple[Case, ...], start: Constants) -> Constants:
@@ -200,9 +209,13 @@ class _Bench:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
         self.dtype = dtype
+        self._generator = torch.Generator(device).manual_seed(0)  # not the user's
 
     def _random(self, *sizes: int) -> Tensor:
-        return torch.randn(sizes, device=self.device, dtype=self.dtype)
+        return torch.randn(sizes, device=self.device, dtype=self.dtype, generator=self._generator)
+
+    def _numbers(self, below: int, *sizes: int) -> Tensor:
+        return torch.randint(below, sizes, device=self.device, generator=self._generator)
 
     def _outer(self, B: int, T: int, p: int, d: int) -> Outer:
         return Outer(self._random(B, T, p), self._random(B, T, d))
@@ -258,7 +271,7 @@ class _Bench:
         """All pairs of embeddings' gradients."""
         f, h = (
             Rows(
-                torch.randint(table, (B, T), device=self.device),
+                self._numbers(table, B, T),
                 self._random(B, T, width),
                 (table, width),
             )

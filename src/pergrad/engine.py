@@ -5,7 +5,6 @@ rule or fallback for each use, routes down to the parameters, and early release 
 Does not know: what a caller makes of the factors.
 """
 
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -15,13 +14,21 @@ from math import prod
 import torch
 from torch import Tensor
 
-from pergrad.errors import FallbackWarning, MixedExamplesError, UnsupportedError, UsageError
+from pergrad.errors import (
+    FallbackWarning,
+    MixedExamplesError,
+    UnsupportedError,
+    UsageError,
+    users_line,
+)
 from pergrad.factors import Computed, Embedded, Factor, KeptGram, Pulled, Sum, inspect, mapped
 from pergrad.graph import chain, nodes
 from pergrad.graph.layout import describe
 from pergrad.graph.plan import Plan, plan_for
 from pergrad.graph.walk import Graph, Slot
+from pergrad.held import Held
 from pergrad.hidden import nothing_hidden
+from pergrad.readers import Source
 from pergrad.retained import retained_untouched
 from pergrad.rules import Situation
 from pergrad.rules.fallback import direct, fallback
@@ -78,10 +85,10 @@ class _Pass:
     create_graph: bool
     records: list[Record] | None
     waiting: dict[Slot, int] = field(default_factory=dict)  # uses that have not reported, by end
-    parts: dict[Slot, list[Factor]] = field(default_factory=dict)
+    parts: dict[Slot, list[Held]] = field(default_factory=dict)
     missing: dict[Slot, set[Slot]] = field(default_factory=dict)  # ends, by parameter
-    found: dict[Slot, list[Factor]] = field(default_factory=dict)
-    kept: dict[Slot, KeptGram] = field(default_factory=dict)  # by where the data come from
+    found: dict[Slot, list[Held]] = field(default_factory=dict)
+    kept: dict[Source, KeptGram] = field(default_factory=dict)  # by where the data come from
 
     def __post_init__(self) -> None:
         self.waiting = dict(self.schedule.waiting)
@@ -143,10 +150,10 @@ class _Pass:
         if factor is not None:
             # What the node saved is at hand now, and may be gone when the other uses have reported.
             factor = factor if self.waiting[end] == 0 else inspect.materialized(factor)
-            self.parts.setdefault(end, []).append(factor)
+            self.parts.setdefault(end, []).append(Held(factor))
         if self.waiting[end] == 0:
-            parts = self.parts.pop(end, [])
-            self._descend(end, _total(parts))
+            name = self.graph.targets[self.plan.routes[end][0].target]
+            self._descend(end, _total(name, self.parts.pop(end, [])))
 
     def _descend(self, start: Slot, factor: Factor | None) -> None:
         """From the operand down to each parameter below it."""
@@ -155,7 +162,7 @@ class _Pass:
                 part = self._route(way, factor)
                 if self.missing[way.target] != {start}:
                     part = inspect.materialized(part)
-                self.found.setdefault(way.target, []).append(part)
+                self.found.setdefault(way.target, []).append(Held(part))
             self._arrived(way.target, start)
 
     def _route(self, way: chain.Route, factor: Factor) -> Factor:
@@ -187,15 +194,16 @@ class _Pass:
             name = self.graph.targets[target]
             self.records.append(Record(name, "leaf", "rule", describe(layout), factor))
         if factor is not None:
-            self.found.setdefault(target, []).append(factor)
+            self.found.setdefault(target, []).append(Held(factor))
         self._arrived(target, target)
 
     def _arrived(self, target: Slot, start: Slot) -> None:
         self.missing[target].discard(start)
         if not self.missing[target]:
-            factor = _total(self.found.pop(target, []))
+            name = self.graph.targets[target]
+            factor = _total(name, self.found.pop(target, []))
             if factor is not None:
-                self.emit(self.graph.targets[target], factor)
+                self.emit(name, factor)
 
     def check_complete(self) -> None:
         """No number without every use of every parameter in it."""
@@ -209,10 +217,11 @@ class _Pass:
             )
 
 
-def _total(parts: list[Factor]) -> Factor | None:
+def _total(name: str, parts: list[Held]) -> Factor | None:
     if not parts:
         return None
-    return parts[0] if len(parts) == 1 else Sum(parts)
+    factors = [part.factor(name) for part in parts]
+    return factors[0] if len(factors) == 1 else Sum(factors)
 
 
 def run(
@@ -326,14 +335,6 @@ def owner_of(name: str) -> str:
     return f"module `{module}`" if module else f"parameter `{name}`"
 
 
-def _users_line() -> int:
-    """For a warning raised by the caller: how far up the first line outside pergrad is."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("pergrad."):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
 def _warn(schedule: Schedule, batch: int) -> None:
     for use in schedule.uses:
         if use.rule is not None:
@@ -350,7 +351,7 @@ def _warn(schedule: Schedule, batch: int) -> None:
             f"gradients are exact all the same, by one backward of that op for each of the {batch} "
             f"examples: about {batch} times the cost of the op's own backward.{remedy}",
             FallbackWarning,
-            stacklevel=_users_line(),
+            stacklevel=users_line(),
         )
 
 

@@ -1,5 +1,7 @@
 """Errors and warnings: what happened, where in the user's model, why, and what to do."""
 
+import sys
+
 
 class PergradError(Exception):
     """Base of every error that pergrad raises on purpose."""
@@ -35,3 +37,11 @@ class FallbackWarning(UserWarning):
 
 class WorkerWarning(RuntimeWarning):
     """A worker of a distributed scan died or does not start; the scan goes on without it."""
+
+
+def users_line() -> int:
+    """For a warning raised by the caller: how far up the first line outside pergrad is."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("pergrad."):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -5,8 +5,7 @@ pass, which uses are served on its way and which from what it returns.
 Does not know: tensors, factors, options.
 """
 
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from pergrad.graph import nodes
@@ -14,7 +13,8 @@ from pergrad.graph.chain import Route
 from pergrad.graph.plan import Plan
 from pergrad.graph.uses import Site
 from pergrad.graph.walk import Graph, Slot
-from pergrad.rules import Operand, Rule, calls_node, data_input, rule_for
+from pergrad.readers import Source, common_inputs
+from pergrad.rules import Operand, Rule, calls_node, rule_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Use:
     ends: dict[int, Slot]  # where each operand begins to depend on parameters alone
     last_first: tuple[int, ...]  # the operands in the order in which they are handed on
     unruled: str  # the first parameter below, if there is no rule
-    reads: Slot | None  # where its data come from, if other uses read them too
+    reads: Source | None  # where its data come from, if others form the Gram of them too
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Schedule:
     missing: dict[Slot, frozenset[Slot]]  # the ends that each parameter waits for
     alone: dict[Slot, Route]  # ends with one use, whose only parameter has no other
     mixed: frozenset[Slot]
-    readers: dict[Slot, int]  # how many uses read the same data
+    readers: dict[Source, int]  # how many form the Gram of the same data
     compiled: bool  # whether a compiled region uses parameters
     pulled: frozenset[int]  # the nodes that vector-Jacobian products may go through
     requests: Requests  # if no block is checkpointed
@@ -74,9 +74,8 @@ def schedule_for(graph: Graph, plan: Plan) -> Schedule:
 
 
 def _schedule(graph: Graph, plan: Plan) -> Schedule:
-    sources = {site.node: source for site in plan.sites if (source := _source(graph, site))}
-    readers = {slot: n for slot, n in Counter(sources.values()).items() if n > 1}
-    uses = [_use(graph, plan, site, sources.get(site.node), readers) for site in plan.sites]
+    common, readers = common_inputs(graph, plan)
+    uses = [_use(graph, plan, site, common.get(site.node)) for site in plan.sites]
     waiting: dict[Slot, int] = {}
     for end in plan.ends.values():
         waiting[end.slot] = waiting.get(end.slot, 0) + 1
@@ -104,20 +103,7 @@ def _schedule(graph: Graph, plan: Plan) -> Schedule:
     )
 
 
-def _source(graph: Graph, site: Site) -> Slot | None:
-    """Where a matrix product's data come from, behind views of it; None if that cannot be told."""
-    data = data_input(graph.op(site.node), site.slots)
-    if data is None:
-        return None
-    child, number = graph.edges[site.node][data]
-    while child >= 0 and graph.leads[child] and graph.op(child) in ("view", "unsafe_view"):
-        child, number = graph.edges[child][0]
-    return (child, number) if child >= 0 else None
-
-
-def _use(
-    graph: Graph, plan: Plan, site: Site, source: Slot | None, readers: Mapping[Slot, int]
-) -> Use:
+def _use(graph: Graph, plan: Plan, site: Site, reads: Source | None) -> Use:
     op = graph.op(site.node)
     ends = {k: plan.ends[site.node, k] for k in site.slots}
     rule = rule_for(op)
@@ -132,7 +118,7 @@ def _use(
         # A weight before its bias, which may be had from the same products.
         tuple(sorted(site.slots, reverse=True)),
         "" if rule is not None else below[0],
-        source if source in readers else None,
+        reads,
     )
 
 

@@ -400,9 +400,9 @@ def calibrate(
 
     \b
     Once per machine and device, with the number of threads that you work with. It changes how
-    long pergrad takes; of the results, only the rounding. What was measured is kept in
-    ~/.cache/pergrad/costs.json, or in the file that the environment variable PERGRAD_COSTS
-    names; delete the file to undo it.
+    long pergrad takes; of the results, only the rounding. Nothing else should run meanwhile.
+    What was measured is kept in ~/.cache/pergrad/costs, or in the folder that the environment
+    variable PERGRAD_COSTS names; delete it to undo this.
 
     \b
     Examples:

@@ -1,6 +1,6 @@
 """The measured numbers in the cost model: those of a typical CPU, or of the machine at hand.
 
-Owns: `Constants`, and the file that keeps what `pergrad.calibrate` has measured.
+Owns: `Constants`, and the folder that keeps what `pergrad.calibrate` has measured.
 Does not know: how they are weighed (`costs`), how they are measured (`calibration`).
 
 They decide which of several exact methods is used, never what is computed.
@@ -9,14 +9,18 @@ They decide which of several exact methods is used, never what is computed.
 import json
 import os
 import platform
+import re
 import warnings
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import torch
 
-FILE = "PERGRAD_COSTS"  # the environment variable that says where the file is; empty: there is none
+from pergrad.errors import users_line
+
+FOLDER = "PERGRAD_COSTS"  # the environment variable that says where they are kept; empty: nowhere
 FORMAT = 1
 
 
@@ -60,73 +64,84 @@ _NAMES = {field.name for field in fields(Constants)}
 _measured: dict[str, Constants] = {}  # in this process
 
 
-@lru_cache(maxsize=64)
 def constants(device: torch.device, dtype: torch.dtype) -> Constants:
     """What holds for products on a device in a dtype: measured there, or the default.
 
-    Looked up in the file once per process.
+    Looked up in the file once per process and number of threads.
     """
-    key = _key(device, dtype)
-    return _measured.get(key) or _read().get(key, DEFAULT)
+    return _constants_for(device, dtype, torch.get_num_threads())
+
+
+@lru_cache(maxsize=64)
+def _constants_for(device: torch.device, dtype: torch.dtype, threads: int) -> Constants:
+    kind = _kind(device, dtype, threads)
+    return _measured.get(kind) or _read(kind)
 
 
 def keep(device: torch.device, dtype: torch.dtype, found: Constants) -> Path | None:
     """Use these from now on, and in later processes on such a machine; the file they are in.
 
-    None if there is no file, or it cannot be written: then in this process only.
+    None if there is no folder for it, or it cannot be written: then in this process only.
     """
-    key, path = _key(device, dtype), file()
-    _measured[key] = found
-    constants.cache_clear()
+    kind = _kind(device, dtype, torch.get_num_threads())
+    _measured[kind] = found
+    _constants_for.cache_clear()
+    path = _file(kind)
     if path is None:
         return None
-    everything = {name: asdict(old) for name, old in _read().items()} | {key: asdict(found)}
-    whole = path.with_name(f"{path.name}.{os.getpid()}")
+    text = json.dumps({"format": FORMAT, "measured on": kind, "constants": asdict(found)}, indent=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole.write_text(json.dumps({"format": FORMAT, "constants": everything}, indent=1))
-        whole.replace(path)  # never half a file, whoever reads it now
+        with NamedTemporaryFile("w", dir=path.parent, suffix=".new", delete=False) as whole:
+            whole.write(text)
+        os.replace(whole.name, path)  # never half a file, whoever reads it now
     except OSError as error:
         warnings.warn(
             f"The measured costs cannot be kept in {path} ({error}): they hold in this process "
-            f"only. Set the environment variable {FILE} to a file that can be written.",
-            stacklevel=3,
+            f"only. Set the environment variable {FOLDER} to a folder that can be written.",
+            stacklevel=users_line(),
         )
         return None
     return path
 
 
 def forget() -> None:
-    """What was measured in this process, and what the file said."""
+    """What was measured in this process, and what the files said."""
     _measured.clear()
-    constants.cache_clear()
+    _constants_for.cache_clear()
 
 
-def file() -> Path | None:
+def folder() -> Path | None:
     """Where measured constants are kept; None if the environment says nowhere."""
-    chosen = os.environ.get(FILE)
+    chosen = os.environ.get(FOLDER)
     if chosen is not None:
-        return Path(chosen) if chosen else None
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "pergrad" / "costs.json"
+        return Path(chosen).expanduser() if chosen else None
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "pergrad" / "costs"
 
 
-def _read() -> dict[str, Constants]:
-    path = file()
+def _file(kind: str) -> Path | None:
+    """A file for each kind of machine: those that share a home folder do not meet."""
+    home = folder()
+    return None if home is None else home / f"{re.sub('[^A-Za-z0-9.]+', '-', kind)}.json"
+
+
+def _read(kind: str) -> Constants:
+    path = _file(kind)
     try:
         if path is None or not path.exists():
-            return {}
+            return DEFAULT
         text = json.loads(path.read_text())
-        if text["format"] != FORMAT:
-            return {}  # of another version of pergrad: measured again when asked
-        return {key: _constants(values) for key, values in text["constants"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        if text["format"] != FORMAT or text["measured on"] != kind:
+            return DEFAULT  # of another version of pergrad: measured again when asked
+        return _constants(text["constants"])
+    except (OSError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
         warnings.warn(
             f"The measured costs in {path} cannot be read ({error}), so typical ones are used: "
             "pergrad may be slower. Delete the file, or call pergrad.calibrate().",
-            stacklevel=2,
+            stacklevel=users_line(),
         )
-        return {}
+        return DEFAULT
 
 
 def _constants(values: dict[str, float]) -> Constants:
@@ -135,19 +150,18 @@ def _constants(values: dict[str, float]) -> Constants:
     return Constants(**{name: float(v) for name, v in values.items()})
 
 
-def _key(device: torch.device, dtype: torch.dtype) -> str:
-    """The kind of machine: a home folder may be shared by several."""
+def _kind(device: torch.device, dtype: torch.dtype, threads: int) -> str:
     release = ".".join(torch.__version__.split(".")[:2])
-    return f"{machine(device)}, torch {release}, {str(dtype).removeprefix('torch.')}"
+    return f"{machine(device, threads)}, torch {release}, {str(dtype).removeprefix('torch.')}"
 
 
-def machine(device: torch.device) -> str:
+def machine(device: torch.device, threads: int) -> str:
     """A device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type != "cpu":
         return device.type
-    return f"{_processor()}, {torch.get_num_threads()} threads"
+    return f"{_processor()}, {threads} threads"
 
 
 @lru_cache(maxsize=1)

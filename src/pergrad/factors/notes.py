@@ -19,44 +19,52 @@ class KeptGram:
         self.readers = readers  # of them all
         self.left = readers  # of those that have not been served
         self._input: Tensor | None = None
+        self._mark: tuple[object, ...] = ()
         self._blocks: list[Tensor] = []
 
-    def blocks(self, a: Tensor) -> list[Tensor] | None:
-        """Those of this very memory; None if they have not been formed."""
-        return self._blocks if self._input is not None and _same(self._input, a) else None
+    def blocks(self, a: Tensor, version: int) -> list[Tensor] | None:
+        """Those of this very memory, as it was; None if they have not been formed."""
+        if self._input is None:
+            return None
+        if self._mark == _mark(a, version):
+            return self._blocks
+        # Whoever hands out what was saved makes copies of it, so nobody will find these.
+        self.readers = 1
+        self._forget()
+        self.left = 0
+        return None
 
-    def room(self, a: Tensor, shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> (
-        list[Tensor] | None
-    ):  # fmt: skip
+    def room(
+        self, a: Tensor, shapes: list[tuple[int, int, int]], dtype: torch.dtype
+    ) -> list[Tensor] | None:
         """Memory for the blocks; None if nobody will read them or they take more than A does."""
-        if self.left < 2 or sum(n * rows * columns for n, rows, columns in shapes) > a.numel():
+        numbers = sum(n * rows * columns for n, rows, columns in shapes)
+        if self.left < 2 or numbers * dtype.itemsize > a.numel() * a.element_size():
             return None
         return [torch.empty(shape, dtype=dtype, device=a.device) for shape in shapes]
 
-    def keep(self, a: Tensor, blocks: list[Tensor]) -> None:
+    def keep(self, a: Tensor, version: int, blocks: list[Tensor]) -> None:
         """For the readers that are left. Holding A itself, so that its memory stays its own."""
         if self.left > 1:
-            self._input, self._blocks = a, blocks
+            self._input, self._mark, self._blocks = a, _mark(a, version), blocks
 
     def served(self) -> None:
         """One reader less."""
         self.left -= 1
         if self.left <= 0:
-            self._input, self._blocks = None, []
+            self._forget()
+
+    def _forget(self) -> None:
+        self._input, self._mark, self._blocks = None, (), []
 
 
-def _same(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are the same memory, read alike.
+def _mark(a: Tensor, version: int) -> tuple[object, ...]:
+    """Equal only for the same memory, read alike, not written to in between.
 
-    That nobody has written to it in between is torch's to see, when it hands out what was saved.
+    And on a GPU for the same stream of work: another one may not have got there yet.
     """
-    return (
-        x.data_ptr() == y.data_ptr()
-        and x.shape == y.shape
-        and x.stride() == y.stride()
-        and x.dtype == y.dtype
-        and x.device == y.device
-    )
+    stream = torch.cuda.current_stream(a.device) if a.is_cuda else None
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype, a.device, version, stream)
 
 
 class Notes:
@@ -71,12 +79,14 @@ class Notes:
         summed: Tensor | None = None,
         *,
         read: Tensor | None = None,
+        version: int = 0,
         kept: KeptGram | None = None,
     ) -> None:
         self.summed = summed
         self.sq_norms: Tensor | None = None  # (B,)
         self.sizes: Tensor | None = None  # (B,): T |G|², as in `cancels`; None where exact
         self.read = read  # the side that other ops read too
+        self.version = version  # of its memory
         self.kept = kept
 
     @property

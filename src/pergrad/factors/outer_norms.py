@@ -144,7 +144,8 @@ def gram(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor, Tens
     asked = notes.summed if notes is not None and N == 1 else None
     kept = notes.kept if notes is not None and plain else None
     read = notes.read if notes is not None and kept is not None else None
-    known = kept.blocks(read) if kept is not None and read is not None else None
+    version = notes.version if notes is not None else 0
+    known = kept.blocks(read, version) if kept is not None and read is not None else None
     ours = None  # blocks that are formed here and kept for other readers
     if known is None and kept is not None and read is not None:
         ours = kept.room(read, [(B * N, hi - lo, T - lo) for lo, hi in bounds], dtype)
@@ -191,7 +192,7 @@ def gram(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor, Tens
     else:
         pieces = [piece(rows, None) for rows in cut]
     if kept is not None and read is not None and ours is not None:
-        kept.keep(read, ours)
+        kept.keep(read, version, ours)
     columns = pieces[0] if len(pieces) == 1 else [torch.cat(x) for x in zip(*pieces, strict=True)]
     if notes is not None and asked is not None:
         notes.sq_norms, notes.sizes = columns[2:]

@@ -468,7 +468,7 @@ def is_flattened(tensor: Tensor | None) -> bool:
 
 def version(tensor: Tensor) -> int:
     """How often a tensor's memory has been written in place; shared by its views."""
-    return tensor._version
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def is_compiled(node: Node) -> bool:

@@ -10,7 +10,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from pergrad.factors import Dense, Factor, Notes, Outer, Summed
+from pergrad.factors import Dense, Factor, Outer, Summed
 from pergrad.graph.layout import reshape
 from pergrad.rules.positions import blocks, outer, partition, reduced, rows_by_id
 from pergrad.rules.registry import Operand, Served, Situation, rule
@@ -40,12 +40,11 @@ def matrix(use: Situation) -> Served:
             if left is None or right is None:
                 served[first + 1] = outer(a[:, None], scaled[:, None], rows, shape)
             elif first and scale == 1 and _behind_rows(use):
-                notes = Notes(right, read=left, kept=use.kept)
+                notes = use.notes(left, summed=right)
                 served[first + 1] = Outer(left, right, shape, notes)
                 served[0] = Summed(right, use.operands[0].shape, notes)
             else:
-                notes = Notes(read=left, kept=use.kept)
-                served[first + 1] = Outer(left, right, shape, notes)
+                served[first + 1] = Outer(left, right, shape, use.notes(left))
     if first in use.operands:  # (n, k) weight, (k, m) data: positions are columns
         columns = partition(layout, (1,), use.batch)
         if columns is not None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pergrad.factors import Factor, KeptGram
+from pergrad.factors import Factor, KeptGram, Notes
 from pergrad.graph import nodes
 from pergrad.graph.layout import Layout
 
@@ -67,6 +67,10 @@ class Situation:
     def attr(self, field: str) -> Any:
         """A number that the op saved."""
         return nodes.attribute(self.node, field)
+
+    def notes(self, read: Tensor, summed: Tensor | None = None) -> Notes:
+        """For an `Outer` of data that other ops may read too; see there."""
+        return Notes(summed, read=read, version=nodes.version(read), kept=self.kept)
 
     def tracing(self) -> bool:
         """Whether the result will be differentiated again (create_graph=True)."""
