@@ -50,7 +50,7 @@ class Effort:
 
     seconds: float = 15  # of timing, for each workload, about
     rounds: int = 20  # at most
-    memory: int = 3  # processes whose peaks are taken, of small workloads
+    memory: int = 7  # processes whose peaks are taken, of small workloads
     batches: int | None = None  # at most, of different lengths
     patience: float = 120  # seconds; who takes longer for one answer is stopped
 

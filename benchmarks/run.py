@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15, help="of timing, for each workload")
     parser.add_argument("--rounds", type=int, default=20, help="at most")
     parser.add_argument("--batches", type=int, help="at most, of different lengths")
-    parser.add_argument("--memory", type=int, default=3, help="processes for the peak memory")
+    parser.add_argument("--memory", type=int, default=7, help="processes for the peak memory")
     parser.add_argument("--patience", type=float, default=120, help="seconds for one repetition")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for the JSON")
     parser.add_argument("--tiny", action="store_true", help="the size that tests use")
