@@ -19,6 +19,7 @@ from pergrad.factors import (
     Outer,
     Rows,
     costs,
+    gram_norms,
     outer_norms,
     outer_products,
     rows_products,
@@ -241,7 +242,7 @@ class _Bench:
         """Squared norms of linear layers."""
         f = self._outer(B, T, p, d)
         seconds = {
-            "gram": self._seconds(lambda: outer_norms.gram(f.g, f.a)),
+            "gram": self._seconds(lambda: gram_norms.gram(f.g, f.a)),
             "direct": self._seconds(lambda: outer_norms.direct(f.g, f.a)),
         }
         what = f"norms, B={B} T={T}, {d} to {p}"

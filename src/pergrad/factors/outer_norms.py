@@ -5,13 +5,13 @@ Does not know: other factors. Everything here works on the tensors g (B,N,T,p) a
 """
 
 from functools import partial
-from math import prod
 
 import torch
 from torch import Tensor
 
 from pergrad.factors import costs
 from pergrad.factors.constants import constants
+from pergrad.factors.gram_norms import gram
 from pergrad.factors.notes import Notes
 from pergrad.factors.numeric import last_squares, product, result_dtype, row_squares, tracing
 from pergrad.factors.workspace import by_chunks, chunks, lent, scratch
@@ -111,89 +111,3 @@ def outer_size(g: Tensor, a: Tensor) -> Tensor:
     """(B,): Σ_n |G_n|² |A_n|², for guards alone: no derivative, no copy."""
     G, A = (torch.linalg.vector_norm(x.detach(), dim=3).square().sum(2) for x in (g, a))
     return (G * A).sum(1)
-
-
-def _trace(x: Tensor) -> Tensor:
-    """(n,): of (n, T, T) or more columns, for guards alone."""
-    return x.detach().diagonal(dim1=1, dim2=2).sum(1)
-
-
-def _upper_and_lower(x: Tensor) -> Tensor:
-    """(n,): sum of rows (n, T, T + S) that start at a symmetric matrix' diagonal.
-
-    Columns beyond the square stand for the rows below it too.
-    """
-    _, rows, columns = x.shape
-    if columns == rows:
-        return x.sum((1, 2))
-    return x[:, :, :rows].sum((1, 2)) + 2 * x[:, :, rows:].sum((1, 2))
-
-
-def gram(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor, Tensor]:
-    """Σ_ts (g_t·g_s)(a_t·a_s), half of it, and |A|²|G|², both (B,)."""
-    dtype = result_dtype(g, a)
-    B, N, T, p = g.shape
-    d = a.shape[3]
-    k = costs.gram_blocks(T)
-    block = -(-T // k)
-    bounds = [(lo, min(T, lo + block)) for lo in range(0, T, block)]
-    # what is read alone needs no room; half precision is widened first
-    copies = p * (g.dtype != dtype) + d * (a.dtype != dtype)
-    each = N * T * (copies + 2 * block) * dtype.itemsize
-    plain = not tracing(g, a)
-    asked = notes.summed if notes is not None and N == 1 else None
-    kept = notes.kept if notes is not None and plain else None
-    read = notes.read if notes is not None and kept is not None else None
-    version = notes.version if notes is not None else 0
-    known = kept.blocks(read, version) if kept is not None and read is not None else None
-    ours = None  # blocks that are formed here and kept for other readers
-    if known is None and kept is not None and read is not None:
-        ours = kept.room(read, [(B * N, hi - lo, T - lo) for lo, hi in bounds], dtype)
-
-    def product(x: Tensor, which: Tensor, rows: slice, i: int, room: Tensor | None) -> Tensor:
-        """Block i of the Gram of the rows x of one side."""
-        lo, hi = bounds[i]
-        if which is read and known is not None:
-            return known[i][rows.start * N : rows.stop * N]
-        if room is None:
-            return torch.bmm(x[:, lo:hi], x[:, lo:].mT)
-        if which is read and ours is not None:
-            into = ours[i][rows.start * N : rows.stop * N]
-        else:
-            shape = (len(x), hi - lo, T - lo)
-            into = room[: prod(shape)].view(shape)
-        return torch.bmm(x[:, lo:hi], x[:, lo:].mT, out=into)
-
-    def piece(rows: slice, room: Tensor | None) -> list[Tensor]:
-        G, A = g[rows].to(dtype).reshape(-1, T, p), a[rows].to(dtype).reshape(-1, T, d)
-        one, two = (None, None) if room is None else room.chunk(2)
-        sums: list[Tensor] = []  # the product's, of the traces, and of the side asked about
-        for i in range(len(bounds)):
-            left, right = product(G, g, rows, i, one), product(A, a, rows, i, two)
-            here = [_trace(left), _trace(right)]
-            if asked is not None:
-                here.append(_upper_and_lower(left if asked is g else right))
-            if not plain:
-                both = left * right
-            else:  # a block that others will read is only read
-                both = right.mul_(left) if read is g else left.mul_(right)
-            here.append(_upper_and_lower(both))
-            sums = here if i == 0 else [x + y for x, y in zip(sums, here, strict=True)]
-        size = sums[0] * sums[1]
-        found = [sums[-1], size] if N == 1 else [x.view(-1, N).sum(1) for x in (sums[-1], size)]
-        return found if asked is None else [*found, sums[2], T * sums[0 if asked is g else 1]]
-
-    cut = chunks(B, each, scratch(g.device))
-    if not cut:
-        return g.new_zeros(0, dtype=dtype), g.new_zeros(0, dtype=dtype)
-    if plain:
-        with lent(2 * (cut[0].stop * N) * block * T, dtype, g.device) as room:
-            pieces = [piece(rows, room) for rows in cut]
-    else:
-        pieces = [piece(rows, None) for rows in cut]
-    if kept is not None and read is not None and ours is not None:
-        kept.keep(read, version, ours)
-    columns = pieces[0] if len(pieces) == 1 else [torch.cat(x) for x in zip(*pieces, strict=True)]
-    if notes is not None and asked is not None:
-        notes.sq_norms, notes.sizes = columns[2:]
-    return columns[0], columns[1]
