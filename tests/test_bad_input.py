@@ -569,6 +569,19 @@ def test_an_unpack_hook_that_returns_the_same_memory_again(verb: Callable) -> No
         verb(losses, model)
 
 
+def test_an_unpack_hook_that_returns_the_same_memory_again_for_parameters_used_once() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)).double()
+    x, room = torch.randn(4, 6, dtype=torch.float64), torch.empty(4, 6, dtype=torch.float64)
+
+    def unpack(saved: Tensor) -> Tensor:
+        return room.copy_(saved) if saved.shape == room.shape else saved
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), unpack):
+        losses = model(x).square().sum(1)
+    want = naive.norms(naive.loop_grads(model(x).square().sum(1), model))
+    assert_agrees(pergrad.norms(losses, model), want, want)
+
+
 @pytest.mark.parametrize("verb", [pergrad.gradients, pergrad.backward])
 def test_a_hook_that_changes_a_gradient_in_place(verb: Callable) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
