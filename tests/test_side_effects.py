@@ -491,6 +491,31 @@ def test_all_objects_are_looked_through_once(monkeypatch: pytest.MonkeyPatch) ->
     assert searched.count(2) == 1
 
 
+@pytest.mark.parametrize("watching", [False, True])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_tensors_that_age_during_the_search(
+    after: int, watching: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search makes objects itself, and so may start a collection."""
+    model = nn.Linear(3, 1)
+    retained._old.stop()
+    if watching:
+        pergrad.norms(model(torch.randn(2, 3)).squeeze(1), model)
+    h = model(torch.randn(2, 3))
+    h.retain_grad()
+    objects = gc.get_objects
+
+    def then_collected(generation: int) -> list:
+        found = objects(generation)
+        if generation == after:
+            monkeypatch.setattr(gc, "get_objects", objects)
+            gc.collect(1)
+        return found
+
+    monkeypatch.setattr(gc, "get_objects", then_collected)
+    passes(h, h.squeeze(1), model)
+
+
 def test_the_collector_is_left_alone_when_nobody_asks() -> None:
     model = nn.Linear(3, 1)
     count = len(gc.callbacks)

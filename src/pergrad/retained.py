@@ -46,16 +46,14 @@ class _Old:
     def retained(self) -> list[Tensor]:
         """Those on which retain_grad() has been called, young ones too."""
         self._collections = 0
-        if self._watching:
-            found = {id(t): t for ref in self._known if (t := ref()) is not None}
-        else:
-            # before the search: what it overtakes is found twice, and nothing is missed
+        if not self._watching:
+            # first the watch, then the search: a tensor that ages meanwhile is found twice
             gc.callbacks.append(self._before_collection)
             self._watching = True
-            found = {id(t): t for t in _with_history(gc.get_objects(2))}
-        self._known = [weakref.ref(t) for t in found.values()]
-        for generation in (0, 1):
-            found.update((id(t), t) for t in _with_history(gc.get_objects(generation)))
+            self._known += [weakref.ref(t) for t in _with_history(gc.get_objects(2))]
+        # first the young, then the old: so here, and it is never missed
+        found = {id(t): t for n in (0, 1) for t in _with_history(gc.get_objects(n))}
+        found.update((id(t), t) for ref in self._known if (t := ref()) is not None)
         return [t for t in found.values() if t.retains_grad]
 
     def _before_collection(self, phase: str, info: dict[str, int]) -> None:
