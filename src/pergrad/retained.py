@@ -50,10 +50,10 @@ class _Old:
             # first the watch, then the search: a tensor that ages meanwhile is found twice
             gc.callbacks.append(self._before_collection)
             self._watching = True
-            self._known += [weakref.ref(t) for t in _with_history(gc.get_objects(2))]
+            self._known.extend([weakref.ref(t) for t in _with_history(gc.get_objects(2))])
         # first the young, then the old: so here, and it is never missed
         found = {id(t): t for n in (0, 1) for t in _with_history(gc.get_objects(n))}
-        found.update((id(t), t) for ref in self._known if (t := ref()) is not None)
+        found.update((id(t), t) for ref in list(self._known) if (t := ref()) is not None)
         return [t for t in found.values() if t.retains_grad]
 
     def _before_collection(self, phase: str, info: dict[str, int]) -> None:
@@ -63,15 +63,16 @@ class _Old:
         if self._collections > _PATIENCE:
             self.stop()
             return
-        self._known = [ref for ref in self._known if ref() is not None]
+        # one list for good: a collection may come in the middle of whatever reads it
+        self._known[:] = [ref for ref in self._known if ref() is not None]
         for generation in (0, 1):
             young = _with_history(gc.get_objects(generation))
-            self._known += [weakref.ref(t) for t in young]
+            self._known.extend([weakref.ref(t) for t in young])
 
     def stop(self) -> None:
         """Look at no collection any more; the next pass looks through all objects again."""
         self._watching = False
-        self._known = []
+        self._known.clear()
         with suppress(ValueError):
             gc.callbacks.remove(self._before_collection)
 
