@@ -7,6 +7,7 @@ Does not know: where constants are kept (`factors.constants`).
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -234,6 +235,12 @@ class _Bench:
                 break
         return median(taken[1:])
 
+    def _timed(
+        self, what: str, choose: Callable[[Constants], str], **methods: Callable[[], object]
+    ) -> Case:
+        seconds = {name: self._seconds(run) for name, run in methods.items()}
+        return Case(what, seconds, choose)
+
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -241,32 +248,32 @@ class _Bench:
     def norms(self, B: int, T: int, p: int, d: int) -> Case:
         """Squared norms of linear layers."""
         f = self._outer(B, T, p, d)
-        seconds = {
-            "gram": self._seconds(lambda: gram_norms.gram(f.g, f.a)),
-            "direct": self._seconds(lambda: outer_norms.direct(f.g, f.a)),
-        }
-        what = f"norms, B={B} T={T}, {d} to {p}"
-        return Case(what, seconds, lambda by: costs.outer_norm_method(T, p, d, by=by))
+        return self._timed(
+            f"norms, B={B} T={T}, {d} to {p}",
+            lambda by: costs.outer_norm_method(T, p, d, by=by),
+            gram=lambda: gram_norms.gram(f.g, f.a),
+            direct=lambda: outer_norms.direct(f.g, f.a),
+        )
 
     def dots(self, B: int, T: int, p: int, d: int) -> Case:
         """Products row by row."""
         f, h = self._outer(B, T, p, d), self._outer(B, T, p, d)
-        seconds = {
-            "gram": self._seconds(lambda: outer_products.guarded_dot(f, h)),
-            "direct": self._seconds(lambda: outer_products.direct_dot(f, h)),
-        }
-        what = f"row by row, B={B} T={T}, {d} to {p}"
-        return Case(what, seconds, lambda by: costs.outer_dot_method(T, T, p, d, by))
+        return self._timed(
+            f"row by row, B={B} T={T}, {d} to {p}",
+            lambda by: costs.outer_dot_method(T, T, p, d, by),
+            gram=lambda: outer_products.guarded_dot(f, h),
+            direct=lambda: outer_products.direct_dot(f, h),
+        )
 
     def gram(self, B: int, T: int, p: int, d: int) -> Case:
         """All pairs."""
         f, h = self._outer(B, T, p, d), self._outer(B, T, p, d)
-        seconds = {
-            "gram": self._seconds(lambda: outer_products.guarded_gram(f, h)),
-            "tiles": self._seconds(lambda: outer_products.tile_gram(f, h)),
-        }
-        what = f"all pairs, B={B} T={T}, {d} to {p}"
-        return Case(what, seconds, lambda by: costs.outer_gram_method(B, B, T, T, p, d, by=by))
+        return self._timed(
+            f"all pairs, B={B} T={T}, {d} to {p}",
+            lambda by: costs.outer_gram_method(B, B, T, T, p, d, by=by),
+            gram=lambda: outer_products.guarded_gram(f, h),
+            tiles=lambda: outer_products.tile_gram(f, h),
+        )
 
     def rows(self, B: int, T: int, table: int, width: int) -> Case:
         """All pairs of embeddings' gradients."""
@@ -278,10 +285,6 @@ class _Bench:
             )
             for _ in range(2)
         )
-        seconds = {
-            "join": self._seconds(lambda: rows_products.gram(f, h, "join")),
-            "tables": self._seconds(lambda: rows_products.gram(f, h, "tables")),
-        }
         # how many examples look each row up, on both sides
         one, two = (torch.bincount(x.segments()[0].cpu() % table, minlength=table) for x in (f, h))
         pairs, ids = int(one @ two), int((one * two > 0).sum())
@@ -289,7 +292,12 @@ class _Bench:
         def choose(by: Constants) -> str:
             return "join" if costs.join_is_cheaper(pairs, B, B, ids, width, by) else "tables"
 
-        return Case(f"all pairs, B={B} T={T}, rows of {table} by {width}", seconds, choose)
+        return self._timed(
+            f"all pairs, B={B} T={T}, rows of {table} by {width}",
+            choose,
+            join=lambda: rows_products.gram(f, h, "join"),
+            tables=lambda: rows_products.gram(f, h, "tables"),
+        )
 
     def convolution(
         self, B: int, p: int, d: int, size: int, kernel: int, stride: int, groups: int
@@ -301,11 +309,11 @@ class _Bench:
             self._random(B, p, out, out), self._random(B, d, size, size), kernel=(kernel,) * 2,
             stride=(stride,) * 2, padding=(padding,) * 2, dilation=(1, 1), groups=groups,
         )  # fmt: skip
-        seconds = {"patches": self._seconds(lambda: f.sq_norms_by("patches"))}
+        methods = ["patches"]
         if kernel > 1 and out <= _SHIFTED and groups == 1:
-            seconds["shift"] = self._seconds(lambda: f.sq_norms_by("shift"))
+            methods.append("shift")
         if f.callable:
-            seconds["convolution"] = self._seconds(lambda: f.sq_norms_by("convolution"))
+            methods.append("convolution")
 
         def choose(by: Constants) -> str:
             method = f.norm_method_by(by)
@@ -313,4 +321,4 @@ class _Bench:
 
         what = f"norms, B={B}, {d} to {p}, {kernel} x {kernel} on {size} x {size}"
         what += f" by {stride}" * (stride > 1) + f", {groups} groups" * (groups > 1)
-        return Case(what, seconds, choose)
+        return self._timed(what, choose, **{m: partial(f.sq_norms_by, m) for m in methods})

@@ -1,6 +1,6 @@
-"""Factors that wait while a pass goes on, and whether what they are made of stayed as it was.
+"""Factors that are used later, and whether what they are made of stayed as it was.
 
-Owns: `Held`, and the message to whoever wrote over its memory.
+Owns: `Held`, and the message to whoever writes over its memory during a pass.
 Does not know: why a factor has to wait.
 """
 
@@ -23,13 +23,18 @@ class Held:
         self._factor = factor
         self._versions = [(tensor, nodes.version(tensor)) for tensor in factor.tensors()]
 
+    @property
+    def overwritten(self) -> bool:
+        """Whether a tensor that it is made of was written to in the meantime."""
+        return any(nodes.version(tensor) != version for tensor, version in self._versions)
+
     def factor(self, name: str) -> Factor:
         """The factor, of the parameter of this name.
 
         Raises:
             UsageError: a tensor was written to in the meantime.
         """
-        if any(nodes.version(tensor) != version for tensor, version in self._versions):
+        if self.overwritten:
             raise UsageError(
                 f"What the gradients of `{name}` are computed from was overwritten during the "
                 "backward pass: by an unpack hook of saved_tensors_hooks that returns the same "

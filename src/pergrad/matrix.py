@@ -15,7 +15,7 @@ from pergrad import inputs
 from pergrad.errors import UsageError
 from pergrad.factors import Factor, Zero
 from pergrad.factors.workspace import workspace
-from pergrad.graph import nodes
+from pergrad.held import Held
 from pergrad.inputs import Direction
 from pergrad.precondition import Preconditioner
 
@@ -39,7 +39,7 @@ class GradientMatrix:
         torch.Size([5, 5])
     """
 
-    __slots__ = ("_batch", "_chunk_bytes", "_factors", "_versions")
+    __slots__ = ("_batch", "_chunk_bytes", "_factors", "_held")
     __array_priority__ = 1000
 
     def __init__(
@@ -48,11 +48,7 @@ class GradientMatrix:
         self._factors = dict(factors)
         self._batch = batch
         self._chunk_bytes = chunk_bytes
-        self._versions = [
-            (name, tensor, nodes.version(tensor))
-            for name, factor in self._factors.items()
-            for tensor in factor.tensors()
-        ]
+        self._held = {name: Held(factor) for name, factor in self._factors.items()}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For pickle and copy. What was changed since is refused here, as the copy cannot tell."""
@@ -274,8 +270,8 @@ class GradientMatrix:
         return workspace(self._chunk_bytes)
 
     def _check_versions(self) -> None:
-        for name, tensor, version in self._versions:
-            if nodes.version(tensor) != version:
+        for name, held in self._held.items():
+            if held.overwritten:
                 raise UsageError(
                     f"A tensor that the gradients of `{name}` are kept in was changed in place "
                     "after pergrad.gradients (an optimizer step, a re-used input buffer?). Compute "
