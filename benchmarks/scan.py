@@ -168,8 +168,8 @@ def measured(part: str, count: int, rounds: int = 0, **environment: str) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--examples", type=int, default=1_000_000)
-    parser.add_argument("--share", type=int, default=65_536, help="examples of a timed round")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--share", type=int, default=262_144, help="examples of a timed round")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for the JSON")
     parser.add_argument("--part", choices=["compare", "whole"], help=argparse.SUPPRESS)
     args = parser.parse_args()
