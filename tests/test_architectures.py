@@ -32,8 +32,7 @@ def test_small_architecture(case: Architecture) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("case", SLOW, ids=lambda case: case.name)
 def test_architecture(case: Architecture) -> None:
-    if not case.available():
-        pytest.skip(f"needs {', '.join(case.needs)}")
+    assert case.available(), f"needs {', '.join(case.needs)}: `make zoo` installs them"
     agrees(case, in_a_process(case.name, timeout=600))
 
 
