@@ -7,6 +7,7 @@ Does not know: the graph.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from pergrad.engine import Record, module_of
@@ -106,4 +107,5 @@ def coverage_of(named: Mapping[str, Tensor], records: list[Record], examples: in
 def _method(factor: Factor | None) -> tuple[str, int]:
     if factor is None:
         return "none", 0
-    return inspect.method(factor), inspect.cost(factor)
+    with torch.no_grad():  # as in the pass that it tells about
+        return inspect.method(factor), inspect.cost(factor)
