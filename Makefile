@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format browser demo examples bench zoo clean
+.PHONY: help venv test lint format compiler browser demo examples bench zoo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -27,13 +27,23 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@
 
-test: lint browser  ## lint, types, tests, doctests, and the examples in the documentation
+test: lint compiler browser  ## lint, types, tests, doctests, and the examples in the documentation
 	$(BIN)/python -m pytest
+	PERGRAD_KERNELS= $(BIN)/python -m pytest $(addprefix tests/test_,factors.py rules.py calibration.py precision.py)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# pergrad needs none, and is tested with and without.
+compiler:  ## install GCC, with which pergrad compiles its kernels, if there is no C compiler
+	@if command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null; then exit 0; fi; \
+	if ! command -v apt-get >/dev/null; then \
+	  echo "Tests of the kernels need a C compiler (cc, gcc or clang) on the PATH: install one." >&2; exit 1; fi; \
+	root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	$$root apt-get update -qq && $$root env DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends gcc >/dev/null
 
 # Debian's; elsewhere, put chromium and chromedriver on the PATH.
 browser:  ## install Chromium, in which the report is tested, if it is not there (root or sudo)

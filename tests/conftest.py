@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 
 import pytest
 import torch
@@ -11,6 +12,10 @@ from pergrad.factors import constants
 
 # What was measured on this machine must not decide what is tested; inherited by every process.
 os.environ["PERGRAD_COSTS"] = ""
+# Compiled anew for this run, and for all processes that it starts. Empty: tests run without them.
+if os.environ.get("PERGRAD_KERNELS") != "":
+    _kernels = tempfile.TemporaryDirectory(prefix="pergrad-kernels-")
+    os.environ["PERGRAD_KERNELS"] = _kernels.name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,7 +1,9 @@
 """One way to compare, for all tests, and what goes with it."""
 
+import importlib
 from collections.abc import Mapping
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -50,3 +52,9 @@ def direction(params: Mapping[str, Tensor], seed: int = 3) -> dict[str, Tensor]:
     return {
         n: torch.randn(p.shape, generator=generator, dtype=torch.float64) for n, p in params.items()
     }
+
+
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where nothing can be compiled, until the test is over."""
+    kernels = importlib.import_module("pergrad.kernels.fused")
+    monkeypatch.setattr(kernels, "_fused", lambda dtype: "not in this test")

@@ -15,6 +15,7 @@ from pergrad.calibration import Case, fit
 from pergrad.errors import UsageError
 from pergrad.factors import Correlation, Outer, constants, costs
 from pergrad.factors.constants import DEFAULT
+from pergrad.kernels import fused
 
 CPU, FLOAT = torch.device("cpu"), torch.float32
 
@@ -55,7 +56,7 @@ def machine_on_which_grams_take(overhead: float) -> tuple[Case, ...]:
 
     def case(T: int, p: int, d: int) -> Case:
         gram = overhead * (costs.gram_norm_cost(T, p, d) + 32 * T * T)
-        seconds = {"gram": gram, "direct": float(costs.direct_norm_cost(T, p, d))}
+        seconds = {"gram": gram, "direct": float((T + DEFAULT.direct_elementwise) * p * d)}
         return Case("", seconds, lambda by: costs.outer_norm_method(T, p, d, by=by))
 
     return tuple(case(*s) for s in sizes)
@@ -71,7 +72,7 @@ def test_the_fit_finds_what_makes_the_choices_right(overhead):
     assert after < 0.01
     # what no case tells anything about stays as it was
     changed = {n for n in DEFAULT.__slots__ if getattr(found, n) != getattr(DEFAULT, n)}
-    assert changed <= {"gram_overhead", "gram_elementwise"}
+    assert changed <= {"gram_overhead", "gram_elementwise", "direct_elementwise"}
 
 
 def test_constants_that_are_right_stay():
@@ -90,10 +91,12 @@ def test_what_is_measured_holds_here_and_in_later_processes(folder, small, dtype
     assert found.file is not None
     assert found.file.parent == folder
     assert found.loss <= found.loss_before
-    assert {tuple(sorted(case.seconds)) for case in found.cases} == {
-        ("direct", "gram"), ("gram", "tiles"), ("join", "tables"),
-        *([("convolution", "patches", "shift"), ("convolution", "patches")]
-          if dtype == torch.float32 else [("patches", "shift"), ("patches",)]),
+    kernel = fused(CPU, dtype) is not None
+    assert {frozenset(case.seconds) for case in found.cases} == {
+        frozenset({"direct", "gram"}), frozenset({"gram", "tiles"}), frozenset({"join", "tables"}),
+        frozenset({"direct", "gram"} | ({"fused"} if kernel else set())),
+        *(frozenset({"patches"} | ({"convolution"} if dtype == torch.float32 else set()) | shifts)
+          for shifts in ({"shift", *(["fused shift"] if kernel else [])}, set())),
     }  # fmt: skip
     assert all(t > 0 for case in found.cases for t in case.seconds.values())
     here = constants.constants(CPU, dtype)
@@ -151,10 +154,11 @@ def test_the_constants_decide(folder):
     c = Correlation(torch.randn(2, 8, 6, 6), torch.randn(2, 8, 6, 6), kernel=(3, 3),
                     stride=(1, 1), padding=(1, 1), dilation=(1, 1))  # fmt: skip
     explained = []
-    for overhead in (1e-3, 1e3):
+    for overhead in (1e-3, 1e5):
         found = replace(
-            DEFAULT, gram_overhead=overhead, shift_overhead=overhead, shift_calls=1.0,
-            patch_overhead=1e4, call_overhead=1e9,
+            DEFAULT, gram_overhead=overhead, shift_overhead=1e3 * overhead, shift_calls=1.0,
+            patch_overhead=1e4, call_overhead=1e9, fused_overhead=overhead, fused_reading=1e-3,
+            fused_shift_elementwise=1e-3,
         )  # fmt: skip
         constants.keep(CPU, FLOAT, found)
         model = torch.nn.Linear(32, 32)
@@ -162,7 +166,8 @@ def test_the_constants_decide(folder):
         row = pergrad.explain(losses, model).rows[0]
         explained.append((row.method, c.norm_method))
         assert torch.allclose(f.sq_norms(), f.dense().square().sum((1, 2)))
-    assert explained == [("gram", "shift"), ("direct", "direct")]
+    chosen = ("fused", "fused shift") if fused(CPU, FLOAT) is not None else ("gram", "shift")
+    assert explained == [chosen, ("direct", "direct")]
 
 
 @pytest.mark.parametrize(

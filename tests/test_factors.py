@@ -33,8 +33,8 @@ from pergrad.factors import (
     gram_norms,
     inspect,
     mapped,
-    outer_norms,
 )
+from pergrad.factors.guard import cancels
 from pergrad.factors.workspace import CACHE_BYTES, WORTH_KEEPING, lent, limit, workspace
 
 Cast = Callable[[Tensor], Tensor]
@@ -246,13 +246,15 @@ def choices(method: str | None, budget: int | None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(workspace(budget))
         if method is not None:
-            gram = method == "gram"
+            gram = method in ("gram", "fused")
             direct = "gram" if gram else "direct"
             tiles = "gram" if gram else "tiles"
             for name, chosen in (
                 (
                     "outer_norm_method",
-                    lambda T, p, d, readers=1, by=None: "rows" if T <= 1 else direct,
+                    lambda T, p, d, readers=1, by=None, fused=False: (
+                        "rows" if T <= 1 else "fused" if fused and method == "fused" else direct
+                    ),
                 ),
                 ("outer_dot_method", lambda T, S, p, d, by: direct),
                 ("outer_gram_method", lambda *sizes, same=False, by: tiles),
@@ -273,7 +275,7 @@ SIZES = st.builds(
 )
 DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
 CHOICES = st.builds(
-    choices, st.sampled_from([None, "gram", "direct"]), st.sampled_from([None, 1, 300])
+    choices, st.sampled_from([None, "gram", "direct", "fused"]), st.sampled_from([None, 1, 300])
 )
 KINDS = pytest.mark.parametrize("kind", ZOO)
 
@@ -557,7 +559,7 @@ def test_a_gram_that_cancels_is_taken_directly(dtype):
     exact = f.to(dtype=torch.float64).dense().square().sum((1, 2))
     with choices("gram", None):
         plain, sizes = gram_norms.gram(f.g, f.a)
-        assert outer_norms.cancels(plain, sizes)[0]
+        assert cancels(plain, sizes)[0]
         if dtype == torch.float32:
             assert ((plain.double() - exact) / exact).abs().max() > 1e-4
         assert ((f.sq_norms().double() - exact) / exact).abs().max() < 1e-4
@@ -914,7 +916,9 @@ WINDOWS = [  # spatial sizes, kernel, stride, padding, dilation
 ]
 
 
-@pytest.mark.parametrize("method", ["direct", "gram", "shift", "convolution"])
+@pytest.mark.parametrize(
+    "method", ["direct", "gram", "fused", "shift", "fused shift", "convolution"]
+)
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", WINDOWS)

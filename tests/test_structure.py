@@ -11,7 +11,8 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 # From the bottom up; a layer may import from itself and from those before it.
 LAYERS = [
-    ["errors"],
+    ["errors", "folders"],
+    ["kernels"],
     ["extras", "factors", "inputs", "retained", "hidden"],
     ["graph", "calibration"],
     ["rules", "held"],

@@ -20,6 +20,7 @@ from pergrad.factors import (
     Outer,
     Rows,
     costs,
+    fused_norms,
     gram_norms,
     outer_norms,
     outer_products,
@@ -27,6 +28,7 @@ from pergrad.factors import (
 )
 from pergrad.factors.constants import Constants, constants, keep, machine
 from pergrad.factors.workspace import workspace
+from pergrad.kernels import why_not
 
 # Each constant is tried at these multiples of what it was, until none helps any more.
 _STEPS = (0.35, 0.5, 0.7, 1.4, 2.0, 2.8)
@@ -65,12 +67,16 @@ class Calibration:
     loss_before: float  # the same with the constants that held before
     cases: tuple[Case, ...]
     file: Path | None  # where the constants are kept; None: nowhere
+    no_kernel: str | None  # why nothing was compiled for this device and dtype; None: it was
 
     def __repr__(self) -> str:
+        compiled = "with compiled kernels" if self.no_kernel is None else (
+            f"without compiled kernels: {self.no_kernel}"
+        )  # fmt: skip
         return (
             f"Calibration({self.device}, {self.dtype}: over {len(self.cases)} products the choice "
             f"of method loses {self.loss:.1%} of the time to the best one, {self.loss_before:.1%} "
-            f"before; kept in {self.file or 'this process only'})"
+            f"before; {compiled}; kept in {self.file or 'this process only'})"
         )
 
 
@@ -91,8 +97,9 @@ def calibrate(
 
     Returns:
         A Calibration: `.constants`, `.loss` and `.loss_before` (the share of time that the choices
-        lose to the fastest methods), `.cases` with all times, `.file`. The constants are kept in
-        the folder `~/.cache/pergrad/costs`, or the one that the environment variable PERGRAD_COSTS
+        lose to the fastest methods), `.cases` with all times, `.file`, and `.no_kernel` (why
+        nothing could be compiled for this machine; None if it could). The constants are kept in the
+        folder `~/.cache/pergrad/costs`, or the one that the environment variable PERGRAD_COSTS
         names (empty: none), and read by later processes on machines of the same kind, with as many
         threads.
 
@@ -126,6 +133,7 @@ def calibrate(
         _loss(cases, before),
         cases,
         path,
+        why_not(device, dtype),
     )
 
 
@@ -248,11 +256,17 @@ class _Bench:
     def norms(self, B: int, T: int, p: int, d: int) -> Case:
         """Squared norms of linear layers."""
         f = self._outer(B, T, p, d)
+        kernel = fused_norms.kernel_for(f.g, f.a) is not None
+        methods: dict[str, Callable[[], object]] = {
+            "gram": lambda: gram_norms.gram(f.g, f.a),
+            "direct": lambda: outer_norms.direct(f.g, f.a),
+        }
+        if kernel:
+            methods["fused"] = lambda: fused_norms.fused_gram(f.g, f.a)
         return self._timed(
             f"norms, B={B} T={T}, {d} to {p}",
-            lambda by: costs.outer_norm_method(T, p, d, by=by),
-            gram=lambda: gram_norms.gram(f.g, f.a),
-            direct=lambda: outer_norms.direct(f.g, f.a),
+            lambda by: costs.outer_norm_method(T, p, d, by=by, fused=kernel),
+            **methods,
         )
 
     def dots(self, B: int, T: int, p: int, d: int) -> Case:
@@ -312,12 +326,14 @@ class _Bench:
         methods = ["patches"]
         if kernel > 1 and out <= _SHIFTED and groups == 1:
             methods.append("shift")
+            if f.shift_kernel is not None:
+                methods.append("fused shift")
         if f.callable:
             methods.append("convolution")
 
         def choose(by: Constants) -> str:
             method = f.norm_method_by(by)
-            return method if method in ("shift", "convolution") else "patches"
+            return method if method in ("shift", "fused shift", "convolution") else "patches"
 
         what = f"norms, B={B}, {d} to {p}, {kernel} x {kernel} on {size} x {size}"
         what += f" by {stride}" * (stride > 1) + f", {groups} groups" * (groups > 1)

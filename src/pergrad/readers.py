@@ -13,6 +13,7 @@ from pergrad.factors.constants import constants
 from pergrad.graph.plan import Plan
 from pergrad.graph.uses import Site
 from pergrad.graph.walk import Graph
+from pergrad.kernels import fused
 from pergrad.rules import data_input
 
 Source = tuple[int, int, int]  # a slot of the graph, and the rows in which it is read
@@ -35,14 +36,15 @@ def common_inputs(graph: Graph, plan: Plan) -> tuple[dict[int, Source], dict[Sou
     readers: dict[Source, int] = {}
     for source, sizes in found.items():
         meta = graph.metas(next(iter(sizes)))[0]
-        by = constants(meta.device, torch.promote_types(meta.dtype, torch.float32))
+        dtype = torch.promote_types(meta.dtype, torch.float32)
+        by, kernel = constants(meta.device, dtype), fused(meta.device, dtype) is not None
         count = 0
         while count != len(sizes):  # who leaves makes the share of the others larger
             count = len(sizes)
             sizes = {
                 node: size
                 for node, size in sizes.items()
-                if costs.outer_norm_method(*size, count, by) == "gram"
+                if costs.outer_norm_method(*size, count, by, fused=kernel) in ("gram", "fused")
             }
         if count > 1:
             common |= dict.fromkeys(sizes, source)

@@ -402,7 +402,8 @@ def calibrate(
     Once per machine and device, with the number of threads that you work with. It changes how
     long pergrad takes; of the results, only the rounding. Nothing else should run meanwhile.
     What was measured is kept in ~/.cache/pergrad/costs, or in the folder that the environment
-    variable PERGRAD_COSTS names; delete it to undo this.
+    variable PERGRAD_COSTS names; delete it to undo this. It also says whether the kernels that
+    pergrad compiles with your C compiler are there, and if not, why.
 
     \b
     Examples:
@@ -421,6 +422,7 @@ def calibrate(
                     "loss_before": found.loss_before,
                     "constants": found.constants,
                     "file": None if found.file is None else str(found.file),
+                    "no_kernel": found.no_kernel,
                 }
             )
         )
@@ -437,6 +439,7 @@ def calibrate(
     typer.echo(
         f"{found.device}, {dtype.value}: the choice of method loses {found.loss:.1%} of the time "
         f"to the fastest one ({found.loss_before:.1%} before).\n"
+        f"Compiled kernels: {'yes' if found.no_kernel is None else 'no, ' + found.no_kernel}.\n"
         f"Kept in {found.file or 'this process only'}."
     )
 

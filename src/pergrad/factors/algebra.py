@@ -12,11 +12,11 @@ from pergrad.factors.base import Factor, over_tiles
 from pergrad.factors.combined import Placed, Sum
 from pergrad.factors.correlation import Correlation
 from pergrad.factors.dense import Dense, Zero
+from pergrad.factors.guard import cancels
 from pergrad.factors.lazy import Scaled
 from pergrad.factors.mapped import Embedded, Mapped
 from pergrad.factors.numeric import flat, row_dots
 from pergrad.factors.outer import Outer
-from pergrad.factors.outer_norms import cancels
 from pergrad.factors.rows import Rows
 from pergrad.factors.simplify import mapped
 from pergrad.factors.workspace import chunks, limit

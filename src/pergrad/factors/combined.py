@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pergrad.factors.base import Factor
 from pergrad.factors.dense import Dense, Zero
+from pergrad.factors.guard import cancels
 from pergrad.factors.mapped import Embedded, Mapped
 from pergrad.factors.numeric import Index
 from pergrad.factors.outer import Outer
-from pergrad.factors.outer_norms import cancels
 from pergrad.factors.rows import Rows
 
 

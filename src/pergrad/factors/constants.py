@@ -7,31 +7,34 @@ They decide which of several exact methods is used, never what is computed.
 """
 
 import json
-import os
 import platform
 import re
 import warnings
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 
 import torch
 
+from pergrad import folders
 from pergrad.errors import users_line
 
 FOLDER = "PERGRAD_COSTS"  # the environment variable that says where they are kept; empty: nowhere
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Constants:
     """Times in multiply-adds of a large matrix product. The defaults were measured on one core.
 
-    Milliseconds, Gram against direct, (B, T, d, p):
-      (8, 128, 768, 768): 2.5, 8.4    (8, 512, 768, 768): 27, 29     (64, 16, 512, 512): 0.6, 7.6
-      (16, 128, 256, 256): 1.9, 2.3   (64, 49, 128, 128): 1.1, 1.0   (1, 1024, 768, 768): 13, 7.9
-      (64, 64, 128, 128): 1.4, 1.3    (2, 512, 768, 3072): 18, 30    (8, 197, 192, 768): 3.9, 3.7
+    Milliseconds with two threads, Gram by torch / by the kernel / direct, (B, T, d, p):
+      (8, 128, 768, 768): 1.5, 0.9, 4.6     (64, 16, 512, 512): 0.4, 0.25, 4.1
+      (16, 128, 256, 256): 1.2, 0.6, 1.1    (64, 49, 128, 128): 0.8, 0.4, 0.6
+      (64, 64, 128, 128): 0.8, 0.4, 0.8     (8, 197, 192, 768): 2.3, 1.3, 1.8
+      (4, 512, 512, 512): 5.4, 3.9, 3.7     (16, 256, 256, 1024): 8.3, 5.2, 9.3
+      (16, 256, 256, 256): 3.5, 2.0, 2.2    (1, 1024, 768, 768): 7.4, 5.8, 4.0
+      (64, 32, 64, 64): 0.2, 0.1, 0.16      (2, 512, 768, 768): 4.2, 3.0, 4.1
+    One thread:
     Rows of a table, all pairs, by joining them / as tables, (B, T, rows, width):
       (16, 128, 1000, 256): 3.3, 8.5   (64, 64, 300, 64): 14, 3.0   (64, 32, 30000, 128): 1.6, 2.5
     Row by row: (32, 128, 512, 512): 21, 16; (32, 8, 768, 768): 0.4, 4.4.
@@ -40,10 +43,16 @@ class Constants:
       (512, 4 x 4, 3): 12, 270, 3      (3 to 64, 32 x 32, 3): 4.2, 4.9, -
       (64 in 4 groups, 32 x 32, 3): 50, 14, -     (64 depthwise, 32 x 32, 3): 27, 15, -
       (64 to 128, 16 x 16 by steps of 2, 3): 27, 22, -     (1 to 6, 28 x 28, 5): 0.8, 1.6, -
+    Of 16 examples with two threads, torch's convolution / shifts by torch / by the kernel:
+      (128, 16 x 16, 3): 5.6, 6.6, 1.6    (256, 8 x 8, 3): 9.7, 1.5, 0.3
+      (512, 4 x 4, 3): 14, 0.9, 0.1       (64 to 128, 16 x 16 by steps of 2, 3): 1.3, 2.8, 0.5
     """
 
-    gram_overhead: float = 1.2  # a Gram's multiply-adds: its products are smaller
+    direct_elementwise: float = 50  # a number of a gradient that is formed is written and squared
+    gram_overhead: float = 1.5  # a Gram's multiply-adds: its products are smaller
     gram_elementwise: float = 32  # an entry of it is written, read and multiplied once more
+    fused_overhead: float = 1.05  # the same by the compiled kernel
+    fused_reading: float = 20  # a number that it lays out for its tiles
     dot_overhead: float = 1.6  # the same row by row, whose guard copies the rows that it doubts
     pair_overhead: float = 34_000  # a pair of scattered rows that are multiplied
     gather_overhead: float = 196  # reading one number of them
@@ -55,6 +64,7 @@ class Constants:
     shift_calls: float = 2_000_000
     shift_elementwise: float = 16  # adding up one shifted Gram reads strided rows
     shift_overhead: float = 1.7
+    fused_shift_elementwise: float = 16  # the same within the compiled kernel
 
 
 DEFAULT = Constants()
@@ -91,10 +101,7 @@ def keep(device: torch.device, dtype: torch.dtype, found: Constants) -> Path | N
         return None
     text = json.dumps({"format": FORMAT, "measured on": kind, "constants": asdict(found)}, indent=1)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile("w", dir=path.parent, suffix=".new", delete=False) as whole:
-            whole.write(text)
-        os.replace(whole.name, path)  # never half a file, whoever reads it now
+        folders.write(path, text.encode())
     except OSError as error:
         warnings.warn(
             f"The measured costs cannot be kept in {path} ({error}): they hold in this process "
@@ -113,11 +120,7 @@ def forget() -> None:
 
 def folder() -> Path | None:
     """Where measured constants are kept; None if the environment says nowhere."""
-    chosen = os.environ.get(FOLDER)
-    if chosen is not None:
-        return Path(chosen).expanduser() if chosen else None
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "pergrad" / "costs"
+    return folders.folder(FOLDER, "costs")
 
 
 def _file(kind: str) -> Path | None:

@@ -15,6 +15,8 @@ from torch.nn import functional
 from pergrad.factors import costs, outer_norms
 from pergrad.factors.base import Factor
 from pergrad.factors.constants import Constants, constants
+from pergrad.factors.fused_norms import fused_shifts, kernel_for
+from pergrad.factors.guard import cancels
 from pergrad.factors.numeric import (
     Index,
     columns,
@@ -26,6 +28,10 @@ from pergrad.factors.numeric import (
 )
 from pergrad.factors.outer import Outer
 from pergrad.factors.workspace import by_chunks, chunks, limit, scratch
+from pergrad.kernels import Fused, fused, grid_of
+
+# What a thread may need for the Grams of a convolution in the kernel.
+_MOST_SHIFT_ROOM = 16 * 2**20
 
 
 class Correlation(Factor):
@@ -164,8 +170,19 @@ class Correlation(Factor):
         N, T, p, d = self.sizes
         call = self.g[:1].numel() + self.x[:1].numel() if self.callable else None
         return costs.correlation_norm_method(
-            N, T, self._window_size, p, d, prod(self.kernel), call=call, by=by
-        )
+            N, T, self._window_size, p, d, prod(self.kernel), pixels=prod(self.x.shape[2:]),
+            call=call, by=by, fused=fused(self.device, self.dtype) is not None,
+            fused_shift=self.shift_kernel is not None,
+        )  # fmt: skip
+
+    @property
+    def shift_kernel(self) -> Fused | None:
+        """The kernel for shifts, if it serves this one and has work for all threads."""
+        kernel = kernel_for(self.g, self.x)
+        if kernel is None or self.batch * self.groups < torch.get_num_threads():
+            return None
+        room = kernel.shift_room(self.sizes[1], self._window_size) * self.dtype.itemsize
+        return kernel if room <= _MOST_SHIFT_ROOM else None
 
     @property
     def _costs(self) -> Constants:
@@ -197,9 +214,12 @@ class Correlation(Factor):
         k = prod(self.kernel)
         if self.norm_method == "shift":
             return N * costs.shift_norm_cost(T, self._window_size, p, d, k, self._costs)
+        if self.norm_method == "fused shift":
+            return N * costs.fused_shift_norm_cost(T, prod(self.x.shape[2:]), p, d, k)
         if self.norm_method == "convolution":
             return N * costs.direct_norm_cost(T, p, d)
-        return N * costs.outer_norm_cost(T, p, d, by=self._costs)
+        kernel = fused(self.device, self.dtype) is not None
+        return N * costs.outer_norm_cost(T, p, d, by=self._costs, fused=kernel)
 
     def sq_norms(self) -> Tensor:
         """‖G[b]‖², by the method that `costs.correlation_norm_method` chooses."""
@@ -209,12 +229,13 @@ class Correlation(Factor):
         """‖G[b]‖² by one of `norm_method`'s methods."""
         if method == "convolution":
             return self._by_convolutions()
-        if method == "shift":
-            norms, sizes = self._by_shifts()
-            doubtful = outer_norms.cancels(norms, sizes)
-            if not bool(doubtful.any()):
+        if method in ("shift", "fused shift"):
+            norms, sizes, trusted = (
+                self._by_shifts() if method == "shift" else self._by_fused_shifts()
+            )
+            if trusted:
                 return norms
-            rows = doubtful.nonzero()[:, 0]
+            rows = cancels(norms, sizes).nonzero()[:, 0]
             part = self._select(rows)
             return norms.index_copy(0, rows, part._by_patches(force_direct=True))
         return self._by_patches()
@@ -253,7 +274,18 @@ class Correlation(Factor):
         return by_chunks(self.batch, self.patch_bytes, piece, like=self._zeros(0),
                          budget=scratch(self.device))  # fmt: skip
 
-    def _by_shifts(self) -> tuple[Tensor, Tensor]:
+    def _by_fused_shifts(self) -> tuple[Tensor, Tensor, bool]:
+        kernel = self.shift_kernel
+        assert kernel is not None
+        N, T, p, _ = self.sizes
+        grid = grid_of(
+            tuple(self.x.shape[2:]), self.out, self.kernel, self.stride, self.padding, self.dilation
+        )
+        g = self.g.reshape(self.batch, N, p, T)
+        x = self.x.reshape(self.batch, N, self.x.shape[1] // N, -1)
+        return fused_shifts(kernel, g.mT, x.mT, grid)
+
+    def _by_shifts(self) -> tuple[Tensor, Tensor, bool]:
         """The patches' Gram as a sum of shifted Grams of single pixels: no patches are formed.
 
         Σ_ts (g_t·g_s) Σ_k x_{t+k}·x_{s+k}: with p + c instead of p + c K products for each pair.
@@ -286,7 +318,7 @@ class Correlation(Factor):
         assert rank == len(window)
         both = by_chunks(self.batch, each, piece, like=self._zeros(0), tail=(2,),
                          budget=scratch(self.device))  # fmt: skip
-        return both[:, 0], both[:, 1]
+        return both[:, 0], both[:, 1], not bool(cancels(both[:, 0], both[:, 1]).any())
 
     def matvec(self, v: Tensor) -> Tensor:
         """g · (x convolved with v): one convolution as in a forward pass."""

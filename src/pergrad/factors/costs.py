@@ -15,6 +15,7 @@ from pergrad.factors.constants import DEFAULT, Constants
 # blocks pay from 128 positions on, more of them from 128 positions each.
 GRAM_BLOCK = 128
 GRAM_BLOCKS = 8
+FUSED_TILE = 16  # rows, of which the kernel forms both halves
 
 
 def gram_blocks(T: int) -> int:
@@ -36,25 +37,50 @@ def gram_norm_cost(T: int, p: int, d: int, readers: int = 1) -> int:
     return T * T * (p + d // readers) * (k + 1) // (2 * k)
 
 
+def fused_norm_cost(T: int, p: int, d: int, readers: int = 1) -> int:
+    """The same by the compiled kernel, which needs no blocks to leave the lower half out."""
+    return T * (T + FUSED_TILE) * (p + d // readers) // 2
+
+
 def direct_norm_cost(T: int, p: int, d: int) -> int:
-    """Form Gᵀ A, then square it: T p d (+ p d)."""
+    """Form Gᵀ A, then square it: (T + 1) p d."""
     return (T + 1) * p * d
 
 
-def outer_norm_method(T: int, p: int, d: int, readers: int = 1, by: Constants = DEFAULT) -> str:
-    """How to take the norms of an Outer: "rows", "gram" or "direct"."""
+def outer_norm_times(
+    T: int, p: int, d: int, readers: int = 1, by: Constants = DEFAULT, *, fused: bool = False
+) -> dict[str, float]:
+    """What each method of taking the norms of an Outer costs: "rows", or "direct" and a Gram.
+
+    "gram", or "fused" if there is a kernel, which lays out all of g and a once.
+    """
     if T <= 1:
-        return "rows"
-    gram = by.gram_overhead * (gram_norm_cost(T, p, d, readers) + by.gram_elementwise * T * T)
-    return "gram" if gram < direct_norm_cost(T, p, d) else "direct"
+        return {"rows": row_norm_cost(p, d)}
+    times = {"direct": (T + by.direct_elementwise) * p * d}
+    if fused:
+        products = by.fused_overhead * fused_norm_cost(T, p, d, readers)
+        return {"fused": products + by.fused_reading * T * (p + d // readers), **times}
+    gram = gram_norm_cost(T, p, d, readers) + by.gram_elementwise * T * T
+    return {"gram": by.gram_overhead * gram, **times}
 
 
-def outer_norm_cost(T: int, p: int, d: int, readers: int = 1, by: Constants = DEFAULT) -> int:
+def outer_norm_method(
+    T: int, p: int, d: int, readers: int = 1, by: Constants = DEFAULT, *, fused: bool = False
+) -> str:
+    """How to take the norms of an Outer: "rows", "gram", "direct" or "fused"."""
+    return _least(outer_norm_times(T, p, d, readers, by, fused=fused))
+
+
+def outer_norm_cost(
+    T: int, p: int, d: int, readers: int = 1, by: Constants = DEFAULT, *, fused: bool = False
+) -> int:
     """Multiply-adds per example and group of the chosen method."""
-    method = outer_norm_method(T, p, d, readers, by)
+    method = outer_norm_method(T, p, d, readers, by, fused=fused)
     if method == "rows":
         return row_norm_cost(p, d)
-    return gram_norm_cost(T, p, d, readers) if method == "gram" else direct_norm_cost(T, p, d)
+    if method == "direct":
+        return direct_norm_cost(T, p, d)
+    return (gram_norm_cost if method == "gram" else fused_norm_cost)(T, p, d, readers)
 
 
 def outer_dot_method(T: int, S: int, p: int, d: int, by: Constants = DEFAULT) -> str:
@@ -102,24 +128,38 @@ def shift_norm_cost(T: int, window: int, p: int, d: int, k: int, by: Constants =
     return T * T * p + window * window * (d // k) + added
 
 
+def fused_shift_norm_cost(T: int, pixels: int, p: int, d: int, k: int) -> int:
+    """The same by the compiled kernel, without the lower halves: T² p / 2 + pixels² d / 2k."""
+    return (T * (T + FUSED_TILE) * p + pixels * (pixels + FUSED_TILE) * (d // k)) // 2
+
+
 def correlation_norm_method(
     N: int, T: int, window: int, p: int, d: int, k: int,
-    *, call: int | None = None, by: Constants = DEFAULT,
+    *, pixels: int = 0, call: int | None = None, by: Constants = DEFAULT,
+    fused: bool = False, fused_shift: bool = False,
 ) -> str:  # fmt: skip
-    """Norms of a convolution's weight: as an `Outer` over patches, "shift" or "convolution".
+    """Norms of a convolution's weight: as an `Outer` over patches, or by shifts or convolutions.
 
     "convolution" is torch's own gradient for each example; `call` is how many numbers it reads,
-    None if it cannot be called. All counts but that one are of one of N groups.
+    None if it cannot be called. All counts but that one are of one of N groups. "fused shift" needs
+    the kernel.
     """
-    plain = outer_norm_method(T, p, d, by=by)
-    if plain == "rows":
-        return plain
-    products = outer_norm_cost(T, p, d, by=by) * (by.gram_overhead if plain == "gram" else 1)
-    costs: dict[str, float] = {plain: products + T * (p + d) * by.patch_overhead}
+    times = outer_norm_times(T, p, d, by=by, fused=fused)
+    if "rows" in times:
+        return "rows"
+    times = {name: time + T * (p + d) * by.patch_overhead for name, time in times.items()}
     if k > 1:
         shifts = shift_norm_cost(T, window, p, d, k, by)
-        costs["shift"] = by.shift_overhead * shifts + by.shift_calls
+        times["shift"] = by.shift_overhead * shifts + by.shift_calls
+    if k > 1 and fused_shift:
+        products = by.fused_overhead * fused_shift_norm_cost(T, pixels, p, d, k)
+        added = by.fused_shift_elementwise * (k * T * window / 2 + T * T + pixels * pixels)
+        times["fused shift"] = products + added + by.fused_reading * (T * p + pixels * (d // k))
     if call is not None:
         moved = (by.call_reads * call + by.call_overhead) / N
-        costs["convolution"] = T * p * d + by.call_elementwise * p * d + moved
-    return min(costs, key=lambda name: costs[name])
+        times["convolution"] = T * p * d + by.call_elementwise * p * d + moved
+    return _least(times)
+
+
+def _least(times: dict[str, float]) -> str:
+    return min(times, key=lambda name: times[name])

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pergrad.factors.base import Factor
+from pergrad.factors.guard import cancels
 from pergrad.factors.notes import Notes
 from pergrad.factors.numeric import Index, columns, flat, result_dtype, row_squares
-from pergrad.factors.outer_norms import cancels
 from pergrad.factors.workspace import by_chunks, chunks, limit
 
 

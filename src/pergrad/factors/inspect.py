@@ -8,16 +8,14 @@ from math import prod
 
 import torch
 
-from pergrad.factors import costs
+from pergrad.factors import outer_norms
 from pergrad.factors.base import Factor
 from pergrad.factors.combined import Placed, Sum
-from pergrad.factors.constants import constants
 from pergrad.factors.correlation import Correlation
 from pergrad.factors.dense import Dense, Zero
 from pergrad.factors.lazy import Computed, Pulled, Scaled
 from pergrad.factors.mapped import Embedded, Mapped
 from pergrad.factors.outer import Outer
-from pergrad.factors.outer_norms import sizes_and_readers
 from pergrad.factors.rows import Rows
 
 
@@ -55,8 +53,7 @@ def cloned(factor: Factor) -> Factor:
 def method(factor: Factor) -> str:
     """How the norm is computed, in one word."""
     if isinstance(factor, Outer):
-        sizes = sizes_and_readers(factor.g, factor.a, factor.notes)
-        return costs.outer_norm_method(*sizes, constants(factor.device, factor.dtype))
+        return outer_norms.method(factor.g, factor.a, factor.notes)
     if isinstance(factor, Correlation):
         return factor.norm_method
     if isinstance(factor, Rows):
@@ -75,9 +72,7 @@ def method(factor: Factor) -> str:
 def cost(factor: Factor) -> int:
     """Multiply-adds of the squared norms of all examples."""
     if isinstance(factor, Outer):
-        sizes = sizes_and_readers(factor.g, factor.a, factor.notes)
-        by = constants(factor.device, factor.dtype)
-        return factor.batch * factor.sizes[0] * costs.outer_norm_cost(*sizes, by)
+        return factor.batch * factor.sizes[0] * outer_norms.cost(factor.g, factor.a, factor.notes)
     if isinstance(factor, Correlation):
         return factor.batch * factor.norm_cost
     if isinstance(factor, Rows):

@@ -22,11 +22,11 @@ class KeptGram:
         self._mark: tuple[object, ...] = ()
         self._blocks: list[Tensor] = []
 
-    def blocks(self, a: Tensor, version: int) -> list[Tensor] | None:
+    def blocks(self, a: Tensor, version: int, form: str = "rows") -> list[Tensor] | None:
         """Those of this very memory, as it was; None if they have not been formed."""
         if self._input is None:
             return None
-        if self._mark == _mark(a, version):
+        if self._mark == (form, *_mark(a, version)):
             return self._blocks
         # Whoever hands out what was saved makes copies of it, so nobody will find these.
         self.readers = 1
@@ -43,10 +43,13 @@ class KeptGram:
             return None
         return [torch.empty(shape, dtype=dtype, device=a.device) for shape in shapes]
 
-    def keep(self, a: Tensor, version: int, blocks: list[Tensor]) -> None:
-        """For the readers that are left. Holding A itself, so that its memory stays its own."""
+    def keep(self, a: Tensor, version: int, blocks: list[Tensor], form: str = "rows") -> None:
+        """For the readers that are left. Holding A itself, so that its memory stays its own.
+
+        `form` says how the numbers lie in the blocks: "rows" of the Gram, or the kernel's "tiles".
+        """
         if self.left > 1:
-            self._input, self._mark, self._blocks = a, _mark(a, version), blocks
+            self._input, self._mark, self._blocks = a, (form, *_mark(a, version)), blocks
 
     def served(self) -> None:
         """One reader less."""

@@ -11,50 +11,54 @@ from torch import Tensor
 
 from pergrad.factors import costs
 from pergrad.factors.constants import constants
+from pergrad.factors.fused_norms import fused_gram, kernel_for
 from pergrad.factors.gram_norms import gram
+from pergrad.factors.guard import cancels
 from pergrad.factors.notes import Notes
 from pergrad.factors.numeric import last_squares, product, result_dtype, row_squares, tracing
 from pergrad.factors.workspace import by_chunks, chunks, lent, scratch
-
-# κ² = |A|²|G|² / |AᵀG|². A Gram's terms are of size |A|²|G|² and cancel down to |AᵀG|², so its
-# relative error is at most about u κ² (in practice a hundredth of it) against u κ of the direct
-# form. Below the limit the Gram keeps 4e-6 or so in float32 and 1e-12 in float64. Unrelated
-# tokens have κ = √T and stay below it wherever a Gram is the cheaper method.
-KAPPA_LIMIT = {torch.float32: 64.0, torch.float64: 1000.0}
 
 
 def sq_norms(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
     """(B,): ‖Σ_t g[b,n,t] ⊗ a[b,n,t]‖², summed over groups."""
     B, N, T, p = g.shape
     d = a.shape[3]
-    if T == 0 or 0 in (N, p, d):
+    if 0 in (B, N, T, p, d):
         return g.new_zeros(B, dtype=result_dtype(g, a))
-    by = constants(g.device, result_dtype(g, a))
-    method = costs.outer_norm_method(*sizes_and_readers(g, a, notes), by)
-    if method == "rows":
+    chosen = method(g, a, notes)
+    if chosen == "rows":
         return by_rows(g, a, notes)
-    if method == "direct":
+    if chosen == "direct":
         return direct(g, a)
-    norms, sizes = gram(g, a, notes)
-    doubtful = cancels(norms, sizes)
-    if not bool(doubtful.any()):
+    if chosen == "fused":
+        norms, sizes, trusted = fused_gram(g, a, notes)
+    else:
+        norms, sizes = gram(g, a, notes)
+        trusted = not bool(cancels(norms, sizes).any())
+    if trusted:
         return norms
-    rows = doubtful.nonzero()[:, 0]
+    rows = cancels(norms, sizes).nonzero()[:, 0]
     return norms.index_copy(0, rows, direct(g[rows], a[rows]))
 
 
-def sizes_and_readers(g: Tensor, a: Tensor, notes: Notes | None) -> tuple[int, int, int, int]:
+def method(g: Tensor, a: Tensor, notes: Notes | None = None) -> str:
+    """Which method `sq_norms` takes."""
+    by, fused = constants(g.device, result_dtype(g, a)), kernel_for(g, a) is not None
+    return costs.outer_norm_method(*_sizes_and_readers(g, a, notes), by, fused=fused)
+
+
+def cost(g: Tensor, a: Tensor, notes: Notes | None = None) -> int:
+    """Multiply-adds of that method, for one example and group."""
+    by, fused = constants(g.device, result_dtype(g, a)), kernel_for(g, a) is not None
+    return costs.outer_norm_cost(*_sizes_and_readers(g, a, notes), by, fused=fused)
+
+
+def _sizes_and_readers(g: Tensor, a: Tensor, notes: Notes | None) -> tuple[int, int, int, int]:
     """T, the width of a side of one's own, of the side that others read too, and their number."""
     T, p, d = g.shape[2], g.shape[3], a.shape[3]
     if notes is None or notes.kept is None:
         return T, p, d, 1
     return (T, d, p, notes.readers) if notes.read is g else (T, p, d, notes.readers)
-
-
-def cancels(norms: Tensor, sizes: Tensor) -> Tensor:
-    """Whether κ is above the limit; also where a Gram overflowed (so not `>`: NaN must be true)."""
-    norms, sizes = norms.detach(), sizes.detach()
-    return ~(sizes <= KAPPA_LIMIT[norms.dtype] ** 2 * norms)
 
 
 def by_rows(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:

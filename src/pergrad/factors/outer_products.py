@@ -9,9 +9,10 @@ from torch import Tensor
 
 from pergrad.factors import costs
 from pergrad.factors.constants import constants
+from pergrad.factors.guard import KAPPA_LIMIT
 from pergrad.factors.numeric import product, row_dots, tracing
 from pergrad.factors.outer import Outer
-from pergrad.factors.outer_norms import KAPPA_LIMIT, outer_size
+from pergrad.factors.outer_norms import outer_size
 from pergrad.factors.workspace import by_chunks, chunks, limit, scratch
 
 

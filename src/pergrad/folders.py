@@ -1,0 +1,26 @@
+"""Folders for what is found out about a machine once: measured costs, compiled kernels.
+
+Owns: where they are, and files that are there whole or not at all.
+Does not know: what is in them.
+"""
+
+import os
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+
+def folder(variable: str, name: str) -> Path | None:
+    """What the environment variable says, else ~/.cache/pergrad/<name>; None if it is empty."""
+    chosen = os.environ.get(variable)
+    if chosen is not None:
+        return Path(chosen).expanduser() if chosen else None
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(home).expanduser() / "pergrad" / name
+
+
+def write(path: Path, content: bytes) -> None:
+    """Never half a file, whoever reads it now. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile("wb", dir=path.parent, suffix=".new", delete=False) as whole:
+        whole.write(content)
+    os.replace(whole.name, path)
