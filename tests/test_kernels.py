@@ -15,7 +15,7 @@ from helpers import without_kernels
 from torch import Tensor, nn
 
 import pergrad
-from pergrad.factors import Correlation, Outer, fused_norms
+from pergrad.factors import Correlation, Outer, costs, fused_norms
 from pergrad.factors.notes import KeptGram, Notes
 from pergrad.factors.workspace import workspace
 from pergrad.kernels import build, fused, grid_of, why_not
@@ -189,6 +189,9 @@ def test_norms_of_convolutions_by_shifts(window, groups, last, dtype, threads):
     ])  # fmt: skip
     with workspace(None):
         assert error(f.sq_norms_by("fused shift"), wanted) < 10 * loose(f.dtype)
+    fused_method = mock.patch.object(costs, "outer_norm_method", return_value="fused")
+    with workspace(None), fused_method:
+        assert error(f.sq_norms_by("patches"), wanted) < 10 * loose(f.dtype)
 
 
 def test_pixels_beyond_the_window_are_left_out():
