@@ -47,6 +47,8 @@ class Dense(Factor):
     def matvec(self, v: Tensor) -> Tensor:
         """G[b] · v."""
         v = v.to(self.device, self.dtype).reshape(-1)
+        if self.batch * self.bytes_per_row <= limit(self.device):
+            return torch.mv(flat(self.values).to(self.dtype), v)
         return by_chunks(
             self.batch,
             self.bytes_per_row,

@@ -94,17 +94,21 @@ class Outer(Factor):
         N, T, p, d = self.sizes
         V = v.to(self.device, self.dtype).reshape(N, p, d)
         narrow = N * T * (2 * min(p, d) + max(p, d)) * self.dtype.itemsize
+        if self.batch * narrow <= limit(self.device):
+            return self._passed(self.g, self.a, V)
+        return by_chunks(self.batch, narrow,
+                         lambda rows: self._passed(self.g[rows], self.a[rows], V),
+                         like=self._zeros(0))  # fmt: skip
 
-        def piece(rows: slice) -> Tensor:
-            g, a = self.g[rows].to(self.dtype), self.a[rows].to(self.dtype)
-            if N == 1:  # one product for all examples and positions
-                count = g.shape[0]
-                g, a, W = g.reshape(count * T, p), a.reshape(count * T, d), V[0]
-                both = (g @ W) * a if d < p else (a @ W.mT) * g
-                return both.reshape(count, T * both.shape[1]).sum(1)
-            return row_dots(torch.matmul(g, V), a) if d < p else row_dots(torch.matmul(a, V.mT), g)
-
-        return by_chunks(self.batch, narrow, piece, like=self._zeros(0))
+    def _passed(self, g: Tensor, a: Tensor, V: Tensor) -> Tensor:
+        N, T, p, d = self.sizes
+        g, a = g.to(self.dtype), a.to(self.dtype)
+        if N == 1:  # one product for all examples and positions
+            count = g.shape[0]
+            g, a, W = g.reshape(count * T, p), a.reshape(count * T, d), V[0]
+            both = (g @ W) * a if d < p else (a @ W.mT) * g
+            return both.reshape(count, T * both.shape[1]).sum(1)
+        return row_dots(torch.matmul(g, V), a) if d < p else row_dots(torch.matmul(a, V.mT), g)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         """Σ_bt c[b] g[b,t] ⊗ a[b,t]: one matrix product as in a plain backward pass."""
