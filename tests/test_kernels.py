@@ -241,6 +241,23 @@ class Small(nn.Module):
         return self.two(self.norm(self.one(y)).tanh()).mean(1)
 
 
+def test_numbers_whose_signs_are_not_in_memory_are_not_read():
+    g, x = torch.randn(2, 1, 40, 64), torch._neg_view(torch.randn(2, 1, 40, 64))
+    assert x.is_neg()
+    assert fused_norms.kernel_for(g, g) is not None
+    assert fused_norms.kernel_for(g, x) is None
+    model, data = nn.LayerNorm(8).double(), torch.randn(3, 5, 8).double()
+
+    def losses() -> Tensor:
+        made = model(data)
+        made.register_hook(torch._neg_view)  # a gradient that is such a view
+        return made.sum((1, 2))
+
+    got = pergrad.gradients(losses(), model).dense()
+    wanted = naive.flat(naive.loop_grads(losses(), model))
+    assert (naive.flat(got) - wanted).abs().max() < 1e-12
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_with_and_without_kernels(threads, monkeypatch):
     """The same model by kernels, without them, and by the loop."""

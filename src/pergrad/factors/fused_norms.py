@@ -10,8 +10,11 @@ from torch import Tensor
 from pergrad.factors.guard import KAPPA_LIMIT
 from pergrad.factors.notes import Notes
 from pergrad.factors.numeric import result_dtype, tracing
-from pergrad.factors.workspace import chunks, lent, scratch
+from pergrad.factors.workspace import chunks, lent, limit
 from pergrad.kernels import Fused, Grid, Norms, fused
+
+# Not cache-sized: there should be examples for all threads.
+_WIDENED_BYTES = 32 * 2**20
 
 
 def kernel_for(g: Tensor, a: Tensor) -> Fused | None:
@@ -83,7 +86,7 @@ def _widened(g: Tensor, a: Tensor, dtype: torch.dtype) -> list[slice]:
     if g.dtype == a.dtype == dtype:
         return [slice(0, len(g))]
     each = (g[:1].numel() + a[:1].numel()) * dtype.itemsize
-    return chunks(len(g), each, scratch(g.device))
+    return chunks(len(g), each, min(limit(g.device), _WIDENED_BYTES))
 
 
 def _joined(found: list[Norms]) -> Norms:

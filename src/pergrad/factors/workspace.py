@@ -19,6 +19,8 @@ SHARE_OF_FREE = 8  # at most one part in eight of what is free
 # A temporary that is written and read again at once should not leave the CPU's caches: measured,
 # a 4 MiB buffer is as fast as a smaller one and a fresh one of 100 MiB is three times slower.
 CACHE_BYTES = 4 * 2**20
+# What a kernel needs for each thread at most times; so much is kept between passes.
+THREAD_BYTES = 2 * 2**20
 # Renewing a kept buffer takes longer than fresh memory of less than this.
 WORTH_KEEPING = 2**18
 
@@ -66,7 +68,8 @@ def lent(count: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tenso
     """
     size = count * dtype.itemsize
     kept = _kept
-    if device.type != "cpu" or size > CACHE_BYTES or not kept.free:
+    most = max(CACHE_BYTES, THREAD_BYTES * torch.get_num_threads())
+    if device.type != "cpu" or size > most or not kept.free:
         yield torch.empty(count, dtype=dtype, device=device)
         return
     kept.most = max(kept.most, size)

@@ -99,10 +99,13 @@ class Fused:
         self.cut = lru_cache(maxsize=256)(self._cut)
 
     def reads(self, *tensors: Tensor) -> bool:
-        """Whether these are plain memory, and torch's threads can be had."""
+        """Whether these are in memory as they are, and torch's threads can be had."""
         if self._parallel is None and torch.get_num_threads() > 1:
             return False
-        return all(type(x) is Tensor and x.is_cpu and x.layout == torch.strided for x in tensors)
+        return all(
+            type(x) is Tensor and x.is_cpu and x.layout == torch.strided and not x.is_neg()
+            for x in tensors
+        )
 
     def _cut(self, matrices: int, T: int) -> Cut:
         found = (_INT * 3)()

@@ -87,7 +87,8 @@ def _by_position(
     alike = x.is_cpu and x.dtype == g.dtype == dtype
     kernel = fused(x.device, dtype) if alike and B * T * size else None
     if kernel is not None and kernel.reads(g, x) and g.stride(2) == x.stride(2) == 1:
-        sums = kernel.layer(g, x, None if mean is None else mean.to(dtype), rstd.to(dtype))
+        centres = None if mean is None else mean.to(dtype).contiguous()
+        sums = kernel.layer(g, x, centres, rstd.to(dtype).contiguous())
         return {k: Dense(sums[:, k - 1].reshape(B, *shape)) for k in use.operands if k in (1, 2)}
     if mean is not None and alike and _worth_a_call(T * size):
         like = x.new_empty(size)
