@@ -5,7 +5,6 @@ Does not know: ops. A transposed convolution is the same factor with its two ten
 """
 
 from collections.abc import Callable, Iterator
-from itertools import product as every
 from math import prod
 
 import torch
@@ -23,10 +22,10 @@ from pergrad.factors.numeric import (
     last_squares,
     result_dtype,
     row_dots,
-    row_squares,
     tracing,
 )
 from pergrad.factors.outer import Outer
+from pergrad.factors.shift_norms import shifted
 from pergrad.factors.workspace import by_chunks, chunks, limit, scratch
 from pergrad.kernels import Fused, fused, grid_of
 
@@ -162,7 +161,7 @@ class Correlation(Factor):
 
     @property
     def norm_method(self) -> str:
-        """One of rows, direct, gram, shift and convolution."""
+        """One of rows, direct, gram, fused, shift, fused shift and convolution."""
         return self.norm_method_by(self._costs)
 
     def norm_method_by(self, by: Constants) -> str:
@@ -286,36 +285,13 @@ class Correlation(Factor):
         return fused_shifts(kernel, g.mT, x.mT, grid)
 
     def _by_shifts(self) -> tuple[Tensor, Tensor, bool]:
-        """The patches' Gram as a sum of shifted Grams of single pixels: no patches are formed.
-
-        Σ_ts (g_t·g_s) Σ_k x_{t+k}·x_{s+k}: with p + c instead of p + c K products for each pair.
-        """
-        N, T, p, _ = self.sizes
-        out, rank = self.out, len(self.out)
+        N, T, _, _ = self.sizes
 
         def piece(rows: slice) -> Tensor:
             g, x = self._still(rows), self._window(rows)
-            n, spatial = len(g), x.shape[2:]
-            G = g.reshape(n * N, p, T)
-            X = x.reshape(n * N, -1, prod(spatial))
-            pairs = torch.bmm(G.mT, G).reshape(n * N, *out, *out)
-            pixels = torch.bmm(X.mT, X).reshape(n * N, *spatial, *spatial)
-            total = pixels.new_zeros(n * N)
-            size = pixels.new_zeros(n * N)
-            alone = X.square().sum(1).reshape(n * N, *spatial)
-            for offset in every(*(range(k) for k in self.kernel)):
-                at = tuple(
-                    slice(e * k, e * k + s * (o - 1) + 1, s)
-                    for k, e, s, o in zip(offset, self.dilation, self.stride, out, strict=True)
-                )
-                total = total + row_dots(pairs, pixels[(slice(None), *at, *at)])
-                size = size + alone[(slice(None), *at)].flatten(1).sum(1)
-            sizes = size * row_squares(G)
-            return torch.stack([total.view(n, N).sum(1), sizes.view(n, N).sum(1)], 1)
+            return shifted(g, x, N, self.kernel, self.stride, self.dilation)
 
-        window = self._window(slice(0, 1)).shape[2:]
-        each = N * (prod(window) ** 2 + 2 * T * T) * self.dtype.itemsize
-        assert rank == len(window)
+        each = N * (self._window_size**2 + 2 * T * T) * self.dtype.itemsize
         both = by_chunks(self.batch, each, piece, like=self._zeros(0), tail=(2,),
                          budget=scratch(self.device))  # fmt: skip
         return both[:, 0], both[:, 1], not bool(cancels(both[:, 0], both[:, 1]).any())
