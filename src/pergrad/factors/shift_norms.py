@@ -23,12 +23,8 @@ def shifted(
 ) -> Tensor:
     """(n, 2): Σ_ts (g_t·g_s) Σ_k x_{t+k}·x_{s+k}, and |G|²|X|² of the patches X.
 
-    With p + c instead of p + c K products for each pair of positions; no patches are formed.
-
-    Args:
-        g: (n, O, *out).
-        x: (n, C, *spatial), padded, and cut to just what the kernel sees.
-        groups, kernel, stride, dilation: of the convolution.
+    With p + c instead of p + c K products for each pair of positions; no patches are formed. g is
+    (n, O, *out), and x (n, C, *spatial) is padded, and cut to just what the kernel sees.
     """
     n, out, spatial = len(g), g.shape[2:], x.shape[2:]
     G = g.reshape(n * groups, -1, prod(out))
