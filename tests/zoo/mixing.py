@@ -167,6 +167,18 @@ def losses_relative_to_their_mean(B: int):
     return model, forward, (torch.randn(B, 4),)
 
 
+@case(batch=(2, 3), mixes="yes")
+def embedding_sparse_below_a_mean(B: int):
+    """As above, with sparse=True: autograd's own gradients are sparse tensors."""
+    emb = nn.Embedding(6, 3, sparse=True)
+
+    def forward(ids: Tensor) -> Tensor:
+        each = loss(emb(ids).tanh())
+        return (each - each.mean()).square()
+
+    return emb, forward, (torch.randint(6, (B, 4)),)
+
+
 @case(batch=(2, 3), mixes="maybe")
 def auxiliary_loss_of_the_batch(B: int):
     """A balancing term averaged over the batch, added to each example's loss."""

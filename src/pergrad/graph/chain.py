@@ -218,7 +218,9 @@ def pull(
                 [source], [sink], [g], retain_graph=True, allow_unused=True,
                 create_graph=create_graph,
             )  # fmt: skip
-        return g.new_zeros(shape) if out is None else out
+        if out is None:
+            return g.new_zeros(shape)
+        return out.to_dense() if out.is_sparse else out  # of embeddings with sparse=True
 
     def many(rows: Tensor) -> Tensor:
         wide = rows.dtype
