@@ -102,6 +102,7 @@ def faster(record: Record) -> list[str]:
         for name, row in record["contestants"].items()
         if name != "pergrad"
         and CONTESTANTS[name].computes
+        and CONTESTANTS[name].peer
         and "ratio" in row
         and row["ratio"]["median"] < ours["ratio"]["median"]
     ]

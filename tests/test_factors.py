@@ -252,7 +252,7 @@ def choices(method: str | None, budget: int | None) -> Iterator[None]:
             for name, chosen in (
                 (
                     "outer_norm_method",
-                    lambda T, p, d, readers=1, by=None, fused=False: (
+                    lambda T, p, d, readers=1, by=None, fused=False, summed=0: (
                         "rows" if T <= 1 else "fused" if fused and method == "fused" else direct
                     ),
                 ),
@@ -748,6 +748,9 @@ def test_costs_choose_by_arithmetic():
     assert costs.outer_gram_method(8, 8, 4, 4, 1024, 1024) == "gram"
     assert costs.outer_norm_method(100, 192, 192) == "direct"
     assert costs.outer_norm_method(100, 192, 192, 3) == "gram"  # of three, one has the Gram of a
+    assert costs.outer_norm_method(197, 192, 192, fused=True) == "direct"
+    assert costs.outer_norm_method(197, 192, 192, fused=True, summed=192) == "fused"  # and its bias
+    assert costs.outer_norm_cost(128, 256, 256, fused=True) == 128 * (128 + 16) * 512 // 2
     assert costs.join_is_cheaper(10, 100, 100, 100, 8)
     assert not costs.join_is_cheaper(1000, 10, 10, 10, 8)
 

@@ -23,6 +23,7 @@ class Contestant:
     linear: bool = False  # its time is proportional to the examples: a part may be timed and scaled
     extra: str | None = None  # what must be installed for it
     computes: bool = True  # whether it gives what is asked for
+    peer: bool = True  # whether pergrad competes with it
 
     def function(self, task: str) -> Any:
         return getattr(import_module(f"contestants.{self.module}"), task)
@@ -38,6 +39,14 @@ CONTESTANTS = {
     for c in (
         Contestant("plain", "plain forward and backward", EVERY, "plain", computes=False),
         Contestant("pergrad", "pergrad", EVERY, "ours"),
+        Contestant(
+            "by_torch",
+            "(pergrad without compiled kernels)",
+            ("norms", "clip"),
+            "ours_by_torch",
+            prefixes=("W0", "W2", "W3", "W4", "W5", "W6", "W8-clip-resnet"),
+            peer=False,
+        ),
         Contestant("floor", "(the floor: no products)", ("norms",), "floor", computes=False),
         Contestant(
             "loop",

@@ -49,6 +49,7 @@ class Constants:
     """
 
     direct_elementwise: float = 50  # a number of a gradient that is formed is written and squared
+    sum_reading: float = 40  # a number of a sum over positions, as a bias asks for
     gram_overhead: float = 1.5  # a Gram's multiply-adds: its products are smaller
     gram_elementwise: float = 32  # an entry of it is written, read and multiplied once more
     fused_overhead: float = 1.05  # the same by the compiled kernel

@@ -48,15 +48,18 @@ def direct_norm_cost(T: int, p: int, d: int) -> int:
 
 
 def outer_norm_times(
-    T: int, p: int, d: int, readers: int = 1, by: Constants = DEFAULT, *, fused: bool = False
-) -> dict[str, float]:
+    T: int, p: int, d: int, readers: int = 1, by: Constants = DEFAULT,
+    *, fused: bool = False, summed: int = 0,
+) -> dict[str, float]:  # fmt: skip
     """What each method of taking the norms of an Outer costs: "rows", or "direct" and a Gram.
 
-    "gram", or "fused" if there is a kernel, which lays out all of g and a once.
+    "gram", or "fused" if there is a kernel, which lays out all of g and a once. `summed` is the
+    width of a side whose sum over positions is asked for too: a Gram tells its norm.
     """
     if T <= 1:
         return {"rows": row_norm_cost(p, d)}
-    times = {"direct": (T + by.direct_elementwise) * p * d}
+    summing = by.sum_reading * T * summed
+    times = {"direct": (T + by.direct_elementwise) * p * d + summing}
     if fused:
         products = by.fused_overhead * fused_norm_cost(T, p, d, readers)
         return {"fused": products + by.fused_reading * T * (p + d // readers), **times}
@@ -65,17 +68,19 @@ def outer_norm_times(
 
 
 def outer_norm_method(
-    T: int, p: int, d: int, readers: int = 1, by: Constants = DEFAULT, *, fused: bool = False
-) -> str:
+    T: int, p: int, d: int, readers: int = 1, by: Constants = DEFAULT,
+    *, fused: bool = False, summed: int = 0,
+) -> str:  # fmt: skip
     """How to take the norms of an Outer: "rows", "gram", "direct" or "fused"."""
-    return _least(outer_norm_times(T, p, d, readers, by, fused=fused))
+    return _least(outer_norm_times(T, p, d, readers, by, fused=fused, summed=summed))
 
 
 def outer_norm_cost(
-    T: int, p: int, d: int, readers: int = 1, by: Constants = DEFAULT, *, fused: bool = False
-) -> int:
+    T: int, p: int, d: int, readers: int = 1, by: Constants = DEFAULT,
+    *, fused: bool = False, summed: int = 0,
+) -> int:  # fmt: skip
     """Multiply-adds per example and group of the chosen method."""
-    method = outer_norm_method(T, p, d, readers, by, fused=fused)
+    method = outer_norm_method(T, p, d, readers, by, fused=fused, summed=summed)
     if method == "rows":
         return row_norm_cost(p, d)
     if method == "direct":

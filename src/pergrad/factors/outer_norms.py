@@ -5,6 +5,7 @@ Does not know: other factors. Everything here works on the tensors g (B,N,T,p) a
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,22 +44,28 @@ def sq_norms(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
 
 def method(g: Tensor, a: Tensor, notes: Notes | None = None) -> str:
     """Which method `sq_norms` takes."""
-    by, fused = constants(g.device, result_dtype(g, a)), kernel_for(g, a) is not None
-    return costs.outer_norm_method(*_sizes_and_readers(g, a, notes), by, fused=fused)
+    return costs.outer_norm_method(*_sizes(g, a, notes), **_circumstances(g, a, notes))
 
 
 def cost(g: Tensor, a: Tensor, notes: Notes | None = None) -> int:
     """Multiply-adds of that method, for one example and group."""
-    by, fused = constants(g.device, result_dtype(g, a)), kernel_for(g, a) is not None
-    return costs.outer_norm_cost(*_sizes_and_readers(g, a, notes), by, fused=fused)
+    return costs.outer_norm_cost(*_sizes(g, a, notes), **_circumstances(g, a, notes))
 
 
-def _sizes_and_readers(g: Tensor, a: Tensor, notes: Notes | None) -> tuple[int, int, int, int]:
+def _sizes(g: Tensor, a: Tensor, notes: Notes | None) -> tuple[int, int, int, int]:
     """T, the width of a side of one's own, of the side that others read too, and their number."""
     T, p, d = g.shape[2], g.shape[3], a.shape[3]
     if notes is None or notes.kept is None:
         return T, p, d, 1
     return (T, d, p, notes.readers) if notes.read is g else (T, p, d, notes.readers)
+
+
+def _circumstances(g: Tensor, a: Tensor, notes: Notes | None) -> dict[str, Any]:
+    return {
+        "by": constants(g.device, result_dtype(g, a)),
+        "fused": kernel_for(g, a) is not None,
+        "summed": 0 if notes is None or notes.summed is None else notes.summed.shape[3],
+    }
 
 
 def by_rows(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
