@@ -57,9 +57,10 @@ def fused_gram(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor
     if ours is not None and notes.kept is not None and notes.read is not None:
         notes.kept.keep(notes.read, notes.version, ours, "tiles")
     if notes.summed is not None and N == 1:
-        at = 2 if (notes.summed is g) != turned else 4
-        notes.sq_norms, notes.sizes = found.results[at], found.results[at + 1]
-    return found.results[0], found.results[1], not found.doubtful
+        pair = 1 if (notes.summed is g) != turned else 2
+        notes.sq_norms = found.results[2 * pair]
+        notes.sizes = found.results[2 * pair + 1] if found.doubtful[pair] else None
+    return found.results[0], found.results[1], not found.doubtful[0]
 
 
 def fused_shifts(kernel: Fused, g: Tensor, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, bool]:
@@ -74,7 +75,7 @@ def fused_shifts(kernel: Fused, g: Tensor, x: Tensor, grid: Grid) -> tuple[Tenso
             kernel.shift_norms(g[rows].to(dtype), x[rows].to(dtype), grid, room, limit)
             for rows in _widened(g, x, dtype)
         ])  # fmt: skip
-    return found.results[0], found.results[1], not found.doubtful
+    return found.results[0], found.results[1], not found.doubtful[0]
 
 
 def _threads(tasks: int) -> int:
@@ -92,4 +93,5 @@ def _widened(g: Tensor, a: Tensor, dtype: torch.dtype) -> list[slice]:
 def _joined(found: list[Norms]) -> Norms:
     if len(found) == 1:
         return found[0]
-    return Norms(torch.cat([x.results for x in found], 1), sum(x.doubtful for x in found))
+    one, two, three = (sum(counts) for counts in zip(*(x.doubtful for x in found), strict=True))
+    return Norms(torch.cat([x.results for x in found], 1), (one, two, three))

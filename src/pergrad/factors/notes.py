@@ -87,7 +87,7 @@ class Notes:
     ) -> None:
         self.summed = summed
         self.sq_norms: Tensor | None = None  # (B,)
-        self.sizes: Tensor | None = None  # (B,): T |G|², as in `cancels`; None where exact
+        self.sizes: Tensor | None = None  # (B,): T |G|², as in `cancels`; None if to be trusted
         self.read = read  # the side that other ops read too
         self.version = version  # of its memory
         self.kept = kept

@@ -263,6 +263,7 @@ typedef struct {
     double *sums;  /* of each task: SUMS numbers */
     real *results; /* see `finish` */
     double limit;
+    i64 doubtful, doubtful_g, doubtful_a; /* see `finish` */
     /* A convolution: the pixels of a lie at `pixels` of a grid of `grid` places (-1: nowhere),
      * patches at `corners` with their terms `offsets` from there. */
     i64 S, grid, count;
@@ -390,12 +391,13 @@ static void serve_shifts(const crew *job, i64 task, real *room, int first)
 }
 
 /* For each example: |Gᵀ A|² and |G|² |A|², sums over groups; and of one group |Σ_t g_t|² and
- * |Σ_t a_t|², each with T times the trace. Returns for how many examples the first is less than
- * `limit` of the second, or one of them not a number. */
-static i64 finish(const norms *w)
+ * |Σ_t a_t|², each with T times the trace. And in how many examples the first of such a pair is less
+ * than its share of the second, or one of them not a number. */
+static void finish(norms *w)
 {
     const i64 B = w->examples, each = B ? w->crew.tasks / (B * w->groups) : 0;
-    i64 doubtful = 0;
+    const real limit = (real)w->limit;
+    w->doubtful = w->doubtful_g = w->doubtful_a = 0;
     for (i64 b = 0; b < B; b++) {
         double norm = 0, size = 0, sums[SUMS] = {0};
         for (i64 n = 0; n < w->groups; n++) {
@@ -409,9 +411,10 @@ static i64 finish(const norms *w)
         to[0] = (real)norm, to[B] = (real)size;
         to[2 * B] = (real)sums[ENTRIES_G], to[3 * B] = (real)(w->T * sums[TRACE_G]);
         to[4 * B] = (real)sums[ENTRIES_A], to[5 * B] = (real)(w->T * sums[TRACE_A]);
-        doubtful += !(to[B] <= (real)w->limit * to[0]);
+        w->doubtful += !(to[B] <= limit * to[0]);
+        w->doubtful_g += !(to[3 * B] <= limit * to[2 * B]);
+        w->doubtful_a += !(to[5 * B] <= limit * to[4 * B]);
     }
-    return doubtful;
 }
 
 /* ---- Layer norms. --------------------------------------------------------------------------- */
@@ -472,10 +475,10 @@ i64 fused_shift_room(i64 T, i64 grid, i64 most)
     return grid * grid + W + T * (grid + W) + most * W * (2 * DEPTH + most * W);
 }
 
-i64 fused_norms(norms *w, parallel start)
+void fused_norms(norms *w, parallel start)
 {
     run(&w->crew, w->offsets ? serve_shifts : serve_gram, start);
-    return finish(w);
+    finish(w);
 }
 
 void fused_layer(layers *w, parallel start) { run(&w->crew, serve_layer, start); }

@@ -44,7 +44,7 @@ class _Norms(ctypes.Structure):
     _fields_ = [("crew", _Crew), ("g", _Side), ("a", _Side),
                 *_fields(_INT, "examples groups T most"), ("kept", _POINTER), ("formed", _INT),
                 *_fields(_POINTER, "sums results"), ("limit", ctypes.c_double),
-                *_fields(_INT, "S grid count"),
+                *_fields(_INT, "doubtful doubtful_g doubtful_a S grid count"),
                 *_fields(_POINTER, "pixels corners offsets")]  # fmt: skip
 
 
@@ -79,7 +79,7 @@ class Norms(NamedTuple):
     """What is known after norms were taken from Grams, by example."""
 
     results: Tensor  # (6, B): |GᵀA|², |G|²|A|², |Σ_t g_t|², T |G|², |Σ_t a_t|², T |A|²
-    doubtful: int  # in how many of them the first is less than a limit allows for the second
+    doubtful: tuple[int, int, int]  # examples in which the first of a pair is less than its share
 
 
 class Fused:
@@ -92,7 +92,7 @@ class Fused:
             found.fused_sizes, found.fused_norms, found.fused_layer, found.fused_shift_room,
         )  # fmt: skip
         self._sizes.argtypes, self._sizes.restype = [_INT, _INT, _POINTER], None
-        self._norms.argtypes, self._norms.restype = [_POINTER, _POINTER], _INT
+        self._norms.argtypes, self._norms.restype = [_POINTER, _POINTER], None
         self._layer.argtypes, self._layer.restype = [_POINTER, _POINTER], None
         self._shift_room.argtypes, self._shift_room.restype = [_INT] * 3, _INT
         self._parallel = _parallel()
@@ -153,8 +153,9 @@ class Fused:
         threads = min(room.numel() // each, B * N * tasks)
         crew = _Crew(B * N * tasks, threads, each, room.data_ptr())
         job = _Norms(crew, _side(g), _side(a), B, N, T, most, kept, formed,
-                     sums.data_ptr(), results.data_ptr(), limit, *grid)  # fmt: skip
-        return Norms(results, self._norms(ctypes.byref(job), self._parallel))
+                     sums.data_ptr(), results.data_ptr(), limit, 0, 0, 0, *grid)  # fmt: skip
+        self._norms(ctypes.byref(job), self._parallel)
+        return Norms(results, (job.doubtful, job.doubtful_g, job.doubtful_a))
 
     def layer(self, g: Tensor, x: Tensor, mean: Tensor | None, scale: Tensor) -> Tensor:
         """Σ_t scale_t (x_t - mean_t) g_t and Σ_t g_t of (B, T, size): (B, 2, size).
