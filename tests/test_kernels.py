@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -292,6 +293,20 @@ def test_with_and_without_kernels(threads, monkeypatch):
         assert error(pergrad.norms(losses(model), model), wanted) < 1e-12
         methods = {row.method for row in pergrad.explain(losses(model), model).rows}
         assert bool(methods & {"fused", "fused shift"}) == compiled
+
+
+def test_shorter_vectors(anew, monkeypatch):
+    """What is compiled for any processor of the kind: half or a quarter of the numbers in a vector."""
+    flag = {"x86_64": "-march=x86-64", "aarch64": "-mcpu=generic"}[platform.machine()]
+    monkeypatch.setattr(build, "_NATIVE", {platform.machine(): flag})
+    for dtype in (torch.float32, torch.float64):
+        assert why_not(CPU, dtype) is None
+        for shape in SHAPES:
+            test_norms_by_fused_grams(shape, "plain", dtype, 2)
+            test_norms_by_fused_grams(shape, "turned", dtype, 1)
+        for window in WINDOWS:
+            test_norms_of_convolutions_by_shifts(window, 2, False, dtype, 1)
+        test_sums_of_layer_norms((3, 5, 33), True, dtype, 1)
 
 
 # -- where there is none ---------------------------------------------------------------------------
