@@ -178,7 +178,8 @@ static void pack(const real *x, side s, i64 rows, i64 depth, real *out)
         for (int c = 0; c < W; c++) out[k * W + c] = c < rows ? x[c * s.row + k * s.column] : 0;
 }
 
-/* out[r][c] (+)= Σ_k p[k][r] q[k][c], the sums in registers.
+/* out[r][c] (+)= Σ_k p[k][r] q[k][c], the sums in registers. They begin at zero each time: a single
+ * running sum over thousands of terms loses digits.
  *
  * What comes next is fetched from memory meanwhile, a line at a time: many requests at once would
  * keep the processor waiting. */
@@ -186,12 +187,13 @@ static void tile(const real *p, const real *q, i64 depth, int first, vec *out, a
 {
     vec sum[W];
     ahead fetched = *next;
-    for (int r = 0; r < W; r++) sum[r] = first ? (vec){0} : out[r];
+    for (int r = 0; r < W; r++) sum[r] = (vec){0};
     for (i64 k = 0; k < depth; k++, p += W, q += W) {
         const vec column = *(const vec *)q;
         if (k % 2) fetch(&fetched);
         for (int r = 0; r < W; r++) sum[r] += p[r] * column;
     }
+    for (int r = 0; r < W && !first; r++) sum[r] += out[r];
     for (int r = 0; r < W; r++) out[r] = sum[r];
     *next = fetched;
 }
@@ -203,10 +205,7 @@ static void tiles(const real *p, const real *q, i64 depth, int first, vec *out, 
     for (int h = 0; h < W; h += W / 2) {
         vec sum[W / 2], beside[W / 2];
         const real *left = p + h, *right = q;
-        for (int r = 0; r < W / 2; r++) {
-            sum[r] = first ? (vec){0} : out[h + r];
-            beside[r] = first ? (vec){0} : out[W + h + r];
-        }
+        for (int r = 0; r < W / 2; r++) sum[r] = (vec){0}, beside[r] = (vec){0};
         for (i64 k = 0; k < depth; k++, left += W, right += W) {
             const vec column = *(const vec *)right, other = *(const vec *)(right + depth * W);
             if (k % 2) fetch(&fetched);
@@ -215,6 +214,7 @@ static void tiles(const real *p, const real *q, i64 depth, int first, vec *out, 
                 beside[r] += left[r] * other;
             }
         }
+        for (int r = 0; r < W / 2 && !first; r++) sum[r] += out[h + r], beside[r] += out[W + h + r];
         for (int r = 0; r < W / 2; r++) out[h + r] = sum[r], out[W + h + r] = beside[r];
     }
     *next = fetched;
