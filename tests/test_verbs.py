@@ -12,6 +12,7 @@ from helpers import assert_agrees, assert_rows_agree, direction
 from torch import Tensor, nn
 
 import pergrad
+from pergrad.graph import plan
 from pergrad.precondition import Diagonal, Kronecker
 
 EVERYTHING = pytest.mark.parametrize(("case", "B"), zoo.each_batch())
@@ -47,6 +48,20 @@ def test_norms_in_pieces(case: zoo.Case, B: int) -> None:
         options = {**case.options, **more}
         got = pergrad.norms(run.losses, run.params, retain_graph=True, **options)
         assert_agrees(got, scale, scale, what=str(more))
+
+
+@EVERYTHING
+def test_another_default_device(case: zoo.Case, B: int) -> None:
+    """Everything is made where it belongs, whatever `torch.set_default_device` says."""
+    run, G = case.run(B), zoo.reference(case.name, B)
+    scale = naive.norms(G)
+    plan.clear()
+    with torch.device("meta"):
+        got = pergrad.norms(run.losses, run.params, retain_graph=True, **case.options)
+        J = pergrad.gradients(run.losses, run.params, **case.options)
+        own = J.norms()
+    assert_agrees(got, scale, scale, what="norms")
+    assert_agrees(own, scale, scale, what="norms of the matrix")
 
 
 @EVERYTHING

@@ -87,7 +87,7 @@ def norms(losses: Tensor, params: Params, **options: Any) -> Tensor:
         MixedExamplesError: an op makes examples interact (see on_mixing).
         UnsupportedError: a parameter's gradients cannot be had.
 
-    Cost: about 0.65 to 0.95 of a forward and backward pass, its memory plus O(B).
+    Cost: about 0.7 to 1.0 of a forward and backward pass, its memory plus O(B).
     Source: Goodfellow 2015, arXiv:1510.01799, for linear layers; docs/how-it-works.md for the rest.
 
         >>> import torch, pergrad

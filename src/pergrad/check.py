@@ -111,7 +111,9 @@ def _compared(
     """The comparison itself."""
     batch = losses.shape[0]
     count = min(examples, batch)
-    chosen = torch.linspace(0, batch - 1, count).round().long().unique() if count else []
+    chosen = (
+        torch.linspace(0, batch - 1, count, device="cpu").round().long().unique() if count else []
+    )
     options = {**options, "retain_graph": True}
     norms = api.norms(losses, named, **options).double()
     parts = api.norms_by_parameter(losses, named, **options)

@@ -214,7 +214,7 @@ class GradientMatrix:
         try:
             rows = torch.as_tensor(index, device=self.device)
         except (TypeError, ValueError, RuntimeError):
-            rows = torch.empty(0, 0)
+            rows = torch.empty(0, 0, device="cpu")
         if rows.dim() != 1 or (rows.is_floating_point() and rows.numel()):
             raise UsageError(
                 f"A matrix is indexed by row: a number, slice, mask or list of numbers, not "

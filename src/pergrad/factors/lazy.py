@@ -185,7 +185,7 @@ class Computed(Factor):
     ) -> None:
         super().__init__(batch, shape, like.device, result_dtype(like))
         self.rows = rows
-        self.index = torch.arange(batch) if index is None else index
+        self.index = torch.arange(batch, device="cpu") if index is None else index
 
     def dense(self) -> Tensor:
         """(B, *shape)."""

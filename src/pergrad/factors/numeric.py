@@ -65,7 +65,7 @@ def columns(c: Tensor, x: Tensor) -> Tensor:
 def normal_index(index: Index | int, batch: int, device: torch.device) -> Index:
     """A slice, or a LongTensor of non-negative rows; bool masks and integers become one of them."""
     if isinstance(index, int):
-        index = torch.tensor([index])
+        index = torch.tensor([index], device="cpu")
     if isinstance(index, slice):
         return slice(*index.indices(batch))
     if index.dtype == torch.bool:

@@ -36,7 +36,7 @@ def workspace(size: int | None) -> Iterator[None]:
     token = _budget.set(size if size is not None else limit())
     if _kept.free and _kept.most >= WORTH_KEEPING:
         with torch.inference_mode(False):  # else it could not be written outside that mode
-            _kept.buffer = torch.empty(_kept.most, dtype=torch.uint8)
+            _kept.buffer = torch.empty(_kept.most, dtype=torch.uint8, device="cpu")
     try:
         yield
     finally:
@@ -47,7 +47,7 @@ class _Kept(threading.local):
     """A thread's own buffer on the CPU, as large as any that was lent."""
 
     def __init__(self) -> None:
-        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.most = 0  # bytes
         self.free = True
 

@@ -80,7 +80,9 @@ def along(shape: Sequence[int], dim: int, owners: Tensor) -> Layout:
 
 def constant(shape: Sequence[int], example: int) -> Layout:
     """The whole tensor belongs to one example."""
-    return Layout(tuple(shape), torch.full([1] * len(shape), example, dtype=torch.int64))
+    return Layout(
+        tuple(shape), torch.full([1] * len(shape), example, dtype=torch.int64, device="cpu")
+    )
 
 
 def merge(one: Layout, two: Layout) -> Layout | None:
@@ -199,5 +201,5 @@ def regular_pattern(owners: Tensor) -> tuple[int, int] | None:
     if owners.numel() % (count * inner):
         return None
     outer = owners.numel() // (count * inner)
-    ideal = torch.arange(count).repeat_interleave(inner).repeat(outer)
+    ideal = torch.arange(count, device="cpu").repeat_interleave(inner).repeat(outer)
     return (outer, inner) if torch.equal(ideal, owners) else None

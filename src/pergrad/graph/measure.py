@@ -36,9 +36,9 @@ def measure(losses: Tensor, graph: Graph, slots: list[Slot]) -> Measured:
     digits = 1
     while base**digits < examples:
         digits += 1
-    plain = _pass(losses, graph, slots, torch.ones(examples, dtype=torch.float64))
+    plain = _pass(losses, graph, slots, torch.ones(examples, dtype=torch.float64, device="cpu"))
     owners = {slot: _start(value) for slot, value in plain.items()}
-    numbers = torch.arange(examples)
+    numbers = torch.arange(examples, device="cpu")
     for place in range(digits):
         digit = (numbers // base**place) % base
         seeds = (1.0 - 2.0 * digit) if narrow else 2.0**digit
@@ -52,7 +52,7 @@ def measure(losses: Tensor, graph: Graph, slots: list[Slot]) -> Measured:
             owner[still] += value[still] * base**place
     # Cancellation could imitate a digit; a last pass with random seeds would have to agree too.
     generator = torch.Generator().manual_seed(20)
-    choice = torch.randint(0, base, (examples,), generator=generator)
+    choice = torch.randint(0, base, (examples,), generator=generator, device="cpu")
     seeds = (1.0 - 2.0 * choice) if narrow else 2.0**choice
     seen = _pass(losses, graph, slots, seeds)
     for slot, owner in owners.items():
@@ -90,9 +90,9 @@ def _narrow(graph: Graph) -> bool:
 
 def _start(value: Tensor | None) -> Tensor:
     if value is None:
-        return torch.full((1,), NOBODY, dtype=torch.int64)
+        return torch.full((1,), NOBODY, dtype=torch.int64, device="cpu")
     value = _real(value)
-    owner = torch.zeros(value.shape, dtype=torch.int64)
+    owner = torch.zeros(value.shape, dtype=torch.int64, device="cpu")
     owner[(value == 0).cpu()] = NOBODY
     owner[~torch.isfinite(value).cpu()] = _UNSEEN
     return owner
@@ -113,7 +113,7 @@ def _real(value: Tensor) -> Tensor:
 def _read(plain: Tensor | None, seen: Tensor | None, narrow: bool) -> Tensor:
     """The digit that each element shows; -1 where it shows none."""
     if plain is None or seen is None:
-        return torch.full((1,), -1, dtype=torch.int64)
+        return torch.full((1,), -1, dtype=torch.int64, device="cpu")
     before, after = _real(plain), _real(seen)
     if narrow:
         digit = torch.where(after == before, 0, torch.where(after == -before, 1, -1))
@@ -127,7 +127,7 @@ def _read(plain: Tensor | None, seen: Tensor | None, narrow: bool) -> Tensor:
 
 def _differs(plain: Tensor | None, seen: Tensor | None) -> Tensor:
     if plain is None or seen is None:
-        return torch.full((1,), seen is not plain)
+        return torch.full((1,), seen is not plain, device="cpu")
     return (_real(seen) != 0).cpu()
 
 
@@ -156,7 +156,7 @@ def _complete(shape: tuple[int, ...], owner: Tensor, examples: int) -> Layout | 
     candidates = [inner for inner in range(1, total // examples + 1)
                   if total % (inner * examples) == 0]  # fmt: skip
     for inner in reversed(candidates):
-        ideal = (torch.arange(total) // inner) % examples
+        ideal = (torch.arange(total, device="cpu") // inner) % examples
         if torch.equal(ideal[known], flat[known]):
             assert regular_pattern(ideal) is not None
             return compressed(shape, ideal.reshape(shape))
@@ -227,13 +227,13 @@ def verify(losses: Tensor, graph: Graph, layouts: Mapping[Slot, Layout]) -> None
     """
     examples = losses.shape[0]
     generator = torch.Generator().manual_seed(21)
-    signs = torch.randint(0, 2, (examples,), generator=generator) * 2.0 - 1.0
-    powers = torch.randint(0, 8, (examples,), generator=generator)
+    signs = torch.randint(0, 2, (examples,), generator=generator, device="cpu") * 2.0 - 1.0
+    powers = torch.randint(0, 8, (examples,), generator=generator, device="cpu")
     narrow = _narrow(graph)
     wrong = [] if narrow else _unlike(losses, graph, layouts, signs * 2.0**powers)
     if wrong or narrow:
         # No room for powers. Signs that spell out the examples' numbers tell any two apart.
-        numbers = torch.arange(examples)
+        numbers = torch.arange(examples, device="cpu")
         wrong = []
         for place in range((examples - 1).bit_length()):
             signs = 1.0 - 2.0 * ((numbers >> place) % 2)
@@ -251,7 +251,7 @@ def _unlike(losses: Tensor, graph: Graph, layouts: Mapping[Slot, Layout], seeds:
     """The slots at which a pass with `seeds` is not the plain one times the owner's seed."""
     slots = list(layouts)
     prints: dict[Slot, float] = {}
-    _pass(losses, graph, slots, torch.ones(losses.shape[0]),
+    _pass(losses, graph, slots, torch.ones(losses.shape[0], device="cpu"),
           lambda slot, g: prints.__setitem__(slot, _fingerprint(g)))  # fmt: skip
     wrong: list[Slot] = []
 
@@ -297,5 +297,5 @@ def _bits(g: Tensor, offset: int) -> float:
     bits = bits ^ (bits >> 31)
     bits = bits * -0x61C8864680B583EB
     bits = bits ^ (bits >> 29)
-    places = torch.arange(offset, offset + bits.numel())
+    places = torch.arange(offset, offset + bits.numel(), device="cpu")
     return int((bits * (places * 0x9E3779B2 + 0x85EBCA6B)).sum())

@@ -225,7 +225,7 @@ def _along_dim(owner: Tensor, dim: int, size: int, index: Any) -> Tensor:
     """A map with NOBODY along `dim` but where `index` puts `owner`."""
     shape = list(owner.shape)
     shape[dim] = size
-    full = torch.full(shape, NOBODY, dtype=torch.int64)
+    full = torch.full(shape, NOBODY, dtype=torch.int64, device="cpu")
     full[(slice(None),) * dim + (index,)] = owner
     return full
 
@@ -288,7 +288,7 @@ def _diagonal(op: Op, out: Layout) -> list[Result]:
     sizes[one], sizes[two] = shape[one], shape[two]
     for position, d in enumerate(rest):
         sizes[d] = out.owner.shape[position]
-    full = torch.full(sizes, NOBODY, dtype=torch.int64)
+    full = torch.full(sizes, NOBODY, dtype=torch.int64, device="cpu")
     full.diagonal(op.attr("offset"), one, two).copy_(out.owner)
     return [compressed(shape, full)]
 
@@ -382,7 +382,7 @@ def _cut(op: Op, outs: list[Layout | None]) -> list[Result]:
     for out, out_shape in zip(outs, op.out_shapes, strict=True):
         size = 1 if op.name == "unbind" else out_shape[dim]
         if out is None:
-            owner = torch.full([1] * len(shape), NOBODY, dtype=torch.int64)
+            owner = torch.full([1] * len(shape), NOBODY, dtype=torch.int64, device="cpu")
         else:
             owner = out.owner.unsqueeze(dim) if op.name == "unbind" else out.owner
         target = list(owner.shape)
@@ -853,9 +853,9 @@ def _last(owner: Tensor) -> Tensor:
 
 
 def _collected(shape: Shape, target: Sequence[int], scatter: Any) -> Result:
-    highest = scatter(torch.full(list(target), NOBODY, dtype=torch.int64), "amax")
+    highest = scatter(torch.full(list(target), NOBODY, dtype=torch.int64, device="cpu"), "amax")
     top = torch.iinfo(torch.int64).max
-    lowest = scatter(torch.full(list(target), top, dtype=torch.int64), "amin")
+    lowest = scatter(torch.full(list(target), top, dtype=torch.int64, device="cpu"), "amin")
     lowest = torch.where(lowest == top, highest, lowest)
     if not torch.equal(highest, lowest):
         return Why.UNKNOWN
@@ -912,7 +912,7 @@ def _index_positions(op: Op, shape: Shape) -> tuple[Shape, Tensor, int, int] | N
     given = [indices[i].detach().cpu() for i in at]
     covered = sum(i.dim() if i.dtype in (torch.bool, torch.uint8) else 1 for i in given)
     lead = tuple(shape[at[0] : at[0] + covered])
-    positions = torch.arange(prod(lead)).reshape(lead)[tuple(given)]
+    positions = torch.arange(prod(lead), device="cpu").reshape(lead)[tuple(given)]
     return lead, positions.reshape(-1), at[0], positions.dim()
 
 

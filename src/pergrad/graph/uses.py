@@ -94,7 +94,7 @@ class _Spread:
 
     def run(self) -> None:
         graph = self.graph
-        owners = torch.arange(self.examples)
+        owners = torch.arange(self.examples, device="cpu")
         start = along(graph.shape(graph.root), 0, owners)
         self._arrived[graph.root] = [(-1, start)]
         for i in range(len(graph.nodes)):

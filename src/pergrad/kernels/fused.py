@@ -148,8 +148,8 @@ class Fused:
         kept: int | None, formed: int, *grid: int,
     ) -> Norms:  # fmt: skip
         B, N, T, _ = g.shape
-        sums = torch.empty(B * N * tasks * _SUMS, dtype=torch.float64)
-        results = torch.empty(6, B, dtype=self.dtype)
+        sums = g.new_empty(B * N * tasks * _SUMS, dtype=torch.float64)
+        results = g.new_empty(6, B, dtype=self.dtype)
         threads = min(room.numel() // each, B * N * tasks)
         crew = _Crew(B * N * tasks, threads, each, room.data_ptr())
         job = _Norms(crew, _side(g), _side(a), B, N, T, most, kept, formed,
@@ -185,15 +185,16 @@ def grid_of(
     padding: Sequence[int], dilation: Sequence[int],
 ) -> Grid:  # fmt: skip
     """The grid of a convolution over an input of some size."""
-    pixels = corners = offsets = torch.zeros(1, dtype=torch.int64)
-    inside, places = torch.ones(1, dtype=torch.bool), 1
+    cpu = torch.device("cpu")  # also where the user's default is another
+    pixels = corners = offsets = torch.zeros(1, dtype=torch.int64, device=cpu)
+    inside, places = torch.ones(1, dtype=torch.bool, device=cpu), 1
     for n, o, k, s, p, e in zip(size, out, kernel, stride, padding, dilation, strict=True):
         width = s * (o - 1) + e * (k - 1) + 1
-        at = torch.arange(n) + p
+        at = torch.arange(n, device=cpu) + p
         pixels = (pixels[:, None] * width + at).flatten()
         inside = (inside[:, None] & (at < width)).flatten()
-        corners = (corners[:, None] * width + s * torch.arange(o)).flatten()
-        offsets = (offsets[:, None] * width + e * torch.arange(k)).flatten()
+        corners = (corners[:, None] * width + s * torch.arange(o, device=cpu)).flatten()
+        offsets = (offsets[:, None] * width + e * torch.arange(k, device=cpu)).flatten()
         places *= width
     return Grid(places, pixels.where(inside, -1), corners, offsets)
 
@@ -224,7 +225,7 @@ def _fused(dtype: torch.dtype) -> Fused | str:
 
 def _try(found: Fused) -> None:
     """What was compiled must agree with torch on this machine before it is used."""
-    with torch.no_grad(), torch.inference_mode(False):
+    with torch.no_grad(), torch.inference_mode(False), torch.device("cpu"):
         make = torch.Generator().manual_seed(0)  # not the user's
         for T, p, d in ((37, 300, 21), (300, 5, 18)):
             g = torch.randn(2, 2, T, p, dtype=found.dtype, generator=make)

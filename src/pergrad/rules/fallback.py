@@ -24,7 +24,9 @@ def fallback(use: Situation, slots: list[int], *, wanted: bool) -> dict[int, Fac
     gradient of a complex operand has one more dimension, of its real and imaginary parts.
     """
     present = [layout.examples() for layout in use.layouts if layout is not None]
-    examples = torch.cat(present).unique() if present else torch.zeros(0, dtype=torch.int64)
+    examples = (
+        torch.cat(present).unique() if present else torch.zeros(0, dtype=torch.int64, device="cpu")
+    )
     if examples.numel() == 0:
         return dict.fromkeys(slots)
     # What an in-place slice saved cannot be seen from outside: if a checkpointed block recomputes

@@ -74,7 +74,7 @@ def _buckets(owners: Tensor) -> list[Bucket]:
     for size in size_class.unique().tolist():
         members = (size_class == size).nonzero().reshape(-1)
         longest = int(counts[members].max())
-        steps = torch.arange(longest)
+        steps = torch.arange(longest, device="cpu")
         inside = steps < counts[members, None]
         index = (starts[members, None] + steps).clamp_max(order.numel() - 1)
         buckets.append(Bucket(examples[members], torch.where(inside, order[index], -1), 1, 1))
@@ -191,7 +191,9 @@ def reduced(values: Tensor, layout: Layout, shape: Sequence[int], batch: int) ->
     counts = [values.shape[d] for d in own]
     cells = prod(counts)
     owners = layout.owner.permute((*order, *rest)).reshape(-1, cells)
-    keys = torch.where(owners < 0, -1, owners * cells + torch.arange(cells)).reshape(-1)
+    keys = torch.where(owners < 0, -1, owners * cells + torch.arange(cells, device="cpu")).reshape(
+        -1
+    )
     rows = values.to(dtype).permute((*order, *rest))  # no dimension at all for a scalar
     rows = rows.reshape(len(keys), *rows.shape[len(order) :])
     total = by_owner(rows, keys, batch * cells).reshape(batch, *counts, *rows.shape[1:])
