@@ -339,6 +339,7 @@ def test_what_it_does_not_serve():
 
 def test_no_compiler(anew, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CC", raising=False)
     assert fused(CPU, torch.float32) is None
     assert "no C compiler (cc, gcc, clang) on the PATH" in why_not(CPU, torch.float32)
     assert not anew.exists()

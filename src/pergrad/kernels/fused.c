@@ -36,7 +36,11 @@ typedef real vec __attribute__((vector_size(BYTES), aligned(SIZE), may_alias));
 #if defined(__clang__) || __GNUC__ >= 12
 #define ZIP(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
 #else
-typedef __typeof__((vec){0} < (vec){0}) places;
+#if SIZE == 4
+typedef int places __attribute__((vector_size(BYTES)));
+#else
+typedef i64 places __attribute__((vector_size(BYTES)));
+#endif
 #define ZIP(x, y, ...) __builtin_shuffle(x, y, (places){__VA_ARGS__})
 #endif
 
