@@ -16,7 +16,7 @@ from helpers import without_kernels
 from torch import Tensor, nn
 
 import pergrad
-from pergrad.factors import Correlation, Outer, costs, fused_norms
+from pergrad.factors import Correlation, Outer, constants, costs, fused_norms
 from pergrad.factors.guard import KAPPA_LIMIT
 from pergrad.factors.notes import KeptGram, Notes
 from pergrad.factors.workspace import workspace
@@ -328,7 +328,17 @@ def test_shorter_vectors(anew, monkeypatch):
 def test_an_empty_variable_says_none(anew, monkeypatch):
     monkeypatch.setenv("PERGRAD_KERNELS", "")
     assert fused(CPU, torch.float32) is None
-    assert why_not(CPU, torch.float32) == "the environment variable PERGRAD_KERNELS is empty"
+    assert "the environment variable PERGRAD_KERNELS is empty" in why_not(CPU, torch.float32)
+
+
+def test_a_user_without_home(anew, monkeypatch):
+    for name in ("PERGRAD_KERNELS", "PERGRAD_COSTS", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    with mock.patch.object(Path, "expanduser", side_effect=RuntimeError("no home directory")):
+        assert "there is no home folder" in why_not(CPU, torch.float32)
+        assert constants.folder() is None
+        constants.forget()
+        assert constants.constants(CPU, torch.float32) == constants.DEFAULT
 
 
 def test_what_it_does_not_serve():

@@ -10,12 +10,18 @@ from tempfile import NamedTemporaryFile
 
 
 def folder(variable: str, name: str) -> Path | None:
-    """What the environment variable says, else ~/.cache/pergrad/<name>; None if it is empty."""
+    """What the environment variable says, else ~/.cache/pergrad/<name>.
+
+    None if the variable is empty, or the user has no home.
+    """
     chosen = os.environ.get(variable)
-    if chosen is not None:
-        return Path(chosen).expanduser() if chosen else None
+    if chosen == "":
+        return None
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(home).expanduser() / "pergrad" / name
+    try:
+        return Path(chosen or f"{home}/pergrad/{name}").expanduser()
+    except RuntimeError:  # a container whose user is a mere number
+        return None
 
 
 def write(path: Path, content: bytes) -> None:

@@ -32,7 +32,9 @@ def library(source: Path, *definitions: str) -> ctypes.CDLL:
     """The compiled source, from the folder if it is there. Raises NoKernelError."""
     home = folder(FOLDER, "kernels")
     if home is None:
-        raise NoKernelError(f"the environment variable {FOLDER} is empty")
+        raise NoKernelError(
+            f"the environment variable {FOLDER} is empty, or there is no home folder"
+        )
     native = _NATIVE.get(platform.machine())
     if platform.system() != "Linux" or native is None:
         raise NoKernelError(f"not on {platform.system()} with {platform.machine()} so far")
