@@ -415,6 +415,13 @@ def test_a_folder_that_cannot_be_written(anew):
     assert str(anew) in why_not(CPU, torch.float32)
 
 
+def test_a_full_disk_leaves_nothing_behind(anew):
+    with mock.patch("os.replace", side_effect=OSError("No space left on device")):
+        assert fused(CPU, torch.float32) is None
+    assert "No space left on device" in why_not(CPU, torch.float32)
+    assert list(anew.iterdir()) == []
+
+
 @pytest.mark.parametrize(("system", "machine"), [("Darwin", "x86_64"), ("Linux", "riscv64")])
 def test_other_machines(anew, system, machine):
     with (

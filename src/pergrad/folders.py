@@ -28,5 +28,10 @@ def write(path: Path, content: bytes) -> None:
     """Never half a file, whoever reads it now. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile("wb", dir=path.parent, suffix=".new", delete=False) as whole:
-        whole.write(content)
-    os.replace(whole.name, path)
+        try:
+            whole.write(content)
+            whole.flush()
+            os.replace(whole.name, path)
+        except OSError:
+            os.unlink(whole.name)
+            raise
