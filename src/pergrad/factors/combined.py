@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pergrad.factors.base import Factor
 from pergrad.factors.dense import Dense, Zero
-from pergrad.factors.guard import cancels
+from pergrad.factors.guard import repaired
 from pergrad.factors.mapped import Embedded, Mapped
 from pergrad.factors.numeric import Index
 from pergrad.factors.outer import Outer
@@ -78,11 +78,8 @@ class Sum(Factor):
             for h in self.factors[:i]:
                 total = total + 2 * f.dot(h)
         # parts that cancel: as with a Gram, the error is that of the parts' sizes
-        doubtful = cancels(total, torch.stack(norms).sqrt().sum(0).square())
-        if not bool(doubtful.any()):
-            return total
-        rows = doubtful.nonzero()[:, 0]
-        return total.index_copy(0, rows, Factor.sq_norms(self._select(rows)))
+        sizes = torch.stack(norms).sqrt().sum(0).square()
+        return repaired(total, sizes, lambda rows: Factor.sq_norms(self._select(rows)))
 
     def matvec(self, v: Tensor) -> Tensor:
         """The parts', added."""

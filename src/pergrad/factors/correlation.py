@@ -15,7 +15,7 @@ from pergrad.factors import costs, outer_norms
 from pergrad.factors.base import Factor
 from pergrad.factors.constants import Constants, constants
 from pergrad.factors.fused_norms import fused_shifts, kernel_for
-from pergrad.factors.guard import cancels
+from pergrad.factors.guard import repaired
 from pergrad.factors.numeric import (
     Index,
     columns,
@@ -228,16 +228,17 @@ class Correlation(Factor):
         """‖G[b]‖² by one of `norm_method`'s methods."""
         if method == "convolution":
             return self._by_convolutions()
-        if method in ("shift", "fused shift"):
-            norms, sizes, trusted = (
-                self._by_shifts() if method == "shift" else self._by_fused_shifts()
-            )
+        if method == "shift":
+            norms, sizes = self._by_shifts()
+        elif method == "fused shift":
+            norms, sizes, trusted = self._by_fused_shifts()
             if trusted:
                 return norms
-            rows = cancels(norms, sizes).nonzero()[:, 0]
-            part = self._select(rows)
-            return norms.index_copy(0, rows, part._by_patches(force_direct=True))
-        return self._by_patches()
+        else:
+            return self._by_patches()
+        return repaired(
+            norms, sizes, lambda rows: self._select(rows)._by_patches(force_direct=True)
+        )
 
     def _kernels(self) -> Iterator[tuple[slice, Tensor]]:
         """torch's own gradient for some examples at a time: (n, O, C / groups, *kernel).
@@ -284,7 +285,7 @@ class Correlation(Factor):
         x = self.x.reshape(self.batch, N, self.x.shape[1] // N, -1)
         return fused_shifts(kernel, g.mT, x.mT, grid)
 
-    def _by_shifts(self) -> tuple[Tensor, Tensor, bool]:
+    def _by_shifts(self) -> tuple[Tensor, Tensor]:
         N, T, _, _ = self.sizes
 
         def piece(rows: slice) -> Tensor:
@@ -294,7 +295,7 @@ class Correlation(Factor):
         each = N * (self._window_size**2 + 2 * T * T) * self.dtype.itemsize
         both = by_chunks(self.batch, each, piece, like=self._zeros(0), tail=(2,),
                          budget=scratch(self.device))  # fmt: skip
-        return both[:, 0], both[:, 1], not bool(cancels(both[:, 0], both[:, 1]).any())
+        return both[:, 0], both[:, 1]
 
     def matvec(self, v: Tensor) -> Tensor:
         """g · (x convolved with v): one convolution as in a forward pass."""

@@ -1,8 +1,10 @@
 """Whether a Gram's result may be trusted.
 
-Owns: the limit of κ.
+Owns: the limit of κ, and the examples above it.
 Does not know: what is done instead.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,3 +20,9 @@ def cancels(norms: Tensor, sizes: Tensor) -> Tensor:
     """Whether κ is above the limit; also where a Gram overflowed (so not `>`: NaN must be true)."""
     norms, sizes = norms.detach(), sizes.detach()
     return ~(sizes <= KAPPA_LIMIT[norms.dtype] ** 2 * norms)
+
+
+def repaired(norms: Tensor, sizes: Tensor, again: Callable[[Tensor], Tensor]) -> Tensor:
+    """The norms, and those of examples that cancel as `again` has them."""
+    rows = cancels(norms, sizes).nonzero()[:, 0]
+    return norms.index_copy(0, rows, again(rows)) if len(rows) else norms

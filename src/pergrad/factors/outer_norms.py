@@ -14,7 +14,7 @@ from pergrad.factors import costs
 from pergrad.factors.constants import constants
 from pergrad.factors.fused_norms import fused_gram, kernel_for
 from pergrad.factors.gram_norms import gram
-from pergrad.factors.guard import cancels
+from pergrad.factors.guard import repaired
 from pergrad.factors.notes import Notes
 from pergrad.factors.numeric import last_squares, product, result_dtype, row_squares, tracing
 from pergrad.factors.workspace import by_chunks, chunks, lent, scratch
@@ -33,13 +33,11 @@ def sq_norms(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
         return direct(g, a)
     if chosen == "fused":
         norms, sizes, trusted = fused_gram(g, a, notes)
+        if trusted:
+            return norms
     else:
         norms, sizes = gram(g, a, notes)
-        trusted = not bool(cancels(norms, sizes).any())
-    if trusted:
-        return norms
-    rows = cancels(norms, sizes).nonzero()[:, 0]
-    return norms.index_copy(0, rows, direct(g[rows], a[rows]))
+    return repaired(norms, sizes, lambda rows: direct(g[rows], a[rows]))
 
 
 def method(g: Tensor, a: Tensor, notes: Notes | None = None) -> str:
