@@ -35,11 +35,8 @@ def fused_gram(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor
     turned = notes.read is g  # the kernel keeps the Gram of its second matrix
     one, two = (a, g) if turned else (g, a)
     cut = kernel.cut(B * N, T)
-    formed = ours = None
-    if notes.kept is not None and notes.read is not None:
-        formed = notes.kept.blocks(notes.read, notes.version, "tiles")
-        if formed is None:
-            ours = notes.kept.room(notes.read, [(B, N, cut.tiles)], dtype)
+    formed = notes.blocks("tiles")
+    ours = notes.room([(B, N, cut.tiles)], dtype) if formed is None else None
     places = formed or ours
     kept = None if places is None else places[0]
     limit = KAPPA_LIMIT[dtype] ** 2
@@ -54,8 +51,8 @@ def fused_gram(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor
                 )
                 for rows in _widened(one, two, dtype)
             ])  # fmt: skip
-    if ours is not None and notes.kept is not None and notes.read is not None:
-        notes.kept.keep(notes.read, notes.version, ours, "tiles")
+    if ours is not None:
+        notes.keep(ours, "tiles")
     if notes.summed is not None and N == 1:
         pair = 1 if (notes.summed is g) != turned else 2
         notes.sq_norms = found.results[2 * pair]

@@ -35,11 +35,11 @@ class _Grams:
         # the Gram of the side that others read too: formed by one of them, or here for them
         self.known: list[Tensor] | None = None
         self.ours: list[Tensor] | None = None
-        if self.plain and notes.kept is not None and notes.read is not None:
-            self.known = notes.kept.blocks(notes.read, notes.version)
+        if self.plain:
+            self.known = notes.blocks("rows")
             if self.known is None:
                 shapes = [(B * N, hi - lo, T - lo) for lo, hi in self.bounds]
-                self.ours = notes.kept.room(notes.read, shapes, self.dtype)
+                self.ours = notes.room(shapes, self.dtype)
 
     def norms(self) -> tuple[Tensor, Tensor]:
         """The squared norms, and the sizes of what they are sums of."""
@@ -49,16 +49,14 @@ class _Grams:
         copies = sum(x.shape[3] * (x.dtype != self.dtype) for x in (g, self.a))
         each = N * T * (copies + 2 * self.block) * self.dtype.itemsize
         cut = chunks(B, each, scratch(g.device))
-        if not cut:
-            return g.new_zeros(0, dtype=self.dtype), g.new_zeros(0, dtype=self.dtype)
         if self.plain:
             count = 2 * (cut[0].stop * N) * self.block * T
             with lent(count, self.dtype, g.device) as room:
                 pieces = [self._piece(rows, room) for rows in cut]
         else:
             pieces = [self._piece(rows, None) for rows in cut]
-        if self.ours is not None and notes.kept is not None and notes.read is not None:
-            notes.kept.keep(notes.read, notes.version, self.ours)
+        if self.ours is not None:
+            notes.keep(self.ours, "rows")
         found = pieces[0] if len(pieces) == 1 else [torch.cat(x) for x in zip(*pieces, strict=True)]
         if self.asked is not None:
             notes.sq_norms, notes.sizes = found[2:]

@@ -92,7 +92,19 @@ class Notes:
         self.version = version  # of its memory
         self.kept = kept
 
-    @property
-    def readers(self) -> int:
-        """How many share the Gram of the side `read`."""
-        return 1 if self.kept is None else self.kept.readers
+    def blocks(self, form: str) -> list[Tensor] | None:
+        """Of the Gram of the side `read`, if another reader has formed it."""
+        if self.kept is None or self.read is None:
+            return None
+        return self.kept.blocks(self.read, self.version, form)
+
+    def room(self, shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> list[Tensor] | None:
+        """Memory for its blocks, if others will read them."""
+        if self.kept is None or self.read is None:
+            return None
+        return self.kept.room(self.read, shapes, dtype)
+
+    def keep(self, blocks: list[Tensor], form: str) -> None:
+        """What has been written to that memory, for the others."""
+        if self.kept is not None and self.read is not None:
+            self.kept.keep(self.read, self.version, blocks, form)

@@ -55,7 +55,8 @@ def _sizes(g: Tensor, a: Tensor, notes: Notes | None) -> tuple[int, int, int, in
     T, p, d = g.shape[2], g.shape[3], a.shape[3]
     if notes is None or notes.kept is None:
         return T, p, d, 1
-    return (T, d, p, notes.readers) if notes.read is g else (T, p, d, notes.readers)
+    readers = notes.kept.readers
+    return (T, d, p, readers) if notes.read is g else (T, p, d, readers)
 
 
 def _circumstances(g: Tensor, a: Tensor, notes: Notes | None) -> dict[str, Any]:
