@@ -56,6 +56,12 @@ def loose(dtype: torch.dtype) -> float:
     return 30 * torch.finfo(dtype).eps
 
 
+def by_kernel(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor, Tensor, bool]:
+    kernel = fused_norms.kernel_for(g, a)
+    assert kernel is not None
+    return fused_norms.fused_gram(kernel, g, a, notes)
+
+
 # (B, N, T, p, d): fewer positions than a vector has places, more than a block; odd everything.
 SHAPES = [(3, 1, 5, 7, 9), (2, 3, 33, 20, 300), (1, 1, 300, 5, 600), (9, 2, 64, 16, 32),
           (2, 1, 513, 17, 31), (1, 1, 1, 1, 1), (7, 1, 2, 3, 1)]  # fmt: skip
@@ -84,7 +90,7 @@ def test_norms_by_fused_grams(shape, kind, dtype, threads):
     wanted = (G.mT @ A).square().sum((1, 2, 3))
     sizes = (G.square().sum((2, 3)) * A.square().sum((2, 3))).sum(1)
     notes = Notes(g)
-    norms, found, trusted = fused_norms.fused_gram(g, a, notes)
+    norms, found, trusted = by_kernel(g, a, notes)
     assert norms.dtype == dtype
     assert error(norms, wanted) < loose(dtype)
     assert error(found, sizes) < loose(dtype)
@@ -103,7 +109,7 @@ def test_long_sums_keep_their_digits():
     g[..., 0] -= 1
     a = torch.randn(2, 1, 64, 64) + 1
     for side in ((g, a), (a, g)):
-        norms, sizes, _ = fused_norms.fused_gram(*side)
+        norms, sizes, _ = by_kernel(*side)
         G, A = g.double(), a.double()
         assert error(norms, (G.mT @ A).square().sum((1, 2, 3))) < 2e-6  # one running sum: 3e-5
         assert error(sizes, (G.square().sum((1, 2, 3)) * A.square().sum((1, 2, 3)))) < 2e-6
@@ -118,7 +124,7 @@ def test_results_do_not_depend_on_threads(shape, dtype):
     found = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        found.append(fused_norms.fused_gram(g, a)[0])
+        found.append(by_kernel(g, a)[0])
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
 
@@ -143,7 +149,7 @@ def test_a_gram_that_others_read_is_formed_once(shape, side, dtype, budget):
         g, a = (own, shared) if side == "a" else (shared, own)
         notes = Notes(own, read=shared, kept=kept)
         with workspace(budget), mock.patch.object(loops.Fused, "norms", watched):
-            norms, _, _ = fused_norms.fused_gram(g, a, notes)
+            norms, _, _ = by_kernel(g, a, notes)
         if number == 0 and fits < shared.numel() * shared.element_size():
             assert kept._input is shared
         kept.served()
@@ -238,7 +244,7 @@ def test_one_bad_example_leaves_the_others_alone():
         g, a = torch.randn(4, 1, 40, 64), torch.randn(4, 1, 40, 64)
         wanted = (g.double().mT @ a.double()).square().sum((1, 2, 3))
         a[2, 0, 7, 3] = bad
-        norms, _, trusted = fused_norms.fused_gram(g, a)
+        norms, _, trusted = by_kernel(g, a)
         assert error(norms[[0, 1, 3]], wanted[[0, 1, 3]]) < 1e-5
         assert not trusted or not norms[2].isfinite()
 
@@ -251,7 +257,7 @@ def test_sums_that_cancel_are_told(turned, dtype):
     g, a = torch.randn(3, 1, 40, 64, dtype=dtype), torch.randn(3, 1, 40, 32, dtype=dtype)
     g[1] -= g[1].mean(1, keepdim=True)
     notes = Notes(g, read=g if turned else a, kept=KeptGram(1))
-    _, _, trusted = fused_norms.fused_gram(g, a, notes)
+    _, _, trusted = by_kernel(g, a, notes)
     assert trusted
     assert error(notes.sizes, 40 * g.double().square().sum((1, 2, 3))) < loose(dtype)
     limit = KAPPA_LIMIT[dtype] ** 2

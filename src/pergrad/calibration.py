@@ -256,16 +256,16 @@ class _Bench:
     def norms(self, B: int, T: int, p: int, d: int) -> Case:
         """Squared norms of linear layers."""
         f = self._outer(B, T, p, d)
-        kernel = fused_norms.kernel_for(f.g, f.a) is not None
+        kernel = fused_norms.kernel_for(f.g, f.a)
         methods: dict[str, Callable[[], object]] = {
             "gram": lambda: gram_norms.gram(f.g, f.a),
             "direct": lambda: outer_norms.direct(f.g, f.a),
         }
-        if kernel:
-            methods["fused"] = lambda: fused_norms.fused_gram(f.g, f.a)
+        if kernel is not None:
+            methods["fused"] = partial(fused_norms.fused_gram, kernel, f.g, f.a)
         return self._timed(
             f"norms, B={B} T={T}, {d} to {p}",
-            lambda by: costs.outer_norm_method(T, p, d, by=by, fused=kernel),
+            lambda by: costs.outer_norm_method(T, p, d, by=by, fused=kernel is not None),
             **methods,
         )
 

@@ -25,10 +25,10 @@ def kernel_for(g: Tensor, a: Tensor) -> Fused | None:
     return kernel if kernel is not None and kernel.reads(g, a) else None
 
 
-def fused_gram(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor, Tensor, bool]:
+def fused_gram(
+    kernel: Fused, g: Tensor, a: Tensor, notes: Notes | None = None
+) -> tuple[Tensor, Tensor, bool]:
     """Σ_ts (g_t·g_s)(a_t·a_s) and |A|²|G|², both (B,), and whether κ is below its limit in all."""
-    kernel = kernel_for(g, a)
-    assert kernel is not None
     notes = notes or Notes()
     dtype = kernel.dtype
     B, N, T, _ = g.shape

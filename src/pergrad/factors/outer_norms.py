@@ -4,8 +4,9 @@ Owns: the formulas of `sq_norms`, and when a Gram's result may not be trusted.
 Does not know: other factors. Everything here works on the tensors g (B,N,T,p) and a (B,N,T,d).
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from pergrad.factors.guard import repaired
 from pergrad.factors.notes import Notes
 from pergrad.factors.numeric import last_squares, product, result_dtype, row_squares, tracing
 from pergrad.factors.workspace import by_chunks, chunks, lent, scratch
+from pergrad.kernels import Fused
+
+_Found = TypeVar("_Found")
 
 
 def sq_norms(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
@@ -26,13 +30,14 @@ def sq_norms(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
     d = a.shape[3]
     if 0 in (B, N, T, p, d):
         return g.new_zeros(B, dtype=result_dtype(g, a))
-    chosen = method(g, a, notes)
+    kernel = kernel_for(g, a)
+    chosen = _weighed(costs.outer_norm_method, g, a, notes, kernel)
     if chosen == "rows":
         return by_rows(g, a, notes)
     if chosen == "direct":
         return direct(g, a)
-    if chosen == "fused":
-        norms, sizes, trusted = fused_gram(g, a, notes)
+    if chosen == "fused" and kernel is not None:
+        norms, sizes, trusted = fused_gram(kernel, g, a, notes)
         if trusted:
             return norms
     else:
@@ -42,29 +47,28 @@ def sq_norms(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
 
 def method(g: Tensor, a: Tensor, notes: Notes | None = None) -> str:
     """Which method `sq_norms` takes."""
-    return costs.outer_norm_method(*_sizes(g, a, notes), **_circumstances(g, a, notes))
+    return _weighed(costs.outer_norm_method, g, a, notes, kernel_for(g, a))
 
 
 def cost(g: Tensor, a: Tensor, notes: Notes | None = None) -> int:
     """Multiply-adds of that method, for one example and group."""
-    return costs.outer_norm_cost(*_sizes(g, a, notes), **_circumstances(g, a, notes))
+    return _weighed(costs.outer_norm_cost, g, a, notes, kernel_for(g, a))
 
 
-def _sizes(g: Tensor, a: Tensor, notes: Notes | None) -> tuple[int, int, int, int]:
-    """T, the width of a side of one's own, of the side that others read too, and their number."""
+def _weighed(
+    by_cost: Callable[..., _Found], g: Tensor, a: Tensor, notes: Notes | None, kernel: Fused | None
+) -> _Found:
     T, p, d = g.shape[2], g.shape[3], a.shape[3]
-    if notes is None or notes.kept is None:
-        return T, p, d, 1
-    readers = notes.kept.readers
-    return (T, d, p, readers) if notes.read is g else (T, p, d, readers)
-
-
-def _circumstances(g: Tensor, a: Tensor, notes: Notes | None) -> dict[str, Any]:
-    return {
-        "by": constants(g.device, result_dtype(g, a)),
-        "fused": kernel_for(g, a) is not None,
-        "summed": 0 if notes is None or notes.summed is None else notes.summed.shape[3],
-    }
+    readers = summed = 0
+    if notes is not None:
+        readers = 0 if notes.kept is None else notes.kept.readers
+        summed = 0 if notes.summed is None else notes.summed.shape[3]
+        if notes.read is g:
+            p, d = d, p  # the width of the side that others read too comes last
+    return by_cost(
+        T, p, d, max(1, readers), constants(g.device, result_dtype(g, a)),
+        fused=kernel is not None, summed=summed,
+    )  # fmt: skip
 
 
 def by_rows(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
