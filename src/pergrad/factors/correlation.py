@@ -27,7 +27,7 @@ from pergrad.factors.numeric import (
 from pergrad.factors.outer import Outer
 from pergrad.factors.shift_norms import shifted
 from pergrad.factors.workspace import by_chunks, chunks, limit, scratch
-from pergrad.kernels import Fused, fused, grid_of
+from pergrad.kernels import Fused, grid_of
 
 # What a thread may need for the Grams of a convolution in the kernel.
 _MOST_SHIFT_ROOM = 16 * 2**20
@@ -170,18 +170,22 @@ class Correlation(Factor):
         call = self.g[:1].numel() + self.x[:1].numel() if self.callable else None
         return costs.correlation_norm_method(
             N, T, self._window_size, p, d, prod(self.kernel), pixels=prod(self.x.shape[2:]),
-            call=call, by=by, fused=fused(self.device, self.dtype) is not None,
+            call=call, by=by, fused=self._kernel is not None,
             fused_shift=self.shift_kernel is not None,
         )  # fmt: skip
 
     @property
     def shift_kernel(self) -> Fused | None:
         """The kernel for shifts, if it serves this one and has work for all threads."""
-        kernel = kernel_for(self.g, self.x)
+        kernel = self._kernel
         if kernel is None or self.batch * self.groups < torch.get_num_threads():
             return None
         room = kernel.shift_room(self.sizes[1], self._window_size) * self.dtype.itemsize
         return kernel if room <= _MOST_SHIFT_ROOM else None
+
+    @property
+    def _kernel(self) -> Fused | None:
+        return kernel_for(self.g, self.x)
 
     @property
     def _costs(self) -> Constants:
@@ -217,8 +221,8 @@ class Correlation(Factor):
             return N * costs.fused_shift_norm_cost(T, prod(self.x.shape[2:]), p, d, k)
         if self.norm_method == "convolution":
             return N * costs.direct_norm_cost(T, p, d)
-        kernel = fused(self.device, self.dtype) is not None
-        return N * costs.outer_norm_cost(T, p, d, by=self._costs, fused=kernel)
+        fused = self._kernel is not None
+        return N * costs.outer_norm_cost(T, p, d, by=self._costs, fused=fused)
 
     def sq_norms(self) -> Tensor:
         """‖G[b]‖², by the method that `costs.correlation_norm_method` chooses."""
