@@ -269,6 +269,12 @@ def test_norm_of_a_sequence_major_input(norm) -> None:
     agrees(layer(torch.randn(5, 3, 2, 3)).sin().sum((0, 2, 3)), layer)
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_norm_over_nothing(norm) -> None:
+    layer = norm(0)
+    agrees(layer(torch.randn(3, 5, 0)).sum((1, 2)), layer)
+
+
 def test_norm_far_from_zero() -> None:
     """A mean far larger than the deviation must not cost digits."""
     layer = nn.LayerNorm(6)

@@ -157,8 +157,8 @@ class Fused:
         self._norms(ctypes.byref(job), self._parallel)
         return Norms(results, (job.doubtful, job.doubtful_g, job.doubtful_a))
 
-    def layer(self, g: Tensor, x: Tensor, mean: Tensor | None, scale: Tensor) -> Tensor:
-        """Σ_t scale_t (x_t - mean_t) g_t and Σ_t g_t of (B, T, size): (B, 2, size).
+    def layer(self, g: Tensor, x: Tensor, mean: Tensor | None, scale: Tensor) -> tuple[Tensor, ...]:
+        """Σ_t scale_t (x_t - mean_t) g_t and Σ_t g_t, each (B, size), of g and x (B, T, size).
 
         Rows of g and x are contiguous, mean and scale (B, T) as well.
         """
@@ -172,7 +172,7 @@ class Fused:
                       scale.data_ptr(), *g.stride()[:2], *x.stride()[:2], T, size, parts,
                       sums.data_ptr())  # fmt: skip
         self._layer(ctypes.byref(job), self._parallel)
-        return sums[:, 0] if parts == 1 else sums.sum(1)
+        return (sums[:, 0] if parts == 1 else sums.sum(1)).unbind(1)
 
 
 def _side(x: Tensor) -> _Side:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pergrad.factors import Dense, Factor, Outer, Summed
 from pergrad.graph.layout import reshape
-from pergrad.rules.positions import blocks, outer, partition, reduced, rows_by_id
+from pergrad.rules.positions import outer, partition, reduced, rows_by_id
 from pergrad.rules.registry import Operand, Served, Situation, rule
 
 _LEFT = {"mm": 0, "addmm": 1}  # the input that is the left matrix; the right one follows
@@ -36,15 +36,15 @@ def matrix(use: Situation) -> Served:
         rows = partition(layout, (0,), use.batch)
         if rows is not None:
             a, shape = use.saved(names[0]), use.operands[first + 1].shape
-            left, right = blocks(a, rows), blocks(scaled, rows)
-            if left is None or right is None:
+            if not rows.foldable:
                 served[first + 1] = outer(a[:, None], scaled[:, None], rows, shape)
-            elif first and scale == 1 and _behind_rows(use):
-                notes = use.notes(left, summed=right)
-                served[first + 1] = Outer(left, right, shape, notes)
-                served[0] = Summed(right, use.operands[0].shape, notes)
             else:
-                served[first + 1] = Outer(left, right, shape, use.notes(left))
+                left, right = rows.fold(a)[:, None], rows.fold(scaled)[:, None]
+                plain = bool(first) and scale == 1 and _behind_rows(use)
+                notes = use.notes(left, summed=right if plain else None)
+                served[first + 1] = Outer(left, right, shape, notes)
+                if plain:
+                    served[0] = Summed(right, use.operands[0].shape, notes)
     if first in use.operands:  # (n, k) weight, (k, m) data: positions are columns
         columns = partition(layout, (1,), use.batch)
         if columns is not None:

@@ -14,7 +14,7 @@ from pergrad.factors.numeric import result_dtype
 from pergrad.factors.workspace import chunks, lent, scratch
 from pergrad.graph.transfer import in_training
 from pergrad.kernels import fused
-from pergrad.rules.positions import blocks, in_order, partition, reduced
+from pergrad.rules.positions import in_order, partition, reduced
 from pergrad.rules.registry import Served, Situation, rule
 
 
@@ -75,13 +75,13 @@ def _by_position(
     count = x.dim() - len(shape)
     rows = partition(use.layout, tuple(range(count)), use.batch)
     size = prod(shape)
-    folded = None if rows is None else blocks(use.g.reshape(-1, size), rows)
-    if rows is None or folded is None:
+    if rows is None or not rows.foldable:
         return None
-    g = folded[:, 0]  # (B, T, size), as all below
+    positions = prod(x.shape[:count])
+    g, x = (rows.fold(y.reshape(positions, size)) for y in (use.g, x))  # (B, T, size)
+    rstd = rows.fold(rstd.reshape(positions, 1))
+    mean = None if mean is None else rows.fold(mean.reshape(positions, 1))
     B, T, _ = g.shape
-    x, rstd = x.reshape(B, T, size), rstd.reshape(B, 1, T)
-    mean = None if mean is None else mean.reshape(B, T, 1)
     dtype = result_dtype(x, g)
     found: dict[int, list[Tensor]] = {slot: [] for slot in use.operands if slot in (1, 2)}
     alike = x.is_cpu and x.dtype == g.dtype == dtype
@@ -89,13 +89,13 @@ def _by_position(
     if kernel is not None and kernel.reads(g, x) and g.stride(2) == x.stride(2) == 1:
         centres = None if mean is None else mean.to(dtype).contiguous()
         sums = kernel.layer(g, x, centres, rstd.to(dtype).contiguous())
-        return {k: Dense(sums[:, k - 1].reshape(B, *shape)) for k in use.operands if k in (1, 2)}
+        return {slot: Dense(sums[slot - 1].view(B, *shape)) for slot in found}
     if mean is not None and alike and _worth_a_call(T * size):
         like = x.new_empty(size)
         wanted = (False, 1 in found, 2 in found)
         for b in range(B):
             sums = torch.ops.aten.native_layer_norm_backward(
-                g[b], x[b], (size,), mean[b], rstd[b, 0, :, None], like, like, wanted
+                g[b], x[b], (size,), mean[b], rstd[b], like, like, wanted
             )
             for slot, rows_ in found.items():
                 rows_.append(sums[slot])
@@ -106,7 +106,7 @@ def _by_position(
             here = g[part].to(dtype)
             if 1 in found:
                 scaled = _centred(x[part], None if mean is None else mean[part], here, room)
-                found[1].append(torch.bmm(rstd[part].to(dtype), scaled)[:, 0])
+                found[1].append(torch.bmm(rstd[part].to(dtype).mT, scaled)[:, 0])
             if 2 in found:
                 found[2].append(here.sum(1))
     return {

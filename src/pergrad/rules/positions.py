@@ -36,6 +36,16 @@ class Partition:
             self.buckets = [Bucket(None, None, *pattern)]
         else:
             self.buckets = list(_buckets(owners))
+        first = self.buckets[0] if len(self.buckets) == 1 else None
+        # the rows of an example lie one after the other, or the examples take turns
+        self.foldable = first is not None and first.rows is None and 1 in (first.outer, first.inner)
+
+    def fold(self, rows: Tensor) -> Tensor:
+        """(R, p) -> (B, T, p), the same memory; if foldable."""
+        outer, inner = self.buckets[0].outer, self.buckets[0].inner
+        if outer == 1:
+            return rows.reshape(self.batch, inner, rows.shape[1])
+        return rows.reshape(outer, self.batch, rows.shape[1]).transpose(0, 1)
 
     def gather(self, rows: Tensor, bucket: Bucket, fill: float = 0) -> Tensor:
         """(R, *rest) -> (n, positions, *rest) for the examples of one bucket."""
@@ -112,16 +122,6 @@ def outer(g: Tensor, a: Tensor, groups: Partition, shape: Sequence[int]) -> Fact
         right = groups.gather(a, bucket).transpose(1, 2)
         factors.append(Outer(left, right, shape=tuple(shape)))
     return groups.place(factors) if factors else None
-
-
-def blocks(rows: Tensor, groups: Partition) -> Tensor | None:
-    """(R, p) -> (B, 1, T, p), if every example has as many rows, one after the other."""
-    if len(groups.buckets) != 1 or groups.buckets[0].rows is not None:
-        return None
-    first = groups.buckets[0]
-    if first.outer != 1:
-        return None
-    return rows.reshape(groups.batch, 1, first.inner, rows.shape[1])
 
 
 def outer_by_group(
