@@ -235,8 +235,9 @@ def test_sums_of_layer_norms(shape, centred, dtype, threads):
     mean, scale = torch.randn(shape[:2], dtype=dtype), torch.rand(shape[:2], dtype=dtype)
     got = fused(CPU, dtype).layer(g, x, mean if centred else None, scale)
     made = (x - mean[..., None] if centred else x).double() * scale[..., None].double()
-    for sums, wanted in zip(got, (made * g.double(), g.double()), strict=True):
+    for (sums, norms), wanted in zip(got, (made * g.double(), g.double()), strict=True):
         assert (sums - wanted.sum(1)).abs().max() < loose(dtype) * shape[1] ** 0.5
+        assert error(norms, wanted.sum(1).square().sum(1)) < 10 * loose(dtype)
 
 
 def test_one_bad_example_leaves_the_others_alone():

@@ -18,12 +18,18 @@ from pergrad.factors.workspace import by_chunks, chunks, limit
 
 
 class Dense(Factor):
-    """G[b] = values[b]: biases, norm layers, whatever had to be formed."""
+    """G[b] = values[b]: biases, norm layers, whatever had to be formed.
 
-    def __init__(self, values: Tensor) -> None:
+    Args:
+        values: (B, *shape).
+        sq_norms: (B,), where whoever made the values has taken them as well.
+    """
+
+    def __init__(self, values: Tensor, sq_norms: Tensor | None = None) -> None:
         batch, *shape = values.shape
         super().__init__(batch, tuple(shape), values.device, result_dtype(values))
         self.values = values
+        self._sq_norms = sq_norms
 
     def dense(self) -> Tensor:
         """(B, *shape)."""
@@ -40,6 +46,8 @@ class Dense(Factor):
 
     def sq_norms(self) -> Tensor:
         """‖G[b]‖²."""
+        if self._sq_norms is not None:
+            return self._sq_norms
         if self.batch * self.bytes_per_row > limit(self.device):
             return super().sq_norms()
         return row_squares(self.values.to(self.dtype))
@@ -98,6 +106,7 @@ class Summed(Dense):
         Factor.__init__(self, g.shape[0], shape, g.device, result_dtype(g))
         self.g = g
         self.notes = notes
+        self._sq_norms = None
         self._formed: Tensor | None = None
 
     @property

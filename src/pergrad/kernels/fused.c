@@ -429,8 +429,32 @@ typedef struct {
     const real *g, *x, *mean, *scale;   /* no mean: zeros */
     i64 g_batch, g_row, x_batch, x_row; /* numbers of a position are contiguous */
     i64 T, size, parts;                 /* the positions of an example are cut into parts */
-    real *sums;                         /* (examples, parts, 2, size) */
+    real *sums;                         /* (examples, parts, 2, size); all sums in the first part */
+    real *norms;                        /* (2, examples): squared norms of the sums */
 } layers;
+
+static double squares(const real *x, i64 n)
+{
+    double sum = 0;
+    for (i64 i = 0; i < n;) {
+        vec part = {0};
+        const i64 end = least(i + DEPTH, n);
+        for (; i + W <= end; i += W) part += *(const vec *)(x + i) * *(const vec *)(x + i);
+        for (; i < end; i++) sum += (double)x[i] * x[i];
+        sum += total(part);
+    }
+    return sum;
+}
+
+static void add_parts(const layers *w, i64 b)
+{
+    const i64 size = w->size, examples = w->crew.tasks / w->parts;
+    real *sums = w->sums + b * w->parts * 2 * size;
+    for (i64 part = 1; part < w->parts; part++)
+        for (i64 f = 0; f < 2 * size; f++) sums[f] += sums[part * 2 * size + f];
+    w->norms[b] = (real)squares(sums, size);
+    w->norms[examples + b] = (real)squares(sums + size, size);
+}
 
 static void serve_layer(const crew *job, i64 task, real *room, int first)
 {
@@ -459,6 +483,7 @@ static void serve_layer(const crew *job, i64 task, real *room, int first)
         }
         for (i64 f = 0; f < 2 * size; f++) sums[f] += room[f];
     }
+    if (w->parts == 1) add_parts(w, b);
     (void)first;
 }
 
@@ -485,4 +510,8 @@ void fused_norms(norms *w, parallel start)
     finish(w);
 }
 
-void fused_layer(layers *w, parallel start) { run(&w->crew, serve_layer, start); }
+void fused_layer(layers *w, parallel start)
+{
+    run(&w->crew, serve_layer, start);
+    for (i64 b = 0; w->parts > 1 && b < w->crew.tasks / w->parts; b++) add_parts(w, b);
+}

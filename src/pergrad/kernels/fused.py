@@ -51,7 +51,7 @@ class _Norms(ctypes.Structure):
 class _Layers(ctypes.Structure):
     _fields_ = [("crew", _Crew), *_fields(_POINTER, "g x mean scale"),
                 *_fields(_INT, "g_batch g_row x_batch x_row T size parts"),
-                ("sums", _POINTER)]  # fmt: skip
+                *_fields(_POINTER, "sums norms")]  # fmt: skip
 
 
 class Cut(NamedTuple):
@@ -157,22 +157,26 @@ class Fused:
         self._norms(ctypes.byref(job), self._parallel)
         return Norms(results, (job.doubtful, job.doubtful_g, job.doubtful_a))
 
-    def layer(self, g: Tensor, x: Tensor, mean: Tensor | None, scale: Tensor) -> tuple[Tensor, ...]:
-        """Σ_t scale_t (x_t - mean_t) g_t and Σ_t g_t, each (B, size), of g and x (B, T, size).
+    def layer(
+        self, g: Tensor, x: Tensor, mean: Tensor | None, scale: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Σ_t scale_t (x_t - mean_t) g_t and Σ_t g_t of g and x (B, T, size).
+
+        Each (B, size), and its squared norms (B,).
 
         Rows of g and x are contiguous, mean and scale (B, T) as well.
         """
         B, T, size = g.shape
         parts = max(1, min(T, _PARTS // B))
-        sums = g.new_empty(B, parts, 2, size)
+        sums, norms = g.new_empty(B, parts, 2, size), g.new_empty(2, B)
         threads = min(torch.get_num_threads(), B * parts)
         room = g.new_empty(threads * 2 * size)
         job = _Layers(_Crew(B * parts, threads, 2 * size, room.data_ptr()),
                       g.data_ptr(), x.data_ptr(), None if mean is None else mean.data_ptr(),
                       scale.data_ptr(), *g.stride()[:2], *x.stride()[:2], T, size, parts,
-                      sums.data_ptr())  # fmt: skip
+                      sums.data_ptr(), norms.data_ptr())  # fmt: skip
         self._layer(ctypes.byref(job), self._parallel)
-        return (sums[:, 0] if parts == 1 else sums.sum(1)).unbind(1)
+        return (sums[:, 0, 0], norms[0]), (sums[:, 0, 1], norms[1])
 
 
 def _side(x: Tensor) -> _Side:

@@ -89,7 +89,7 @@ def _by_position(
     if kernel is not None and kernel.reads(g, x) and g.stride(2) == x.stride(2) == 1:
         centres = None if mean is None else mean.to(dtype).contiguous()
         sums = kernel.layer(g, x, centres, rstd.to(dtype).contiguous())
-        return {slot: Dense(sums[slot - 1].view(B, *shape)) for slot in found}
+        return {k: Dense(sums[k - 1][0].view(B, *shape), sums[k - 1][1]) for k in found}
     if mean is not None and alike and _worth_a_call(T * size):
         like = x.new_empty(size)
         wanted = (False, 1 in found, 2 in found)
