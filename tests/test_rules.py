@@ -10,6 +10,7 @@ from helpers import assert_agrees, assert_rows_agree, direction
 from torch import Tensor, nn
 
 import pergrad
+from pergrad.rules import positions
 
 Params = nn.Module | Mapping[str, Tensor]
 
@@ -246,6 +247,27 @@ def test_positions_of_which_a_slice_is_trained_elsewhere() -> None:
     table = nn.Embedding(7, 4)
     words = torch.tensor([[0, 5, 5], [1, 2, 6]])
     agrees((table(words) + table(torch.arange(2, 5))).sin().sum((1, 2)), table)
+
+
+@pytest.mark.parametrize(
+    ("owners", "shape", "order"),
+    [
+        (torch.arange(3).repeat_interleave(5), (3, 5, 4), (0, 1, 2)),  # one after the other
+        (torch.arange(3).repeat(5), (5, 3, 4), (1, 0, 2)),  # in turn
+    ],
+)
+def test_rows_of_examples_are_folded_in_place(owners, shape, order) -> None:
+    rows, values = positions.Partition(owners, 3), torch.randn(15, 4)
+    assert rows.foldable
+    assert torch.equal(rows.fold(values), values.view(shape).permute(order))
+    assert rows.fold(values).data_ptr() == values.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "owners", [torch.tensor([0, 0, 1, 1]).repeat(2), torch.tensor([0, 1, 1]), torch.tensor([-1])]
+)
+def test_other_rows_are_not_folded(owners) -> None:
+    assert not positions.Partition(owners, 2).foldable
 
 
 # --- Normalisations -------------------------------------------------------------------------------
