@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -610,12 +610,17 @@ class Page:
         return self.browser.execute_script(script, *arguments)  # type: ignore[no-untyped-call]
 
     def until(self, script: str) -> Any:
+        return self.read_until(lambda: self.run(script), bool, script)
+
+    def read_until(
+        self, read: Callable[[], Any], good: Callable[[Any], Any], what: str = ""
+    ) -> Any:
         for _ in range(600):
-            found = self.run(script)
-            if found:
+            found = read()
+            if good(found):
                 return found
             time.sleep(0.05)
-        raise AssertionError(f"never true: {script}; console: {self.complaints()}")
+        raise AssertionError(f"still {found!r}: {what}; console: {self.complaints()}")
 
     def one(self, selector: str) -> Any:
         return self.browser.find_element(By.CSS_SELECTOR, selector)
@@ -865,11 +870,14 @@ def test_pointing_at_a_figure_reads_it_out(opened: Page, figure: str) -> None:
 
 def test_dark_and_light_follow_the_reader(opened: Page) -> None:
     paper = "return getComputedStyle(document.body).backgroundColor"
-    light = opened.run(paper), opened.colour("plane"), opened.colour("norms")
+
+    def colours() -> list[str]:
+        return [opened.run(paper), opened.colour("plane"), opened.colour("norms")]
+
+    light = colours()
     opened.theme("dark")
-    opened.until(f"return getComputedStyle(document.body).backgroundColor !== '{light[0]}'")
-    dark = opened.run(paper), opened.colour("plane"), opened.colour("norms")
-    assert all(a != b for a, b in zip(light, dark, strict=True))
+    # the plots are told a frame after the page is
+    dark = opened.read_until(colours, lambda now: all(map(str.__ne__, now, light)))
     red, green, blue = map(int, re.findall(r"\d+", dark[0]))
     assert max(red, green, blue) < 60
 
@@ -893,7 +901,7 @@ def test_a_phone_needs_no_sideways_scrolling(opened: Page, tmp_path: Path) -> No
     )
     assert "pan-y" in opened.run(touch)
     opened.one("#tool-box").click()
-    assert opened.run(touch) == "none"
+    opened.read_until(lambda: opened.run(touch), "none".__eq__)
     opened.one("#tool-box").click()
     x, y = opened.pixel(200)
     box = opened.run("const b = arguments[0].getBoundingClientRect(); return [b.x + b.width / 2, "
