@@ -74,11 +74,13 @@ class Source:
         self.cast, self.wide, self.poison = cast, wide, poison
         self.leaves: list[Tensor] = []
 
-    def rows(self, *shape: int) -> Tensor:
-        """Values of examples."""
+    def rows(self, *shape: int, in_turns: bool = False) -> Tensor:
+        """Values of examples, which lie one after the other in memory or take turns."""
         x = torch.randn(shape, generator=self.generator, dtype=torch.float64)
         if self.poison is not None:
             x[1] = self.poison
+        if in_turns:
+            x = x.transpose(0, 1).contiguous().transpose(0, 1)
         self.leaves.append(self.cast(x))
         return self.leaves[-1]
 
@@ -93,6 +95,10 @@ class Source:
 
 def _outer(s: Source, B: int, n: Sizes) -> Factor:
     return Outer(s.rows(B, n.T, n.V), s.rows(B, n.T, n.d))
+
+
+def _in_turns(s: Source, B: int, n: Sizes) -> Factor:
+    return Outer(s.rows(B, n.T, n.V, in_turns=True), s.rows(B, n.T, n.d, in_turns=True))
 
 
 def _grouped(s: Source, B: int, n: Sizes) -> Factor:
@@ -209,9 +215,9 @@ def _bias(s: Source, B: int, n: Sizes) -> Factor:
 ZOO = {
     make.__name__[1:]: make
     for make in (
-        _outer, _grouped, _experts, _misfit, _rows, _dense, _zero, _sum, _placed, _mapped,
-        _transposed, _embedded, _embedded_first, _embedded_last, _embedded_columns, _pulled,
-        _scaled, _convolution, _image, _computed, _bias,
+        _outer, _in_turns, _grouped, _experts, _misfit, _rows, _dense, _zero, _sum, _placed,
+        _mapped, _transposed, _embedded, _embedded_first, _embedded_last, _embedded_columns,
+        _pulled, _scaled, _convolution, _image, _computed, _bias,
     )
 }  # fmt: skip
 

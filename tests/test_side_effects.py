@@ -449,9 +449,10 @@ def passes(h: Tensor, losses: Tensor, model: nn.Module) -> None:
     assert not h.retains_grad or h.grad is before
 
 
+@pytest.mark.parametrize("generation", [0, 1, 2])
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("late", [False, True])
-def test_old_tensors_that_retain_their_gradient(known: bool, late: bool) -> None:
+def test_old_tensors_that_retain_their_gradient(known: bool, late: bool, generation: int) -> None:
     """Old for Python's collector before or after pergrad looked; retained before or after that."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
     retained._old.stop()
@@ -461,13 +462,13 @@ def test_old_tensors_that_retain_their_gradient(known: bool, late: bool) -> None
     losses = model[2](h).squeeze(1)
     if not late:
         h.retain_grad()
-    gc.collect()
+    gc.collect(generation)
     passes(h, losses, model)
     if late:
         h.retain_grad()
     passes(h, losses, model)
-    gc.collect()
-    gc.collect()
+    gc.collect(generation)
+    gc.collect(generation)
     passes(h, losses, model)
     losses.sum().backward(retain_graph=True)
     assert h.grad is not None
@@ -524,6 +525,9 @@ def test_the_collector_is_left_alone_when_nobody_asks() -> None:
     without = len(gc.callbacks)
     pergrad.norms(model(torch.randn(2, 3)).squeeze(1), model)
     assert len(gc.callbacks) == without + 1
+    for _ in range(retained._PATIENCE + 1):
+        gc.collect(0)
+    assert len(gc.callbacks) == without + 1  # the youngest are collected all the time
     for _ in range(retained._PATIENCE + 1):
         gc.collect(1)
     assert len(gc.callbacks) == without <= count

@@ -30,12 +30,12 @@ def retained_untouched() -> Iterator[None]:
 
 
 class _Old:
-    """Tensors with a history that have become old objects of Python's garbage collector.
+    """Tensors with a history that have outlived a collection of Python's garbage collector.
 
-    Tensors of the latest forward pass are young objects, of which there are few: they are looked
-    through at every pass. Looking through the old ones, all objects of the process, takes tens of
-    milliseconds, so that is done once; later ones are seen when the collector is about to make
-    them old.
+    Those of the latest forward pass are mostly its newest objects, at most some hundred: these are
+    looked through at every pass. Looking through all objects of the process takes tens of
+    milliseconds, so that is done once; later ones are seen when a collection is about to make them
+    older.
     """
 
     def __init__(self) -> None:
@@ -44,30 +44,34 @@ class _Old:
         self._collections = 0  # since somebody asked
 
     def retained(self) -> list[Tensor]:
-        """Those on which retain_grad() has been called, young ones too."""
+        """Those on which retain_grad() has been called, new ones too."""
         self._collections = 0
         if not self._watching:
-            # first the watch, then the search: a tensor that ages meanwhile is found twice
+            # first the watch, then the search, the younger first: what ages meanwhile is found
+            # twice, and never missed
             gc.callbacks.append(self._before_collection)
             self._watching = True
-            self._known.extend([weakref.ref(t) for t in _with_history(gc.get_objects(2))])
-        # first the young, then the old: so here, and it is never missed
-        found = {id(t): t for n in (0, 1) for t in _with_history(gc.get_objects(n))}
+            for generation in (1, 2):
+                self._remember(generation)
+        found = {id(t): t for t in _with_history(gc.get_objects(0))}
         found.update((id(t), t) for ref in list(self._known) if (t := ref()) is not None)
         return [t for t in found.values() if t.retains_grad]
 
     def _before_collection(self, phase: str, info: dict[str, int]) -> None:
-        if phase != "start" or info["generation"] == 0:
+        if phase != "start":
             return
-        self._collections += 1
-        if self._collections > _PATIENCE:
-            self.stop()
-            return
-        # one list for good: a collection may come in the middle of whatever reads it
-        self._known[:] = [ref for ref in self._known if ref() is not None]
-        for generation in (0, 1):
-            young = _with_history(gc.get_objects(generation))
-            self._known.extend([weakref.ref(t) for t in young])
+        if info["generation"] > 0:
+            self._collections += 1
+            if self._collections > _PATIENCE:
+                self.stop()
+                return
+            # one list for good: a collection may come in the middle of whatever reads it
+            self._known[:] = [ref for ref in self._known if ref() is not None]
+        self._remember(0)
+
+    def _remember(self, generation: int) -> None:
+        found = _with_history(gc.get_objects(generation))
+        self._known.extend([weakref.ref(t) for t in found])
 
     def stop(self) -> None:
         """Look at no collection any more; the next pass looks through all objects again."""

@@ -135,7 +135,9 @@ class Summed(Dense):
         B, _, T, p = self.g.shape
         if self._formed is not None or self.g.dtype != self.dtype:
             return super().weighted_sum(c)
-        weights = c.to(self.device, self.dtype)[:, None].expand(B, T).reshape(-1)
+        weights = c.to(self.device, self.dtype)
+        if T > 1:
+            weights = weights[:, None].expand(B, T).reshape(-1)
         return torch.mv(self.g.reshape(B * T, p).mT, weights).reshape(self.shape)
 
     def tensors(self) -> tuple[Tensor, ...]:

@@ -38,9 +38,10 @@ def materialized(factor: Factor) -> Factor:
 
 def formed(factor: Factor) -> Factor:
     """The same factor as rows, if its norms form them anyway and they take no more memory."""
-    if isinstance(factor, (Outer, Correlation)) and method(factor) in ("direct", "convolution"):
+    if isinstance(factor, (Outer, Correlation)):
         held = sum(x.numel() * x.element_size() for x in factor.tensors())
-        if factor.batch * factor.bytes_per_row <= held:
+        small = factor.batch * factor.bytes_per_row <= held
+        if small and method(factor) in ("direct", "convolution"):
             return Dense(factor.dense())
     return factor
 

@@ -104,10 +104,12 @@ class Outer(Factor):
         N, T, p, d = self.sizes
         g, a = g.to(self.dtype), a.to(self.dtype)
         if N == 1:  # one product for all examples and positions
-            count = g.shape[0]
-            g, a, W = g.reshape(count * T, p), a.reshape(count * T, d), V[0]
-            both = (g @ W) * a if d < p else (a @ W.mT) * g
-            return both.reshape(count, T * both.shape[1]).sum(1)
+            turns = _take_turns(g)
+            one, two, W = _rows(g, turns=turns), _rows(a, turns=turns), V[0]
+            both = (one @ W) * two if d < p else (two @ W.mT) * one
+            if turns:
+                return both.reshape(T, g.shape[0], both.shape[1]).sum(2).sum(0)
+            return both.reshape(g.shape[0], T * both.shape[1]).sum(1)
         return row_dots(torch.matmul(g, V), a) if d < p else row_dots(torch.matmul(a, V.mT), g)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
@@ -115,19 +117,28 @@ class Outer(Factor):
         N, T, p, d = self.sizes
         c = c.to(self.device, self.dtype)
         each = N * T * (p + d + min(p, d)) * self.dtype.itemsize
-        total: Tensor | None = None
+        if self.batch * each <= limit(self.device):
+            return self._weighed(self.g, self.a, c).reshape(self.shape)
+        total = self._zeros(N, p, d)
         for rows in chunks(self.batch, each, limit(self.device)):
-            g, a = self.g[rows].to(self.dtype), self.a[rows].to(self.dtype)
-            if p < d:
-                g = g * columns(c[rows], g)
-            else:
-                a = a * columns(c[rows], a)
-            count = g.shape[0] * T
-            left, right = (x.transpose(0, 1).reshape(N, count, x.shape[3]) for x in (g, a))
-            # mm writes straight to its result, bmm of one matrix does not
-            part = torch.mm(left[0].mT, right[0]) if N == 1 else torch.bmm(left.mT, right)
-            total = part if total is None else total + part
-        return (self._zeros(N * p * d) if total is None else total).reshape(self.shape)
+            total += self._weighed(self.g[rows], self.a[rows], c[rows])
+        return total.reshape(self.shape)
+
+    def _weighed(self, g: Tensor, a: Tensor, c: Tensor) -> Tensor:
+        """(N, p, d)."""
+        N, _, p, d = self.sizes
+        g, a = g.to(self.dtype), a.to(self.dtype)
+        if p < d:
+            g = g * columns(c, g)
+        else:
+            a = a * columns(c, a)
+        if N == 1:  # mm writes straight to its result, bmm of one matrix does not
+            turns = _take_turns(g)
+            return torch.mm(_rows(g, turns=turns).mT, _rows(a, turns=turns))
+        left, right = (
+            x.transpose(0, 1).reshape(N, x.shape[0] * x.shape[2], x.shape[3]) for x in (g, a)
+        )
+        return torch.bmm(left.mT, right)
 
     def scale(self, c: Tensor) -> "Outer":
         """The smaller of g and a times c[b]."""
@@ -158,3 +169,13 @@ class Outer(Factor):
     def tensors(self) -> tuple[Tensor, ...]:
         """`g` and `a`."""
         return (self.g, self.a)
+
+
+def _take_turns(x: Tensor) -> bool:
+    """Whether the positions of an example are further apart in memory than the examples."""
+    return x.stride(0) < x.stride(2)
+
+
+def _rows(x: Tensor, *, turns: bool) -> Tensor:
+    """(B, 1, T, p) -> (B T, p), in the order of memory if the examples take turns there."""
+    return (x.transpose(0, 2) if turns else x).reshape(x.shape[0] * x.shape[2], x.shape[3])

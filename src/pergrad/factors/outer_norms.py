@@ -30,10 +30,10 @@ def sq_norms(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
     d = a.shape[3]
     if 0 in (B, N, T, p, d):
         return g.new_zeros(B, dtype=result_dtype(g, a))
+    if T == 1:
+        return by_rows(g, a, notes)
     kernel = kernel_for(g, a)
     chosen = _weighed(costs.outer_norm_method, g, a, notes, kernel)
-    if chosen == "rows":
-        return by_rows(g, a, notes)
     if chosen == "direct":
         return direct(g, a)
     if chosen == "fused" and kernel is not None:
