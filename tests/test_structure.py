@@ -16,7 +16,7 @@ LAYERS = [
     ["extras", "factors", "inputs", "retained", "hidden"],
     ["graph", "calibration"],
     ["rules", "held"],
-    ["readers"],
+    ["sharing"],
     ["schedule"],
     ["engine"],
     ["coverage", "precondition"],

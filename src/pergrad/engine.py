@@ -26,13 +26,13 @@ from pergrad.graph import chain, nodes
 from pergrad.graph.layout import describe
 from pergrad.graph.plan import Plan, plan_for
 from pergrad.graph.walk import Graph, Slot
-from pergrad.held import Held
+from pergrad.held import Held, Untouched
 from pergrad.hidden import nothing_hidden
-from pergrad.readers import Source
 from pergrad.retained import retained_untouched
-from pergrad.rules import Situation
+from pergrad.rules import ADDED, Operand, Situation
 from pergrad.rules.fallback import direct, fallback
 from pergrad.schedule import Schedule, Use, schedule_for
+from pergrad.sharing import Source
 
 Emit = Callable[[str, Factor], None]
 
@@ -73,6 +73,20 @@ class Record:
     factor: Factor | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """A bias that waits for the product to whose result it is added, whose norm tells its own."""
+
+    use: Use
+    cotangents: list[Tensor | None]
+    untouched: Untouched
+
+    @property
+    def slot(self) -> int:
+        """The only operand."""
+        return self.use.site.slots[0]
+
+
 @dataclass(slots=True)
 class _Pass:
     """The state of one backward pass."""
@@ -89,13 +103,23 @@ class _Pass:
     missing: dict[Slot, set[Slot]] = field(default_factory=dict)  # ends, by parameter
     found: dict[Slot, list[Held]] = field(default_factory=dict)
     kept: dict[Source, KeptGram] = field(default_factory=dict)  # by where the data come from
+    added: dict[int, _Added] = field(default_factory=dict)  # by the product's node
 
     def __post_init__(self) -> None:
         self.waiting = dict(self.schedule.waiting)
         self.missing = {target: set(ends) for target, ends in self.schedule.missing.items()}
 
     def serve(self, use: Use, cotangents: list[Tensor | None]) -> None:
-        """Factors of every operand of one use."""
+        """Factors of every operand of one use, some of them when a later one is served."""
+        g = cotangents[0]
+        if use.product is None or g is None or self.create_graph:
+            self._serve(use, cotangents, self.added.pop(use.site.node, None))
+        else:
+            self.added[use.product] = _Added(use, cotangents, Untouched([g]))
+
+    def _serve(
+        self, use: Use, cotangents: list[Tensor | None], added: _Added | None = None
+    ) -> None:
         site = use.site
         kept = self._kept(use)
         situation = Situation(
@@ -106,9 +130,11 @@ class _Pass:
             site.layouts,
             use.operands,
             kept,
+            None if added is None else self._bias(added, cotangents[0]),
         )
         alive = any(g is not None for g in cotangents)
         served = use.rule(situation) if use.rule is not None and alive else {}
+        bias = served.pop(ADDED, None)
         if len(served) < len(site.slots):
             rest = [k for k in site.slots if k not in served]
             others: dict[int, Factor | None] = dict.fromkeys(rest)
@@ -121,6 +147,26 @@ class _Pass:
                 self._report(use, k, others[k], "fallback")
         if kept is not None:
             kept.served()
+        if bias is not None and added is not None:
+            self._report(added.use, added.slot, bias, "rule")
+        elif added is not None:
+            self._serve(added.use, added.cotangents)
+
+    def _bias(self, added: _Added, g: Tensor | None) -> Operand | None:
+        """The bias that waits, if its cotangent is g, the product's, as it lies in memory."""
+        end = added.use.ends[added.slot]
+        added.untouched.check(self.graph.targets[self.plan.routes[end][0].target])
+        own = added.cotangents[0]
+        same = (
+            own is not None
+            and g is not None
+            and own.data_ptr() == g.data_ptr()
+            and own.numel() == g.numel()
+            and (own.dtype, own.device) == (g.dtype, g.device)
+            and own.is_contiguous()
+            and g.is_contiguous()
+        )
+        return added.use.operands[added.slot] if same else None
 
     def _kept(self, use: Use) -> KeptGram | None:
         """What the uses that read the same data share; nothing if it has to be differentiable."""

@@ -13,8 +13,8 @@ from pergrad.graph.chain import Route
 from pergrad.graph.plan import Plan
 from pergrad.graph.uses import Site
 from pergrad.graph.walk import Graph, Slot
-from pergrad.readers import Source, common_inputs
 from pergrad.rules import Operand, Rule, calls_node, rule_for
+from pergrad.sharing import Source, common_inputs, products_below
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,7 @@ class Use:
     last_first: tuple[int, ...]  # the operands in the order in which they are handed on
     unruled: str  # the first parameter below, if there is no rule
     reads: Source | None  # where its data come from, if others form the Gram of them too
+    product: int | None  # the node of the product to whose result it adds a bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,11 @@ def schedule_for(graph: Graph, plan: Plan) -> Schedule:
 
 def _schedule(graph: Graph, plan: Plan) -> Schedule:
     common, readers = common_inputs(graph, plan)
-    uses = [_use(graph, plan, site, common.get(site.node)) for site in plan.sites]
+    products = products_below(graph, plan)
+    uses = [
+        _use(graph, plan, site, common.get(site.node), products.get(site.node))
+        for site in plan.sites
+    ]
     waiting: dict[Slot, int] = {}
     for end in plan.ends.values():
         waiting[end.slot] = waiting.get(end.slot, 0) + 1
@@ -103,7 +108,7 @@ def _schedule(graph: Graph, plan: Plan) -> Schedule:
     )
 
 
-def _use(graph: Graph, plan: Plan, site: Site, reads: Source | None) -> Use:
+def _use(graph: Graph, plan: Plan, site: Site, reads: Source | None, product: int | None) -> Use:
     op = graph.op(site.node)
     ends = {k: plan.ends[site.node, k] for k in site.slots}
     rule = rule_for(op)
@@ -119,6 +124,7 @@ def _use(graph: Graph, plan: Plan, site: Site, reads: Source | None) -> Use:
         tuple(sorted(site.slots, reverse=True)),
         "" if rule is not None else below[0],
         reads,
+        product,
     )
 
 

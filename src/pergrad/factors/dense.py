@@ -13,7 +13,15 @@ from torch import Tensor
 from pergrad.factors.base import Factor
 from pergrad.factors.guard import cancels
 from pergrad.factors.notes import Notes
-from pergrad.factors.numeric import Index, columns, flat, result_dtype, row_squares
+from pergrad.factors.numeric import (
+    Index,
+    columns,
+    flat,
+    flat_rows,
+    result_dtype,
+    row_squares,
+    take_turns,
+)
 from pergrad.factors.workspace import by_chunks, chunks, limit
 
 
@@ -132,13 +140,15 @@ class Summed(Dense):
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         """Σ_bt c[b] g[b, t], without the sums of single examples."""
-        B, _, T, p = self.g.shape
+        B, _, T, _ = self.g.shape
         if self._formed is not None or self.g.dtype != self.dtype:
             return super().weighted_sum(c)
         weights = c.to(self.device, self.dtype)
+        turns = take_turns(self.g)
         if T > 1:
-            weights = weights[:, None].expand(B, T).reshape(-1)
-        return torch.mv(self.g.reshape(B * T, p).mT, weights).reshape(self.shape)
+            each = weights.expand(T, B) if turns else weights[:, None].expand(B, T)
+            weights = each.reshape(-1)
+        return torch.mv(flat_rows(self.g, turns=turns).mT, weights).reshape(self.shape)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """`g`."""

@@ -90,3 +90,13 @@ def product(g: Tensor, a: Tensor, dtype: torch.dtype, buffer: Tensor | None = No
         return torch.bmm(left, right).view(B, N, p, d)
     out = buffer[: B * N * p * d].view(B * N, p, d)
     return torch.bmm(left, right, out=out).view(B, N, p, d)
+
+
+def take_turns(x: Tensor) -> bool:
+    """Whether the positions of an example of (B, 1, T, p) are further apart than the examples."""
+    return x.stride(0) < x.stride(2)
+
+
+def flat_rows(x: Tensor, *, turns: bool) -> Tensor:
+    """(B, 1, T, p) -> (B T, p), in the order of memory if the examples take turns there."""
+    return (x.transpose(0, 2) if turns else x).reshape(x.shape[0] * x.shape[2], x.shape[3])

@@ -13,7 +13,15 @@ from torch import Tensor
 from pergrad.factors import outer_norms
 from pergrad.factors.base import Factor
 from pergrad.factors.notes import Notes
-from pergrad.factors.numeric import Index, columns, product, result_dtype, row_dots
+from pergrad.factors.numeric import (
+    Index,
+    columns,
+    flat_rows,
+    product,
+    result_dtype,
+    row_dots,
+    take_turns,
+)
 from pergrad.factors.workspace import by_chunks, chunks, limit
 
 
@@ -104,8 +112,8 @@ class Outer(Factor):
         N, T, p, d = self.sizes
         g, a = g.to(self.dtype), a.to(self.dtype)
         if N == 1:  # one product for all examples and positions
-            turns = _take_turns(g)
-            one, two, W = _rows(g, turns=turns), _rows(a, turns=turns), V[0]
+            turns = take_turns(g)
+            one, two, W = flat_rows(g, turns=turns), flat_rows(a, turns=turns), V[0]
             both = (one @ W) * two if d < p else (two @ W.mT) * one
             if turns:
                 return both.reshape(T, g.shape[0], both.shape[1]).sum(2).sum(0)
@@ -133,8 +141,8 @@ class Outer(Factor):
         else:
             a = a * columns(c, a)
         if N == 1:  # mm writes straight to its result, bmm of one matrix does not
-            turns = _take_turns(g)
-            return torch.mm(_rows(g, turns=turns).mT, _rows(a, turns=turns))
+            turns = take_turns(g)
+            return torch.mm(flat_rows(g, turns=turns).mT, flat_rows(a, turns=turns))
         left, right = (
             x.transpose(0, 1).reshape(N, x.shape[0] * x.shape[2], x.shape[3]) for x in (g, a)
         )
@@ -169,13 +177,3 @@ class Outer(Factor):
     def tensors(self) -> tuple[Tensor, ...]:
         """`g` and `a`."""
         return (self.g, self.a)
-
-
-def _take_turns(x: Tensor) -> bool:
-    """Whether the positions of an example are further apart in memory than the examples."""
-    return x.stride(0) < x.stride(2)
-
-
-def _rows(x: Tensor, *, turns: bool) -> Tensor:
-    """(B, 1, T, p) -> (B T, p), in the order of memory if the examples take turns there."""
-    return (x.transpose(0, 2) if turns else x).reshape(x.shape[0] * x.shape[2], x.shape[3])

@@ -6,7 +6,16 @@ Does not know: how uses are found, what is computed from factors.
 
 from pergrad.rules import bilinear, broadcast, conv, embedding, experts, linear, norm
 from pergrad.rules.linear import data_input
-from pergrad.rules.registry import Operand, Rule, Served, Situation, calls_node, rule_for
+from pergrad.rules.registry import ADDED, Operand, Rule, Served, Situation, calls_node, rule_for
 
-__all__ = ["Operand", "Rule", "Served", "Situation", "calls_node", "data_input", "rule_for"]
+__all__ = [
+    "ADDED",
+    "Operand",
+    "Rule",
+    "Served",
+    "Situation",
+    "calls_node",
+    "data_input",
+    "rule_for",
+]
 _ = (bilinear, broadcast, conv, embedding, experts, linear, norm)

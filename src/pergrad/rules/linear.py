@@ -13,7 +13,7 @@ from torch import Tensor
 from pergrad.factors import Dense, Factor, Outer, Summed
 from pergrad.graph.layout import reshape
 from pergrad.rules.positions import outer, partition, reduced, rows_by_id
-from pergrad.rules.registry import Operand, Served, Situation, rule
+from pergrad.rules.registry import ADDED, Operand, Served, Situation, rule
 
 _LEFT = {"mm": 0, "addmm": 1}  # the input that is the left matrix; the right one follows
 
@@ -40,11 +40,11 @@ def matrix(use: Situation) -> Served:
                 served[first + 1] = outer(a[:, None], scaled[:, None], rows, shape)
             else:
                 left, right = rows.fold(a)[:, None], rows.fold(scaled)[:, None]
-                plain = bool(first) and scale == 1 and _behind_rows(use)
-                notes = use.notes(left, summed=right if plain else None)
+                bias = _plain_bias(use) if scale == 1 else None
+                notes = use.notes(left, summed=right if bias is not None else None)
                 served[first + 1] = Outer(left, right, shape, notes)
-                if plain:
-                    served[0] = Summed(right, use.operands[0].shape, notes)
+                if bias is not None:
+                    served[0 if first else ADDED] = Summed(right, bias.shape, notes)
     if first in use.operands:  # (n, k) weight, (k, m) data: positions are columns
         columns = partition(layout, (1,), use.batch)
         if columns is not None:
@@ -53,13 +53,15 @@ def matrix(use: Situation) -> Served:
     return {**_bias(use), **served} if first and 0 not in served else served
 
 
-def _behind_rows(use: Situation) -> bool:
-    """Whether the summand is one number for each column, as it is: a plain bias."""
+def _plain_bias(use: Situation) -> Operand | None:
+    """The summand, if it is one number for each column, as it is."""
+    if use.name == "mm":
+        return use.added
     bias = use.operands.get(0)
     if bias is None or use.tracing() or use.attr("beta") != 1:
-        return False
+        return None
     columns = use.layout.shape[1]
-    return bias.shape[-1:] == (columns,) and prod(bias.shape) == columns
+    return bias if bias.shape[-1:] == (columns,) == (prod(bias.shape),) else None
 
 
 @rule("bmm", "baddbmm")

@@ -45,6 +45,7 @@ class Situation:
     layouts: tuple[Layout | None, ...]
     operands: dict[int, Operand]  # by slot
     kept: KeptGram | None = None  # of the data, if other ops read them too
+    added: Operand | None = None  # the bias that the op above adds, with these very cotangents
 
     @property
     def g(self) -> Tensor:
@@ -78,6 +79,8 @@ class Situation:
 
 
 Served = dict[int, Factor | None]
+# The place in `Served` of the bias that the op above adds to a product's result.
+ADDED = -1
 Rule = Callable[[Situation], Served]
 
 _RULES: dict[str, Rule] = {}

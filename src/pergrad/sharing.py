@@ -1,7 +1,8 @@
-"""Uses of parameters that read the same data, and have a Gram of them in common.
+"""Uses of parameters that have something to tell each other, found once per plan.
 
-Owns: which they are, found once per plan.
-Does not know: who keeps the Gram (`factors.notes`), tensors.
+Owns: which uses read the same data, and have a Gram of them in common; and which bias is added to
+what a matrix product returns, whose norm tells the bias' too.
+Does not know: who keeps what is shared (`factors.notes`, the engine), tensors.
 """
 
 from math import prod
@@ -10,9 +11,10 @@ import torch
 
 from pergrad.factors import costs
 from pergrad.factors.constants import constants
+from pergrad.graph import nodes
 from pergrad.graph.plan import Plan
 from pergrad.graph.uses import Site
-from pergrad.graph.walk import Graph
+from pergrad.graph.walk import Graph, Slot
 from pergrad.kernels import fused
 from pergrad.rules import data_input
 
@@ -57,7 +59,42 @@ def _source(graph: Graph, site: Site) -> Source | None:
     data = data_input(graph.op(site.node), site.slots)
     if data is None:
         return None
-    child, number = graph.edges[site.node][data]
+    child, number = _behind_views(graph, graph.edges[site.node][data])
+    return (child, number, graph.shape((site.node, 0))[0]) if child >= 0 else None
+
+
+def products_below(graph: Graph, plan: Plan) -> dict[int, int]:
+    """Additions of a bias to what a matrix product returns: the one's node -> the other's.
+
+    So does `F.linear` wherever its input is not contiguous, as in all of `nn.MultiheadAttention`,
+    and `x @ weight + bias`.
+    """
+    products = {
+        site.node
+        for site in plan.sites
+        if graph.op(site.node) == "mm" and data_input("mm", site.slots) is not None
+    }
+    found: dict[int, int] = {}
+    for site in plan.sites:
+        if graph.op(site.node) != "add" or len(site.slots) != 1:
+            continue
+        bias = site.slots[0]
+        other = graph.edges[site.node][1 - bias]
+        node, _ = _behind_views(graph, other)
+        shape, columns = plan.ends[site.node, bias].shape, graph.shape((site.node, 0))[-1:]
+        if (
+            nodes.attribute(graph.nodes[site.node], "alpha") == 1
+            and node in products
+            and node not in found.values()
+            and graph.shape(other) == graph.shape((site.node, 0))
+            and graph.shape((node, 0))[1:] == columns == shape[-1:] == (prod(shape),)
+        ):
+            found[site.node] = node
+    return found
+
+
+def _behind_views(graph: Graph, slot: Slot) -> Slot:
+    child, number = slot
     while child >= 0 and graph.leads[child] and graph.op(child) in ("view", "unsafe_view"):
         child, number = graph.edges[child][0]
-    return (child, number, graph.shape((site.node, 0))[0]) if child >= 0 else None
+    return child, number
