@@ -20,6 +20,7 @@ from pergrad.factors.numeric import (
     flat_rows,
     result_dtype,
     row_squares,
+    row_weights,
     take_turns,
 )
 from pergrad.factors.workspace import by_chunks, chunks, limit
@@ -140,14 +141,10 @@ class Summed(Dense):
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         """Σ_bt c[b] g[b, t], without the sums of single examples."""
-        B, _, T, _ = self.g.shape
         if self._formed is not None or self.g.dtype != self.dtype:
             return super().weighted_sum(c)
-        weights = c.to(self.device, self.dtype)
         turns = take_turns(self.g)
-        if T > 1:
-            each = weights.expand(T, B) if turns else weights[:, None].expand(B, T)
-            weights = each.reshape(-1)
+        weights = row_weights(c.to(self.device, self.dtype), self.g.shape[2], turns=turns)
         return torch.mv(flat_rows(self.g, turns=turns).mT, weights).reshape(self.shape)
 
     def tensors(self) -> tuple[Tensor, ...]:

@@ -100,3 +100,10 @@ def take_turns(x: Tensor) -> bool:
 def flat_rows(x: Tensor, *, turns: bool) -> Tensor:
     """(B, 1, T, p) -> (B T, p), in the order of memory if the examples take turns there."""
     return (x.transpose(0, 2) if turns else x).reshape(x.shape[0] * x.shape[2], x.shape[3])
+
+
+def row_weights(c: Tensor, T: int, *, turns: bool) -> Tensor:
+    """(B T,): the weight c[b] of each of `flat_rows`."""
+    if T == 1:
+        return c
+    return (c.expand(T, len(c)) if turns else c[:, None].expand(len(c), T)).reshape(-1)

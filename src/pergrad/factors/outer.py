@@ -20,9 +20,11 @@ from pergrad.factors.numeric import (
     product,
     result_dtype,
     row_dots,
+    row_weights,
     take_turns,
+    tracing,
 )
-from pergrad.factors.workspace import by_chunks, chunks, limit
+from pergrad.factors.workspace import by_chunks, chunks, lent, limit
 
 
 class Outer(Factor):
@@ -136,17 +138,22 @@ class Outer(Factor):
         """(N, p, d)."""
         N, _, p, d = self.sizes
         g, a = g.to(self.dtype), a.to(self.dtype)
-        if p < d:
-            g = g * columns(c, g)
-        else:
-            a = a * columns(c, a)
-        if N == 1:  # mm writes straight to its result, bmm of one matrix does not
-            turns = take_turns(g)
-            return torch.mm(flat_rows(g, turns=turns).mT, flat_rows(a, turns=turns))
-        left, right = (
-            x.transpose(0, 1).reshape(N, x.shape[0] * x.shape[2], x.shape[3]) for x in (g, a)
-        )
-        return torch.bmm(left.mT, right)
+        if N != 1:
+            g, a = (g * columns(c, g), a) if p < d else (g, a * columns(c, a))
+            left, right = (
+                x.transpose(0, 1).reshape(N, x.shape[0] * x.shape[2], x.shape[3]) for x in (g, a)
+            )
+            return torch.bmm(left.mT, right)
+        turns = take_turns(g)
+        one, two = flat_rows(g, turns=turns), flat_rows(a, turns=turns)
+        weights = row_weights(c, self.g.shape[2], turns=turns)[:, None]
+        # mm writes straight to its result, bmm of one matrix does not
+        if tracing(g, a, c):
+            return torch.mm((one * weights).mT, two) if p < d else torch.mm(one.mT, two * weights)
+        small = one if p < d else two
+        with lent(small.numel(), self.dtype, self.device) as buffer:
+            scaled = torch.mul(small, weights, out=buffer.view(small.shape))
+            return torch.mm(scaled.mT, two) if p < d else torch.mm(one.mT, scaled)
 
     def scale(self, c: Tensor) -> "Outer":
         """The smaller of g and a times c[b]."""
