@@ -35,7 +35,7 @@ from pergrad.factors import (
     mapped,
 )
 from pergrad.factors.guard import cancels
-from pergrad.factors.workspace import CACHE_BYTES, WORTH_KEEPING, lent, limit, workspace
+from pergrad.factors.workspace import CACHE_BYTES, lent, limit, workspace
 
 Cast = Callable[[Tensor], Tensor]
 CONTRACT = settings(max_examples=100, derandomize=True, deadline=None, database=None)
@@ -444,12 +444,12 @@ def test_parameters_of_any_rank(shape):
 
 def test_room_is_lent_to_one_at_a_time_and_renewed_for_every_pass():
     cpu = torch.device("cpu")
-    count = WORTH_KEEPING
-    with torch.inference_mode(), workspace(None), lent(count, torch.float32, cpu) as fresh:
+    count = 2**18
+    with torch.inference_mode(), workspace(None, cpu), lent(count, torch.float32, cpu) as fresh:
         assert fresh.shape == (count,)
-    with torch.inference_mode(), workspace(None), lent(count, torch.float32, cpu) as kept:
+    with torch.inference_mode(), workspace(None, cpu), lent(count, torch.float32, cpu) as kept:
         before = kept.data_ptr()
-    with workspace(None):
+    with workspace(None, cpu):
         with lent(count, torch.float32, cpu) as first, lent(5, torch.float64, cpu) as second:
             first.fill_(1)  # a buffer made in inference mode could not be written here
             second.fill_(2)

@@ -58,7 +58,7 @@ def _stream(
     with sharded.gathered(
         losses, named.values(),
         retain_graph=options.retain_graph, create_graph=options.create_graph,
-    ), workspace(options.chunk_bytes):  # fmt: skip
+    ), workspace(options.chunk_bytes, losses.device):  # fmt: skip
         if losses.shape[0] > 0:
             run(losses, named, options, emit, **more)
 
@@ -347,7 +347,7 @@ def backward(losses: Tensor, params: Params, *, weights: Weights = None, **optio
         # The graph may be gone when the weights are known, so nothing may be left to pull.
         kept[name] = Held(inspect.materialized(factor))
 
-    with workspace(chosen.chunk_bytes):
+    with workspace(chosen.chunk_bytes, losses.device):
         run(losses, named, chosen, emit)
         norms_ = root(total.value)
         if callable(weights):

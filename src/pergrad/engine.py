@@ -414,9 +414,8 @@ def _streaming(losses: Tensor, state: _Pass, options: Options) -> None:
             if inside[0]:
                 return  # a vector-Jacobian product of ours passes here
             inside[0] = True
-            try:
-                with torch.no_grad():
-                    state.serve(use, list(cotangents))
+            try:  # torch does not record a pass without create_graph
+                state.serve(use, list(cotangents))
             finally:
                 inside[0] = False
 

@@ -24,7 +24,7 @@ from pergrad.factors.numeric import (
     take_turns,
     tracing,
 )
-from pergrad.factors.workspace import by_chunks, chunks, lent, limit
+from pergrad.factors.workspace import by_chunks, chunks, lent, limit, scratch
 
 
 class Outer(Factor):
@@ -45,10 +45,11 @@ class Outer(Factor):
     ) -> None:
         if g.dim() == 3:
             g, a = g.unsqueeze(1), a.unsqueeze(1)
-        B, N, T, p = g.shape if g.dim() == 4 else (0, 0, 0, 0)
-        if a.dim() != 4 or a.shape[:3] != (B, N, T) or g.dim() != 4:
-            raise ValueError(f"g {tuple(g.shape)} and a {tuple(a.shape)} do not fit (B, N, T, _).")
-        natural = (N * p, a.shape[3])
+        left, right = tuple(g.shape), tuple(a.shape)
+        if len(left) != 4 or len(right) != 4 or left[:3] != right[:3]:
+            raise ValueError(f"g {left} and a {right} do not fit (B, N, T, _).")
+        B, N, _, p = left
+        natural = (N * p, right[3])
         shape = natural if shape is None else tuple(shape)
         if shape != natural and prod(shape) != prod(natural):
             raise ValueError(f"A matrix {natural} is no parameter of shape {shape}.")
@@ -116,10 +117,9 @@ class Outer(Factor):
         if N == 1:  # one product for all examples and positions
             turns = take_turns(g)
             one, two, W = flat_rows(g, turns=turns), flat_rows(a, turns=turns), V[0]
-            both = (one @ W) * two if d < p else (two @ W.mT) * one
-            if turns:
-                return both.reshape(T, g.shape[0], both.shape[1]).sum(2).sum(0)
-            return both.reshape(g.shape[0], T * both.shape[1]).sum(1)
+            found = _forms(one, W, two) if d < p else _forms(two, W.mT, one)
+            B = g.shape[0]
+            return found.view(T, B).sum(0) if turns else found.view(B, T).sum(1)
         return row_dots(torch.matmul(g, V), a) if d < p else row_dots(torch.matmul(a, V.mT), g)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
@@ -184,3 +184,20 @@ class Outer(Factor):
     def tensors(self) -> tuple[Tensor, ...]:
         """`g` and `a`."""
         return (self.g, self.a)
+
+
+def _forms(x: Tensor, W: Tensor, y: Tensor) -> Tensor:
+    """(n,): x[i] · W y[i], rows of matrices; x W a piece at a time, which stays in the caches."""
+    count, wide = y.shape
+    if tracing(x, W, y):
+        return ((x @ W) * y).sum(1)
+    pieces = chunks(count, wide * y.dtype.itemsize, scratch(y.device))
+    if len(pieces) < 2:
+        return torch.mm(x, W).mul_(y).sum(1)
+    with lent(pieces[0].stop * wide, y.dtype, y.device) as buffer:
+        room = buffer.view(pieces[0].stop, wide)
+        found = [
+            torch.mm(x[rows], W, out=room[: rows.stop - rows.start]).mul_(y[rows]).sum(1)
+            for rows in pieces
+        ]
+    return torch.cat(found)

@@ -49,4 +49,4 @@ def _absorbed(factor: Factor, chain: Isometry) -> Factor:
         done = Rows(factor.ids, factor.g.reshape(*factor.ids.shape, *how[1:]), how)
     if done is None:
         return Mapped(factor, chain)
-    return mapped(done, rest)
+    return mapped(done, rest) if rest else done

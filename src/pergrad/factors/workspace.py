@@ -21,20 +21,21 @@ SHARE_OF_FREE = 8  # at most one part in eight of what is free
 CACHE_BYTES = 4 * 2**20
 # What a kernel needs for each thread at most times; so much is kept between passes.
 THREAD_BYTES = 2 * 2**20
-# Renewing a kept buffer takes longer than fresh memory of less than this.
-WORTH_KEEPING = 2**18
 
 _budget: ContextVar[int | None] = ContextVar("pergrad_workspace", default=None)
 
 
 @contextmanager
-def workspace(size: int | None) -> Iterator[None]:
-    """Temporaries inside this block stay near `size` bytes; None is the default share."""
+def workspace(size: int | None, begins: torch.device | None = None) -> Iterator[None]:
+    """Temporaries inside this block stay near `size` bytes; None is the default share.
+
+    `begins`: the device on which a pass begins here, if one does; see `lent`.
+    """
     if size is not None and size <= 0:
         raise ValueError(f"The budget for temporary buffers must be positive, not {size} bytes.")
     # asked for once, not for every temporary: the answer takes as long as a small matrix product
     token = _budget.set(size if size is not None else limit())
-    if _kept.free and _kept.most >= WORTH_KEEPING:
+    if begins is not None and begins.type == "cpu" and _kept.free:
         with torch.inference_mode(False):  # else it could not be written outside that mode
             _kept.buffer = torch.empty(_kept.most, dtype=torch.uint8, device="cpu")
     try:
@@ -44,11 +45,11 @@ def workspace(size: int | None) -> Iterator[None]:
 
 
 class _Kept(threading.local):
-    """A thread's own buffer on the CPU, as large as any that was lent."""
+    """A thread's own buffer on the CPU, as large as any that was lent, and not small."""
 
     def __init__(self) -> None:
         self.buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self.most = 0  # bytes
+        self.most = CACHE_BYTES
         self.free = True
 
 
@@ -64,7 +65,8 @@ def lent(count: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tenso
     of its heap back to the system, and the next pass pays for them again (for a small transformer
     30,000 page faults, a tenth of the time). A block that stays where a pass needs most memory
     prevents that. So each pass takes a new one at its beginning, when all activations are there,
-    before it returns the last one's.
+    before it returns the last one's; also where nothing will be lent. What nobody writes to is no
+    memory but addresses.
     """
     size = count * dtype.itemsize
     kept = _kept

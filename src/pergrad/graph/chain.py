@@ -7,7 +7,7 @@ Does not know: examples, factors' algebra, rules.
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -33,16 +33,16 @@ class Route:
     start: Slot
     target: Slot
     steps: tuple[Step, ...] | None
+    reads_indices: bool = field(init=False)  # whether a step depends on indices, which are data
 
-    @property
-    def reads_indices(self) -> bool:
-        """Whether a step depends on indices, which are data."""
-        return self.steps is not None and any(step[0] == "look up" for step in self.steps)
+    def __post_init__(self) -> None:
+        looks_up = any(step[0] == "look up" for step in self.steps or ())
+        object.__setattr__(self, "reads_indices", looks_up)
 
 
 def settled(graph: Graph, way: Route) -> tuple[Step, ...] | None:
     """The steps of a route now that its indices can be read; None: use `pull`."""
-    if way.steps is None or not way.reads_indices:
+    if not way.reads_indices or way.steps is None:
         return way.steps
     steps = []
     for step in way.steps:

@@ -88,9 +88,12 @@ def _op_of_type_name(name: str) -> str:
     return snake.lower()
 
 
+_Python = torch.autograd.function.BackwardCFunction
+
+
 def is_python(node: Node) -> bool:
     """Whether the node belongs to a `torch.autograd.Function` written in Python."""
-    return isinstance(node, torch.autograd.function.BackwardCFunction)
+    return isinstance(node, _Python)
 
 
 def op_name(node: Node) -> str:
@@ -133,7 +136,7 @@ def _fields(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
         tensors = {n.removeprefix("_raw_saved_") for n in names if n.startswith("_raw_saved_")}
         plain = [n.removeprefix("_saved_") for n in names if n.startswith("_saved_")]
         known = tuple(n for n in plain if n not in tensors), tuple(sorted(tensors))
-        if issubclass(cls, torch.autograd.function.BackwardCFunction):
+        if issubclass(cls, _Python):
             return known  # a Function's class may be made anew for every model
         _FIELDS[cls] = known
     return known
@@ -141,6 +144,8 @@ def _fields(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _signed(value: Any) -> Any:
     """Dimensions are stored unsigned: 2**64 - 1 is -1."""
+    if type(value) is float:
+        return value
     if isinstance(value, int) and not isinstance(value, bool) and value >= 2**63:
         return value - 2**64
     if isinstance(value, (tuple, list)):
@@ -181,19 +186,16 @@ _READERS: dict[type, Callable[[Node], Any]] = {}  # one entry per kind of node
 
 
 def _reader(cls: type) -> Callable[[Node], Any]:
-    """Reads all plain attributes of a node of this class at once."""
-    known = _READERS.get(cls)
-    if known is None:
-        if issubclass(cls, torch.autograd.function.BackwardCFunction):
-            return _nothing  # such a class may be made anew for every model
-        plain = _fields(cls)[0]
-        known = attrgetter(*["_saved_" + name for name in plain]) if plain else _nothing
-        _READERS[cls] = known
-    return known
+    """Reads what the outputs are and all plain attributes of a node of this class, a tuple."""
+    if issubclass(cls, _Python):
+        return _outputs  # such a class may be made anew for every model
+    fields = ["_saved_" + name for name in _fields(cls)[0]]
+    _READERS[cls] = reader = attrgetter("_input_metadata", *fields) if fields else _outputs
+    return reader
 
 
-def _nothing(node: Node) -> None:
-    return None
+def _outputs(node: Node) -> tuple[Any, ...]:
+    return (node._input_metadata,)
 
 
 def outline(node: Node) -> tuple[Any, ...]:
@@ -201,9 +203,16 @@ def outline(node: Node) -> tuple[Any, ...]:
 
     Not always hashable: see `attributes`. Numbers are as torch stores them, unsigned.
     """
+    cls = type(node)
+    try:
+        outputs, *numbers = (_READERS.get(cls) or _reader(cls))(node)
+    except AttributeError:
+        raise UnsupportedError(_other_fields(node, "_input_metadata")) from None
     name = op_name(node) if is_python(node) else node.name()
-    shapes = [(tuple(m.shape), m.dtype) for m in _input_metadata(node)]
-    return name, *shapes, _reader(type(node))(node)
+    if len(outputs) == 1:  # the most, and faster so
+        (m,) = outputs
+        return name, tuple(m.shape), m.dtype, *numbers
+    return name, *[(tuple(m.shape), m.dtype) for m in outputs], *numbers
 
 
 def _hashable(value: Any) -> Any:
@@ -226,8 +235,10 @@ def saved(node: Node, field: str) -> Any:
         UsageError: the graph was freed by an earlier backward, or the tensor was changed in place.
         UnsupportedError: this release of torch saves something else, or its memory was taken away.
     """
-    _before_reading(node, (field,))
     try:
+        data = getattr(getattr(node, "_raw_saved_" + field, None), "data", None)
+        if not _is_at_hand(data):
+            _before_reading(node, (field,))
         return getattr(node, "_saved_" + field)
     except AttributeError:
         raise UnsupportedError(_other_fields(node, field)) from None
@@ -291,6 +302,12 @@ def _before_reading(node: Node, fields: Sequence[str], *, another: bool = True) 
             if not isinstance(data.handles, _Patient):
                 data.handles = _Patient(data.handles)
             data.handles.free_reads += 1
+
+
+def _is_at_hand(data: Any) -> bool:
+    """Whether this is an ordinary tensor with memory, which most are and which needs no care."""
+    ordinary = type(data) in _PLAIN and data.layout is torch.strided
+    return ordinary and data.untyped_storage().size() > 0
 
 
 def _is_freed(tensor: Tensor) -> bool:
@@ -452,7 +469,7 @@ def hooks_aside(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, list[Callab
 
 def wraps_tensors(tensor: Tensor) -> bool:
     """Whether a tensor is a shell around others (DTensor, quantised, nested)."""
-    return is_traceable_wrapper_subclass(tensor)
+    return type(tensor) not in _PLAIN and is_traceable_wrapper_subclass(tensor)
 
 
 def is_transformed(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from pergrad.graph.chain import Route
 from pergrad.graph.layout import Layout
 from pergrad.graph.measure import measure, verify
 from pergrad.graph.uses import Measured, Mix, Site, Uses, find_uses
-from pergrad.graph.walk import Graph, Slot, walk
+from pergrad.graph.walk import Graph, Key, Slot, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,12 @@ class Plan:
     routes: dict[Slot, list[Route]]  # by the operand's slot
     mixes: list[Mix]
     known_mixed: frozenset[Slot]
+    key: Key
     verified: bool = False  # whether a measurement has agreed
     schedule: Any = None  # what the engine has worked out from it
 
 
-_CACHE: OrderedDict[object, Plan] = OrderedDict()
+_CACHE: OrderedDict[Key, Plan] = OrderedDict()
 _MIXED: OrderedDict[object, frozenset[Slot]] = OrderedDict()
 _VERIFIED: OrderedDict[object, bool] = OrderedDict()
 _CACHE_SIZE = 256
@@ -72,7 +73,7 @@ def plan_for(
     """
     graph = walk(losses, params)
     batch = losses.shape[0]
-    key = (batch, graph.key())
+    key = graph.key(batch)
     plan = _CACHE.get(key)
     if plan is None:
         # That examples meet somewhere may be remembered: treating them so is exact in any case.
@@ -85,13 +86,13 @@ def plan_for(
             return measure(losses, graph, slots)
 
         uses = find_uses(graph, batch, measured, mixed)
-        plan = _plan(graph, uses)
+        plan = _plan(graph, uses, key)
         if not uses.measured and not uses.read_data:
             _remember(_CACHE, key, plan)
         elif uses.known_mixed:
             _remember(_MIXED, key, uses.known_mixed)
     else:
-        _CACHE.move_to_end(key)
+        _CACHE.move_to_end(plan.key)  # the very one in there: no comparison part by part
     _verify(losses, graph, plan, check_layout)
     return graph, plan
 
@@ -134,7 +135,7 @@ def _remember(cache: OrderedDict, key: object, value: object) -> None:
         cache.popitem(last=False)
 
 
-def _plan(graph: Graph, uses: Uses) -> Plan:
+def _plan(graph: Graph, uses: Uses, key: Key) -> Plan:
     ends: dict[tuple[int, int], End] = {}
     for site in uses.sites:
         for k in site.slots:
@@ -147,4 +148,4 @@ def _plan(graph: Graph, uses: Uses) -> Plan:
                               expanded.shared)  # fmt: skip
             ends[site.node, k] = end
     routes = {end.slot: chain.routes(graph, end.slot) for end in ends.values()}
-    return Plan(uses.sites, ends, uses.direct, routes, uses.mixes, uses.known_mixed)
+    return Plan(uses.sites, ends, uses.direct, routes, uses.mixes, uses.known_mixed, key)

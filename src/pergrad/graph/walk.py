@@ -19,6 +19,22 @@ from pergrad.graph.nodes import Meta
 Slot = tuple[int, int]  # (node index, output number)
 
 
+class Key:
+    """What it is made of, hashed once: a look-up in a dictionary would do so each time."""
+
+    __slots__ = ("_hash", "_parts")
+
+    def __init__(self, parts: tuple[Any, ...]) -> None:
+        self._parts = parts
+        self._hash = hash(parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Key) and self._parts == other._parts)
+
+
 @dataclass(slots=True)
 class Graph:
     """Nodes from the losses down; consumers come before producers."""
@@ -54,29 +70,27 @@ class Graph:
         """The nodes below that lead to a parameter."""
         return [c for c, _ in self.edges[index] if c >= 0 and self.leads[c]]
 
-    def key(self) -> tuple[Any, ...]:
-        """Equal for two graphs only if every op, edge, shape, dtype and saved number is."""
+    def key(self, *more: Any) -> "Key":
+        """Equal for two graphs only if every op, edge, shape, dtype and saved number is.
+
+        And whatever else is put into it.
+        """
         outline = nodes.outline
-        rows = [
+        rows: list[tuple[Any, ...]] = [
             (outline(node), below) if leads else below
             for node, below, leads in zip(self.nodes, self.edges, self.leads, strict=True)
         ]
-        key = (tuple(rows), self.root, tuple(self.targets.items()))
+        rest = (self.root, tuple(self.targets.items()), *more)
         try:
-            hash(key)
-        except TypeError:  # a list among what a node saved
-            return self._key_of_any()
-        return key
-
-    def _key_of_any(self) -> tuple[Any, ...]:
-        """`key` where something has to be made hashable first."""
-        rows = [
-            (self.op(i), self.metas(i), below, nodes.attributes(node)) if leads else below
-            for i, (node, below, leads) in enumerate(
-                zip(self.nodes, self.edges, self.leads, strict=True)
-            )
-        ]
-        return (tuple(rows), self.root, tuple(self.targets.items()))
+            return Key((*rows, rest))
+        except TypeError:  # a list among what a node saved: made hashable first
+            rows = [
+                (self.op(i), self.metas(i), below, nodes.attributes(node)) if leads else below
+                for i, (node, below, leads) in enumerate(
+                    zip(self.nodes, self.edges, self.leads, strict=True)
+                )
+            ]
+            return Key((*rows, rest))
 
     def form(self) -> tuple[Any, ...]:
         """As `key`, without sizes: ops and edges."""

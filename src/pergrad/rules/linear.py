@@ -39,7 +39,7 @@ def matrix(use: Situation) -> Served:
             if not rows.foldable:
                 served[first + 1] = outer(a[:, None], scaled[:, None], rows, shape)
             else:
-                left, right = rows.fold(a)[:, None], rows.fold(scaled)[:, None]
+                left, right = rows.fold(a).unsqueeze(1), rows.fold(scaled).unsqueeze(1)
                 bias = _plain_bias(use) if scale == 1 else None
                 notes = use.notes(left, summed=right if bias is not None else None)
                 served[first + 1] = Outer(left, right, shape, notes)

@@ -97,8 +97,9 @@ def rule(*names: str, calls_node: bool = False) -> Callable[[Rule], Rule]:
     def add(function: Rule) -> Rule:
         @wraps(function)
         def real_only(use: Situation) -> Served:
-            if any(g is not None and g.is_complex() for g in use.cotangents):
-                return {}
+            for g in use.cotangents:
+                if g is not None and g.is_complex():
+                    return {}
             return function(use)
 
         for name in names:
