@@ -7,7 +7,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 import pergrad
-from pergrad import engine
+from pergrad import serving
 from pergrad.graph import nodes, plan, transfer
 from pergrad.graph.layout import Layout
 
@@ -119,13 +119,13 @@ def test_a_torch_without_metadata(read) -> None:
 
 
 def test_a_use_that_the_pass_misses(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    serve = engine._Pass.serve
+    serve = serving.Pass.serve
 
     def forgetful(self, use, cotangents):
         if use.site is not self.plan.sites[0]:
             serve(self, use, cotangents)
 
-    monkeypatch.setattr(engine._Pass, "serve", forgetful)
+    monkeypatch.setattr(serving.Pass, "serve", forgetful)
     with pytest.raises(pergrad.UnsupportedError, match=r"did not come by(.|\n)*`2\.weight`"):
         pergrad.norms(losses(model), model)
 

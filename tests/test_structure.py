@@ -18,6 +18,7 @@ LAYERS = [
     ["rules", "held"],
     ["sharing"],
     ["schedule"],
+    ["serving"],
     ["engine"],
     ["coverage", "precondition"],
     ["matrix"],

@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pergrad
-from pergrad.engine import _Pass
+from pergrad.serving import Pass
 from workloads import Step
 
 
@@ -21,8 +21,8 @@ def norms(step: Step) -> Callable[..., None]:
     def run(batch: tuple[Any, ...]) -> None:
         # every hook is there and is called with its cotangents; none is served
         with (
-            mock.patch.object(_Pass, "serve", _nothing),
-            mock.patch.object(_Pass, "check_complete", _nothing),
+            mock.patch.object(Pass, "serve", _nothing),
+            mock.patch.object(Pass, "check_complete", _nothing),
         ):
             pergrad.norms(step.losses(batch), step.model)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pergrad import inputs
 from pergrad.coverage import Coverage, coverage_of
-from pergrad.engine import Emit, Options, Record, run
+from pergrad.engine import Options, run
 from pergrad.errors import UnsupportedError, UsageError
 from pergrad.factors import Factor, inspect
 from pergrad.factors.workspace import workspace
@@ -21,6 +21,7 @@ from pergrad.graph import nodes, sharded
 from pergrad.held import Held
 from pergrad.inputs import Direction, Params
 from pergrad.matrix import GradientMatrix, root, zeros_for
+from pergrad.serving import Emit, Record
 
 Weights = Tensor | Callable[[Tensor], Tensor] | None
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pergrad.engine import Record, module_of
+from pergrad.engine import module_of
 from pergrad.factors import Factor, inspect
+from pergrad.serving import Record
 
 
 @dataclass(frozen=True, slots=True)
