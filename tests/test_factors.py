@@ -1,5 +1,6 @@
 """One contract for all factors: the algebra of each is that of its dense()."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pergrad.factors import (
     Computed,
@@ -461,6 +463,58 @@ def test_room_is_lent_to_one_at_a_time_and_renewed_for_every_pass():
             again.fill_(3)
         with lent(CACHE_BYTES, torch.float32, cpu) as large:
             assert large.data_ptr() != first.data_ptr()
+
+
+def test_a_thread_without_a_pass_has_a_buffer_too():
+    cpu, found = torch.device("cpu"), []
+
+    def ask() -> None:
+        for _ in range(2):
+            with lent(1000, torch.float32, cpu) as room:
+                found.append(room.data_ptr())
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("T", [1, 3, 400])
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated"
+)  # torch's own, in forward mode
+def test_products_with_weights_and_directions_within_transforms(T):
+    """vmap and forward mode hand in tensors that stand for others, and no buffer takes them."""
+    torch.manual_seed(0)
+    g, a, c, v = (
+        torch.randn(size, dtype=torch.float64) for size in ((4, T, 5), (4, T, 6), (3, 4), (3, 5, 6))
+    )
+    f = Outer(g, a)
+    G = f.dense()
+    for budget in (None, 1000):
+        with workspace(budget):
+            sums, along = torch.vmap(f.weighted_sum)(c), torch.vmap(f.matvec)(v)
+            torch.testing.assert_close(sums, torch.einsum("kb,bij->kij", c, G))
+            torch.testing.assert_close(along, torch.einsum("kij,bij->kb", v, G))
+            for function, at, want in ((f.weighted_sum, c, sums), (f.matvec, v, along)):
+                _, change = torch.func.jvp(function, (at[0],), (at[1],))
+                torch.testing.assert_close(change, want[1])
+                with forward_ad.dual_level():
+                    out = function(forward_ad.make_dual(at[0], at[1]))
+                    torch.testing.assert_close(forward_ad.unpack_dual(out).tangent, want[1])
+
+
+def test_a_bias_that_was_summed_keeps_no_cotangents():
+    g, a = torch.randn(4, 1, 50, 3), torch.randn(4, 1, 50, 2)
+    notes = Notes(summed=g)
+    weight, bias = Outer(g, a, notes=notes), Summed(g, (3,), notes)
+    assert isinstance(inspect.formed(weight), Dense)  # 50 positions of 5, or one matrix of 6
+    kept = inspect.formed(bias)
+    assert [t.shape for t in kept.tensors()] == [(4, 3)]
+    torch.testing.assert_close(kept.dense(), g.sum((1, 2)))
+    notes.sq_norms = g.sum((1, 2)).square().sum(1)  # as a Gram would tell
+    told = Summed(g, (3,), notes)
+    assert inspect.formed(told) is told
 
 
 def test_chunks_never_change_a_result():

@@ -97,3 +97,41 @@ def test_results_are_float32(dtype: torch.dtype) -> None:
     norms = pergrad.backward(values(), model)
     assert norms.dtype == torch.float32
     assert model.weight.grad.dtype == dtype
+
+
+def test_a_call_under_autocast_is_the_call_outside() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8)), torch.randn(7, 9, 64)
+    v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    c = torch.rand(7)
+
+    def values() -> Tensor:
+        return model(x).square().mean((1, 2))
+
+    def numbers() -> dict[str, Tensor]:
+        found = {name: verb(values(), model) for name, verb in (
+            ("norms", pergrad.norms), ("gram", pergrad.gram),
+        )}  # fmt: skip
+        J = pergrad.gradients(values(), model)
+        model.zero_grad()
+        found["of backward"] = pergrad.backward(values(), model, weights=c)
+        found |= {f".grad of {name}": p.grad for name, p in model.named_parameters()}
+        found |= {f"sum by {name}": value for name, value in (J.T @ c).items()}
+        return found | {
+            "dots": pergrad.dots(values(), model, against=v), "J @ v": J @ v, "J Jᵀ": J @ J.T,
+            "differentiable": pergrad.norms(values(), model, create_graph=True).detach(),
+        }  # fmt: skip
+
+    outside = numbers()
+    forward = model.forward
+
+    def exactly(*inputs: Tensor) -> Tensor:  # the forward pass outside, all else inside
+        with torch.autocast("cpu", enabled=False):
+            return forward(*inputs)
+
+    model.forward = exactly
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = numbers()
+        assert torch.is_autocast_enabled("cpu")
+    for name, value in outside.items():
+        assert torch.equal(inside[name], value), name

@@ -1,5 +1,6 @@
 """Rules of ops in all their forms, against the loop; that they are rules, and no fallback."""
 
+import warnings
 from collections.abc import Callable, Mapping
 
 import naive
@@ -46,6 +47,36 @@ def agrees(losses: Tensor, params: Params, *, rule: bool = True, tolerance: floa
     assert_agrees(got, wanted, norms * length, tolerance)
     live = pergrad.norms(losses, params, create_graph=True)
     assert_agrees(live.detach(), norms, norms, tolerance)
+
+
+# --- Numbers as operands -------------------------------------------------------------------------
+
+NUMBERS = {  # torch's own C++ adds and multiplies by numbers without making tensors of them
+    "added": lambda h: F.poisson_nll_loss(h, torch.ones_like(h), log_input=False, reduction="none"),
+    "subtracted": lambda h: h[:, None] @ h[:, :, None] - torch.logit(h.sigmoid(), eps=1e-6),
+    "multiplied": lambda h: torch.trapezoid(h.unflatten(1, (2, 2)), dx=3.0),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_is_an_operand(name):
+    """Above the mixed output of a layer, the op with the number is where the parameters enter."""
+    model, x = nn.Linear(4, 4), torch.rand(5, 4)
+    with torch.no_grad():
+        model.weight.abs_()
+        model.bias.abs_()
+
+    def losses() -> Tensor:
+        h = model(x)
+        return NUMBERS[name](h).flatten(1).sum(1) + h.mean()
+
+    with pytest.raises(pergrad.MixedExamplesError, match="on_mixing"):
+        pergrad.norms(losses(), model)
+    want = naive.norms(naive.loop_grads(losses(), model))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pergrad.FallbackWarning)
+        got = pergrad.norms(losses(), model, on_mixing="exact")
+    assert_agrees(got, want, want)
 
 
 # --- Embedding bags ------------------------------------------------------------------------------

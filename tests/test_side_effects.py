@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from helpers import assert_agrees
+from helpers import assert_agrees, assert_rows_agree
 from torch import Tensor, nn
 
 import pergrad
@@ -437,6 +437,36 @@ def test_within_a_hook_of_a_backward_pass() -> None:
     y.register_hook(lambda g: found.append(pergrad.norms(losses, model)))
     y.sum().backward()
     assert_agrees(found[0], norms, norms)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_a_pass_that_a_hook_runs_is_not_taken_for_ours(create_graph: bool) -> None:
+    torch.manual_seed(0)
+    first, last = nn.Linear(4, 4), nn.Linear(4, 3)
+    model, x = nn.ModuleList([first, last]), torch.randn(5, 4)
+    passes = []
+
+    def losses() -> Tensor:
+        h = torch.tanh(first(x))
+        out = last(h)
+        penalty, y = out.sin().sum(), out.square()
+
+        def hook(g: Tensor) -> None:  # before the pass has come to `last`
+            passes.append(torch.autograd.grad(penalty, h, retain_graph=True)[0])
+
+        y.register_hook(hook)
+        return y.sum(1)
+
+    want = naive.loop_grads(losses(), model)
+    norms = naive.norms(want)
+    options = {"create_graph": create_graph}
+    passes.clear()
+    assert_agrees(pergrad.norms(losses(), model, **options).detach(), norms, norms, 1e-5)
+    assert len(passes) == 1
+    gram = pergrad.gram(losses(), model, **options).detach()
+    assert_agrees(gram, naive.gram(want), norms[:, None] * norms, 1e-5)
+    J = pergrad.gradients(losses(), model, **options)
+    assert_rows_agree(J.detach().dense(), want, norms=norms, tolerance=1e-5)
 
 
 # -- tensors that retain their gradient, wherever the collector has them --------------------------

@@ -192,17 +192,14 @@ def _streaming(losses: Tensor, state: Pass, options: Options) -> None:
     requests = state.schedule.requests_for(graph, plan)
     wanted = requests.wanted
     handles = []
-    inside = [False]
+    own: list[int] = []
 
     def hook_for(use: Use) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(cotangents: tuple[Tensor | None, ...]) -> None:
-            if inside[0]:
-                return  # a vector-Jacobian product of ours passes here
-            inside[0] = True
-            try:  # torch does not record a pass without create_graph
+            # Others may come by: vector-Jacobian products of ours, a pass that a user's hook runs.
+            if nodes.pass_number() in own:
+                # not recorded by torch: this pass has no create_graph
                 state.serve(use, list(cotangents))
-            finally:
-                inside[0] = False
 
         return hook
 
@@ -212,7 +209,7 @@ def _streaming(losses: Tensor, state: Pass, options: Options) -> None:
         if not wanted:
             return
         keep = options.retain_graph or requests.keep
-        grads = _gradients(losses, graph, wanted, retain_graph=keep)
+        grads = _gradients(losses, graph, wanted, retain_graph=keep, number=own)
     finally:
         for handle in handles:
             handle.remove()
@@ -237,11 +234,16 @@ def _gradients(
     *,
     retain_graph: bool | None = None,
     create_graph: bool = False,
+    number: list[int] | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """torch's backward pass from losses seeded with ones."""
+    """torch's backward pass from losses seeded with ones; its number goes to the list."""
     with torch.enable_grad():
         # A sum, not a vector of ones as grad_outputs: that would make torch import sympy, 35 MB.
         total = losses.sum()
+    if number is not None:
+        assert total.grad_fn is not None
+        # nobody else has this node, and the pass begins with it
+        total.grad_fn.register_prehook(lambda _: number.append(nodes.pass_number()))
     with nodes.in_our_words():
         return torch.autograd.grad(
             total, [graph.edge(slot) for slot in wanted], allow_unused=True,

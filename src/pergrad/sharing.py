@@ -2,7 +2,7 @@
 
 Owns: which uses read the same data, and have a Gram of them in common; and which bias is added to
 what a matrix product returns, whose norm tells the bias' too.
-Does not know: who keeps what is shared (`factors.notes`, the engine), tensors.
+Does not know: who keeps what is shared (`factors.notes`, `serving`), tensors.
 """
 
 from math import prod
@@ -16,7 +16,7 @@ from pergrad.graph.plan import Plan
 from pergrad.graph.uses import Site
 from pergrad.graph.walk import Graph, Slot
 from pergrad.kernels import fused
-from pergrad.rules import data_input
+from pergrad.rules import data_input, one_for_each
 
 Source = tuple[int, int, int]  # a slot of the graph, and the rows in which it is read
 
@@ -76,10 +76,11 @@ def products_below(graph: Graph, plan: Plan) -> dict[int, int]:
     }
     found: dict[int, int] = {}
     for site in plan.sites:
-        if graph.op(site.node) != "add" or len(site.slots) != 1:
+        inputs = graph.edges[site.node]  # one, where a number is added
+        if graph.op(site.node) != "add" or len(site.slots) != 1 or len(inputs) != 2:
             continue
         bias = site.slots[0]
-        other = graph.edges[site.node][1 - bias]
+        other = inputs[1 - bias]
         node, _ = _behind_views(graph, other)
         shape, columns = plan.ends[site.node, bias].shape, graph.shape((site.node, 0))[-1:]
         if (
@@ -87,7 +88,8 @@ def products_below(graph: Graph, plan: Plan) -> dict[int, int]:
             and node in products
             and node not in found.values()
             and graph.shape(other) == graph.shape((site.node, 0))
-            and graph.shape((node, 0))[1:] == columns == shape[-1:] == (prod(shape),)
+            and graph.shape((node, 0))[1:] == columns
+            and one_for_each(columns[0], shape)
         ):
             found[site.node] = node
     return found

@@ -12,7 +12,7 @@ from pergrad.factors import outer_norms
 from pergrad.factors.base import Factor
 from pergrad.factors.combined import Placed, Sum
 from pergrad.factors.correlation import Correlation
-from pergrad.factors.dense import Dense, Zero
+from pergrad.factors.dense import Dense, Summed, Zero
 from pergrad.factors.lazy import Computed, Pulled, Scaled
 from pergrad.factors.mapped import Embedded, Mapped
 from pergrad.factors.outer import Outer
@@ -43,6 +43,8 @@ def formed(factor: Factor) -> Factor:
         small = factor.batch * factor.bytes_per_row <= held
         if small and method(factor) in ("direct", "convolution"):
             return Dense(factor.dense())
+    if isinstance(factor, Summed) and factor.notes.sq_norms is None:
+        return Dense(factor.values)
     return factor
 
 

@@ -8,6 +8,7 @@ from math import prod
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Index = slice | Tensor
 
@@ -24,6 +25,21 @@ def result_dtype(*tensors: Tensor) -> torch.dtype:
 def tracing(*tensors: Tensor) -> bool:
     """Whether autograd records: then no buffer may be written twice."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def ordinary(*tensors: Tensor) -> bool:
+    """Whether these are numbers in memory that nobody differentiates: a buffer may be written.
+
+    Within vmap and its kin a tensor stands for others, and in forward mode it has a tangent.
+    """
+    if tracing(*tensors):
+        return False
+    try:
+        for tensor in tensors:
+            tensor.data_ptr()
+    except RuntimeError:
+        return False
+    return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in tensors)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ from pergrad.factors.numeric import (
     Index,
     columns,
     flat_rows,
+    ordinary,
     product,
     result_dtype,
     row_dots,
     row_weights,
     take_turns,
-    tracing,
 )
 from pergrad.factors.workspace import by_chunks, chunks, lent, limit, scratch
 
@@ -129,8 +129,9 @@ class Outer(Factor):
         each = N * T * (p + d + min(p, d)) * self.dtype.itemsize
         if self.batch * each <= limit(self.device):
             return self._weighed(self.g, self.a, c).reshape(self.shape)
-        total = self._zeros(N, p, d)
-        for rows in chunks(self.batch, each, limit(self.device)):
+        first, *rest = chunks(self.batch, each, limit(self.device))
+        total = self._weighed(self.g[first], self.a[first], c[first])
+        for rows in rest:
             total += self._weighed(self.g[rows], self.a[rows], c[rows])
         return total.reshape(self.shape)
 
@@ -148,7 +149,7 @@ class Outer(Factor):
         one, two = flat_rows(g, turns=turns), flat_rows(a, turns=turns)
         weights = row_weights(c, self.g.shape[2], turns=turns)[:, None]
         # mm writes straight to its result, bmm of one matrix does not
-        if tracing(g, a, c):
+        if not ordinary(g, a, c):
             return torch.mm((one * weights).mT, two) if p < d else torch.mm(one.mT, two * weights)
         small = one if p < d else two
         with lent(small.numel(), self.dtype, self.device) as buffer:
@@ -189,7 +190,7 @@ class Outer(Factor):
 def _forms(x: Tensor, W: Tensor, y: Tensor) -> Tensor:
     """(n,): x[i] · W y[i], rows of matrices; x W a piece at a time, which stays in the caches."""
     count, wide = y.shape
-    if tracing(x, W, y):
+    if not ordinary(x, W, y):
         return ((x @ W) * y).sum(1)
     pieces = chunks(count, wide * y.dtype.itemsize, scratch(y.device))
     if len(pieces) < 2:

@@ -7,7 +7,7 @@ Does not know: factors. A chunk size never changes a result beyond rounding.
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from math import prod
 
@@ -29,17 +29,18 @@ _budget: ContextVar[int | None] = ContextVar("pergrad_workspace", default=None)
 def workspace(size: int | None, begins: torch.device | None = None) -> Iterator[None]:
     """Temporaries inside this block stay near `size` bytes; None is the default share.
 
-    `begins`: the device on which a pass begins here, if one does; see `lent`.
+    Nor is any product rounded on the way: autocast is off. `begins`: the device on which a pass
+    begins here, or what is like one; see `lent`.
     """
     if size is not None and size <= 0:
         raise ValueError(f"The budget for temporary buffers must be positive, not {size} bytes.")
     # asked for once, not for every temporary: the answer takes as long as a small matrix product
     token = _budget.set(size if size is not None else limit())
     if begins is not None and begins.type == "cpu" and _kept.free:
-        with torch.inference_mode(False):  # else it could not be written outside that mode
-            _kept.buffer = torch.empty(_kept.most, dtype=torch.uint8, device="cpu")
+        _kept.renew()
     try:
-        yield
+        with _nothing_cast():
+            yield
     finally:
         _budget.reset(token)
 
@@ -52,8 +53,26 @@ class _Kept(threading.local):
         self.most = CACHE_BYTES
         self.free = True
 
+    def renew(self) -> None:
+        """Other memory of the size that was needed at most."""
+        with torch.inference_mode(False):  # else it could not be written outside that mode
+            # no torch.empty, which writes to all of it if asked for deterministic algorithms
+            memory = torch.UntypedStorage(self.most, device="cpu")
+            self.buffer = torch.empty(0, dtype=torch.uint8, device="cpu").set_(memory)
+
 
 _kept = _Kept()
+
+
+def _nothing_cast() -> AbstractContextManager[object]:
+    """Autocast off, where it is on."""
+    on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    if not on:
+        return nullcontext()
+    stack = ExitStack()
+    for kind in on:
+        stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
 
 
 @contextmanager
@@ -75,6 +94,8 @@ def lent(count: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tenso
         yield torch.empty(count, dtype=dtype, device=device)
         return
     kept.most = max(kept.most, size)
+    if not kept.buffer.numel():  # products in a thread that has had no pass
+        kept.renew()
     if size > kept.buffer.numel():
         yield torch.empty(count, dtype=dtype, device=device)
         return

@@ -43,6 +43,7 @@ __all__ = [
     "op_name",
     "outline",
     "outside_pass",
+    "pass_number",
     "raw_call",
     "reentrant_checkpoint",
     "saved",
@@ -206,8 +207,8 @@ def outline(node: Node) -> tuple[Any, ...]:
     cls = type(node)
     try:
         outputs, *numbers = (_READERS.get(cls) or _reader(cls))(node)
-    except AttributeError:
-        raise UnsupportedError(_other_fields(node, "_input_metadata")) from None
+    except AttributeError as error:
+        raise UnsupportedError(_other_fields(node, error.name or "_input_metadata")) from None
     name = op_name(node) if is_python(node) else node.name()
     if len(outputs) == 1:  # the most, and faster so
         (m,) = outputs
@@ -298,7 +299,7 @@ def _before_reading(node: Node, fields: Sequence[str], *, another: bool = True) 
                     "torch.distributed.fsdp, or keep the weights in memory until pergrad is done."
                 )
         # outside a pass every read recomputes anyway
-        elif another and _is_holder(data) and torch._C._current_graph_task_id() != -1:
+        elif another and _is_holder(data) and pass_number() != -1:
             if not isinstance(data.handles, _Patient):
                 data.handles = _Patient(data.handles)
             data.handles.free_reads += 1
@@ -392,13 +393,18 @@ def raw_call(
     return tuple(results)[:count] + (None,) * (count - len(results))
 
 
+def pass_number() -> int:
+    """Which of torch's backward passes this thread is in; -1 if it is in none."""
+    return torch._C._current_graph_task_id()
+
+
 def outside_pass(work: Callable[[], Result]) -> Result:
     """Run `work` as if no backward pass were under way.
 
     Inside a pass, a direct call of a node leaves out the gradients that the pass does not want.
     The pass is known to its own thread only.
     """
-    if torch._C._current_graph_task_id() == -1:
+    if pass_number() == -1:
         return work()
     outcome: list[Result] = []
     failure: list[BaseException] = []

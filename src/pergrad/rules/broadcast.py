@@ -37,12 +37,13 @@ def elementwise(use: Situation) -> Served:
 @rule("add", "sub", "rsub")
 def add(use: Situation) -> Served:
     """self + alpha * other, self - alpha * other, other - alpha * self."""
-    alpha = use.attr("alpha")
-    factors = {"add": (1, alpha), "sub": (1, -alpha), "rsub": (-alpha, 1)}[use.name]
+    plain = 1 if use.name == "rsub" else 0
     served: Served = {}
     for slot in use.operands:
         factor = reduced(use.g, use.layout, use.operands[slot].shape, use.batch)
-        by = factors[slot]
+        # asked for where it is needed: with a number as the other operand, torch saves no alpha
+        by = 1 if slot == plain else use.attr("alpha")
+        by = by if slot == plain or use.name == "add" else -by
         served[slot] = factor if by == 1 else Dense(factor.values * by)
     return served
 
@@ -53,7 +54,8 @@ def mul(use: Situation) -> Served:
     local = {}
     for slot in use.operands:
         other = use.saved(("other", "self")[slot])
-        if other is not None and not use.g.is_complex() and not other.is_complex():
+        # a number is left to the op itself, and so are complex operands
+        if isinstance(other, Tensor) and not use.g.is_complex() and not other.is_complex():
             local[slot] = use.g * other
     return _serve(use, local)
 

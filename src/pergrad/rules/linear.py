@@ -24,6 +24,11 @@ def data_input(name: str, operands: Collection[int]) -> int | None:
     return left if left is not None and left not in operands and left + 1 in operands else None
 
 
+def one_for_each(columns: int, shape: tuple[int, ...]) -> bool:
+    """Whether a summand of this shape is one number for each column of a product: a plain bias."""
+    return shape[-1:] == (columns,) == (prod(shape),)
+
+
 @rule("mm", "addmm")
 def matrix(use: Situation) -> Served:
     """out = beta * bias + alpha * left @ right, two matrices."""
@@ -60,8 +65,7 @@ def _plain_bias(use: Situation) -> Operand | None:
     bias = use.operands.get(0)
     if bias is None or use.tracing() or use.attr("beta") != 1:
         return None
-    columns = use.layout.shape[1]
-    return bias if bias.shape[-1:] == (columns,) == (prod(bias.shape),) else None
+    return bias if one_for_each(use.layout.shape[1], bias.shape) else None
 
 
 @rule("bmm", "baddbmm")
