@@ -23,12 +23,13 @@ from pergrad.inputs import Direction, Params
 from pergrad.matrix import GradientMatrix, root, zeros_for
 from pergrad.serving import Emit, Record
 
+_DEFAULT = Options()
 Weights = Tensor | Callable[[Tensor], Tensor] | None
 
 
 def _prepare(losses: Tensor, params: Params, options: dict[str, Any]) -> tuple:
     try:
-        chosen = Options(**options)
+        chosen = Options(**options) if options else _DEFAULT
     except TypeError:
         known = ", ".join(Options.__dataclass_fields__)
         wrong = ", ".join(name for name in options if name not in Options.__dataclass_fields__)

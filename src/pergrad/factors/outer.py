@@ -23,6 +23,7 @@ from pergrad.factors.numeric import (
     row_dots,
     row_weights,
     take_turns,
+    tracing,
 )
 from pergrad.factors.workspace import by_chunks, chunks, lent, limit, scratch
 
@@ -190,10 +191,10 @@ class Outer(Factor):
 def _forms(x: Tensor, W: Tensor, y: Tensor) -> Tensor:
     """(n,): x[i] · W y[i], rows of matrices; x W a piece at a time, which stays in the caches."""
     count, wide = y.shape
-    if not ordinary(x, W, y):
+    if tracing(x, W, y):
         return ((x @ W) * y).sum(1)
     pieces = chunks(count, wide * y.dtype.itemsize, scratch(y.device))
-    if len(pieces) < 2:
+    if len(pieces) < 2 or not ordinary(x, W, y):
         return torch.mm(x, W).mul_(y).sum(1)
     with lent(pieces[0].stop * wide, y.dtype, y.device) as buffer:
         room = buffer.view(pieces[0].stop, wide)

@@ -8,7 +8,7 @@ Does not know: examples, layouts, parameters' names, rules.
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from operator import attrgetter
@@ -95,6 +95,11 @@ _Python = torch.autograd.function.BackwardCFunction
 def is_python(node: Node) -> bool:
     """Whether the node belongs to a `torch.autograd.Function` written in Python."""
     return isinstance(node, _Python)
+
+
+def in_python(found: Iterable[Node]) -> list[Node]:
+    """Those that belong to a `torch.autograd.Function` written in Python."""
+    return [node for node in found if isinstance(node, _Python)]
 
 
 def op_name(node: Node) -> str:
@@ -205,15 +210,20 @@ def outline(node: Node) -> tuple[Any, ...]:
     Not always hashable: see `attributes`. Numbers are as torch stores them, unsigned.
     """
     cls = type(node)
+    known = _READERS.get(cls)  # of torch's own nodes alone
     try:
-        outputs, *numbers = (_READERS.get(cls) or _reader(cls))(node)
+        outputs, *numbers = (known or _reader(cls))(node)
     except AttributeError as error:
         raise UnsupportedError(_other_fields(node, error.name or "_input_metadata")) from None
-    name = op_name(node) if is_python(node) else node.name()
+    name = node.name() if known is not None else _outline_name(node)
     if len(outputs) == 1:  # the most, and faster so
         (m,) = outputs
         return name, tuple(m.shape), m.dtype, *numbers
     return name, *[(tuple(m.shape), m.dtype) for m in outputs], *numbers
+
+
+def _outline_name(node: Node) -> str:
+    return op_name(node) if is_python(node) else node.name()
 
 
 def _hashable(value: Any) -> Any:

@@ -139,9 +139,8 @@ def walk(losses: Tensor, params: Mapping[str, Tensor]) -> Graph:
     ]
     targets = _find_targets(params, index, edges)
     leads, pure = _classify(ordered, edges, targets)
-    for node in ordered:
-        if nodes.is_python(node):
-            _refuse(node)
+    for node in nodes.in_python(ordered):
+        _refuse(node)
     return Graph(ordered, edges, (index[root.node], root.output_nr), targets, leads, pure)
 
 
