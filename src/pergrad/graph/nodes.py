@@ -215,15 +215,11 @@ def outline(node: Node) -> tuple[Any, ...]:
         outputs, *numbers = (known or _reader(cls))(node)
     except AttributeError as error:
         raise UnsupportedError(_other_fields(node, error.name or "_input_metadata")) from None
-    name = node.name() if known is not None else _outline_name(node)
+    name = op_name(node) if known is None and is_python(node) else node.name()
     if len(outputs) == 1:  # the most, and faster so
         (m,) = outputs
         return name, tuple(m.shape), m.dtype, *numbers
     return name, *[(tuple(m.shape), m.dtype) for m in outputs], *numbers
-
-
-def _outline_name(node: Node) -> str:
-    return op_name(node) if is_python(node) else node.name()
 
 
 def _hashable(value: Any) -> Any:
