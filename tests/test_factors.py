@@ -37,7 +37,7 @@ from pergrad.factors import (
     mapped,
 )
 from pergrad.factors.guard import cancels
-from pergrad.factors.workspace import CACHE_BYTES, lent, limit, workspace
+from pergrad.factors.workspace import CACHE_BYTES, lent, limit, pass_begins, workspace
 
 Cast = Callable[[Tensor], Tensor]
 CONTRACT = settings(max_examples=100, derandomize=True, deadline=None, database=None)
@@ -444,25 +444,31 @@ def test_parameters_of_any_rank(shape):
             torch.testing.assert_close(f.dot(h), flat.square().sum(1))
 
 
-def test_room_is_lent_to_one_at_a_time_and_renewed_for_every_pass():
+def test_room_is_lent_to_one_at_a_time_and_renewed_for_every_large_pass():
     cpu = torch.device("cpu")
     count = 2**18
-    with torch.inference_mode(), workspace(None, cpu), lent(count, torch.float32, cpu) as fresh:
-        assert fresh.shape == (count,)
-    with torch.inference_mode(), workspace(None, cpu), lent(count, torch.float32, cpu) as kept:
-        before = kept.data_ptr()
-    with workspace(None, cpu):
-        with lent(count, torch.float32, cpu) as first, lent(5, torch.float64, cpu) as second:
-            first.fill_(1)  # a buffer made in inference mode could not be written here
-            second.fill_(2)
-            assert first.shape == (count,)
-            assert (first == 1).all()
-            assert first.data_ptr() != before
-        with lent(3, torch.float64, cpu) as again, torch.inference_mode():
-            assert again.data_ptr() == first.data_ptr()
-            again.fill_(3)
-        with lent(CACHE_BYTES, torch.float32, cpu) as large:
-            assert large.data_ptr() != first.data_ptr()
+    with torch.inference_mode():
+        pass_begins(cpu, CACHE_BYTES)
+        with lent(count, torch.float32, cpu) as kept:
+            assert kept.shape == (count,)
+            before = kept.data_ptr()
+    pass_begins(cpu, CACHE_BYTES - 1)
+    with lent(count, torch.float32, cpu) as same:
+        assert same.data_ptr() == before
+    pass_begins(cpu, CACHE_BYTES)
+    with lent(count, torch.float32, cpu) as first, lent(5, torch.float64, cpu) as second:
+        first.fill_(1)  # a buffer made in inference mode could not be written here
+        second.fill_(2)
+        assert first.shape == (count,)
+        assert (first == 1).all()
+        assert first.data_ptr() != before
+        pass_begins(cpu, CACHE_BYTES)  # of another pass within this one: not under its feet
+        assert (first == 1).all()
+    with lent(3, torch.float64, cpu) as again, torch.inference_mode():
+        assert again.data_ptr() == first.data_ptr()
+        again.fill_(3)
+    with lent(CACHE_BYTES, torch.float32, cpu) as large:
+        assert large.data_ptr() != first.data_ptr()
 
 
 def test_a_thread_without_a_pass_has_a_buffer_too():

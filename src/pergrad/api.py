@@ -48,9 +48,9 @@ def _prepare(losses: Tensor, params: Params, options: dict[str, Any]) -> tuple:
 def result_dtype(named: Mapping[str, Tensor]) -> torch.dtype:
     """That of the parameters, never less than float32."""
     dtype = torch.float32
-    for p in named.values():
-        if p.is_floating_point():
-            dtype = torch.promote_types(dtype, p.dtype)
+    for other in {p.dtype for p in named.values()}:
+        if other.is_floating_point:
+            dtype = torch.promote_types(dtype, other)
     return dtype
 
 
@@ -60,7 +60,7 @@ def _stream(
     with sharded.gathered(
         losses, named.values(),
         retain_graph=options.retain_graph, create_graph=options.create_graph,
-    ), workspace(options.chunk_bytes, losses.device):  # fmt: skip
+    ), workspace(options.chunk_bytes):  # fmt: skip
         if losses.shape[0] > 0:
             run(losses, named, options, emit, **more)
 
@@ -349,7 +349,7 @@ def backward(losses: Tensor, params: Params, *, weights: Weights = None, **optio
         # The graph may be gone when the weights are known, so nothing may be left to pull.
         kept[name] = Held(inspect.materialized(factor))
 
-    with workspace(chosen.chunk_bytes, losses.device):
+    with workspace(chosen.chunk_bytes):
         run(losses, named, chosen, emit)
         norms_ = root(total.value)
         if callable(weights):

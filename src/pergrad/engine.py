@@ -21,6 +21,7 @@ from pergrad.errors import (
     users_line,
 )
 from pergrad.factors import Computed, Factor
+from pergrad.factors.workspace import pass_begins
 from pergrad.graph import nodes
 from pergrad.graph.plan import Plan, plan_for
 from pergrad.graph.walk import Graph, Slot
@@ -72,6 +73,7 @@ def run(
     ):
         graph, plan = plan_for(losses, params, options.check_layout)
         schedule = schedule_for(graph, plan)
+        pass_begins(losses.device, schedule.held)
         if options.create_graph and any(map(nodes.is_compiled, graph.nodes)):
             raise UnsupportedError(
                 "The losses go through a region compiled by torch.compile, which has no second "

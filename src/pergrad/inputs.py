@@ -39,12 +39,12 @@ def named(params: Params) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, p in pairs:
-        if isinstance(p, tuple) and len(p) == 2 and isinstance(p[1], Tensor):
-            raise UsageError(
-                "`params` holds pairs (name, tensor). Pass dict(model.named_parameters()) or the "
-                "model itself."
-            )
         if not isinstance(p, Tensor):
+            if isinstance(p, tuple) and len(p) == 2 and isinstance(p[1], Tensor):
+                raise UsageError(
+                    "`params` holds pairs (name, tensor). Pass dict(model.named_parameters()) or "
+                    "the model itself."
+                )
             raise UsageError(f"`params` holds a {type(p).__name__} under {name!r}, not a tensor.")
         if p.requires_grad and id(p) not in seen:
             if p.is_complex():

@@ -7,6 +7,7 @@ Does not know: tensors, factors, options.
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from math import prod
 
 from pergrad.graph import nodes
 from pergrad.graph.chain import Route
@@ -56,6 +57,7 @@ class Schedule:
     compiled: bool  # whether a compiled region uses parameters
     pulled: frozenset[int]  # the nodes that vector-Jacobian products may go through
     requests: Requests  # if no block is checkpointed
+    held: int  # bytes of what the ops above parameters returned
 
     def requests_for(self, graph: Graph, plan: Plan) -> Requests:
         """What to ask of the pass over this very graph."""
@@ -105,7 +107,12 @@ def _schedule(graph: Graph, plan: Plan) -> Schedule:
         compiled,
         pulled,
         _requests(graph, plan, uses, (), pulled, compiled=compiled),
-    )
+        sum(
+            prod(meta.shape) * meta.dtype.itemsize
+            for i in range(len(graph.nodes)) if graph.leads[i] and not graph.pure[i]
+            for meta in graph.metas(i)
+        ),
+    )  # fmt: skip
 
 
 def _use(graph: Graph, plan: Plan, site: Site, reads: Source | None, product: int | None) -> Use:

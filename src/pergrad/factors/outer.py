@@ -55,14 +55,10 @@ class Outer(Factor):
         if shape != natural and prod(shape) != prod(natural):
             raise ValueError(f"A matrix {natural} is no parameter of shape {shape}.")
         super().__init__(B, shape, g.device, result_dtype(g, a))
+        self.sizes = (N, left[2], p, right[3])  # (N, T, p, d)
         self.g = g
         self.a = a
         self.notes = notes  # what `sq_norms` leaves for others, and may take from them
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """(N, T, p, d)."""
-        return (*self.g.shape[1:], self.a.shape[3])
 
     @property
     def aligned(self) -> bool:
@@ -119,6 +115,8 @@ class Outer(Factor):
             turns = take_turns(g)
             one, two, W = flat_rows(g, turns=turns), flat_rows(a, turns=turns), V[0]
             found = _forms(one, W, two) if d < p else _forms(two, W.mT, one)
+            if T == 1:
+                return found
             B = g.shape[0]
             return found.view(T, B).sum(0) if turns else found.view(B, T).sum(1)
         return row_dots(torch.matmul(g, V), a) if d < p else row_dots(torch.matmul(a, V.mT), g)

@@ -26,18 +26,15 @@ _budget: ContextVar[int | None] = ContextVar("pergrad_workspace", default=None)
 
 
 @contextmanager
-def workspace(size: int | None, begins: torch.device | None = None) -> Iterator[None]:
+def workspace(size: int | None) -> Iterator[None]:
     """Temporaries inside this block stay near `size` bytes; None is the default share.
 
-    Nor is any product rounded on the way: autocast is off. `begins`: the device on which a pass
-    begins here, or what is like one; see `lent`.
+    Nor is any product rounded on the way: autocast is off.
     """
     if size is not None and size <= 0:
         raise ValueError(f"The budget for temporary buffers must be positive, not {size} bytes.")
     # asked for once, not for every temporary: the answer takes as long as a small matrix product
     token = _budget.set(size if size is not None else limit())
-    if begins is not None and begins.type == "cpu" and _kept.free:
-        _kept.renew()
     try:
         with _nothing_cast():
             yield
@@ -64,6 +61,12 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
+def pass_begins(device: torch.device, held: int) -> None:
+    """A pass begins on this device, whose ops returned `held` bytes; see `lent`."""
+    if held >= CACHE_BYTES and device.type == "cpu" and _kept.free:
+        _kept.renew()
+
+
 def _nothing_cast() -> AbstractContextManager[object]:
     """Autocast off, where it is on."""
     on = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
@@ -85,7 +88,8 @@ def lent(count: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tenso
     30,000 page faults, a tenth of the time). A block that stays where a pass needs most memory
     prevents that. So each pass takes a new one at its beginning, when all activations are there,
     before it returns the last one's; also where nothing will be lent. What nobody writes to is no
-    memory but addresses.
+    memory but addresses. A small model's pass, whose activations take less than the block, returns
+    no pages worth the trouble.
     """
     size = count * dtype.itemsize
     kept = _kept

@@ -121,9 +121,8 @@ def _input_metadata(node: Node) -> Any:
         raise UnsupportedError(_other_fields(node, "_input_metadata")) from None
 
 
-def edges(node: Node) -> tuple[tuple[Node | None, int], ...]:
-    """(node, output number) of each differentiable input of the op; None where it needs none."""
-    return node.next_functions
+# (node, output number) of each differentiable input of the op; None where it needs none.
+edges: Callable[[Node], tuple[tuple[Node | None, int], ...]] = attrgetter("next_functions")
 
 
 def leaf_variable(node: Node) -> Tensor | None:
@@ -150,7 +149,10 @@ def _fields(cls: type) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def _signed(value: Any) -> Any:
     """Dimensions are stored unsigned: 2**64 - 1 is -1."""
-    if type(value) is float:
+    kind = type(value)
+    if kind is int:
+        return value if value < 2**63 else value - 2**64
+    if kind is float:
         return value
     if isinstance(value, int) and not isinstance(value, bool) and value >= 2**63:
         return value - 2**64
@@ -189,19 +191,21 @@ def attributes(node: Node) -> tuple[Any, ...]:
 
 
 _READERS: dict[type, Callable[[Node], Any]] = {}  # one entry per kind of node
+_Leaf: type = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
+_of_leaf = attrgetter("variable.shape", "variable.dtype")
 
 
 def _reader(cls: type) -> Callable[[Node], Any]:
-    """Reads what the outputs are and all plain attributes of a node of this class, a tuple."""
+    """Reads all plain attributes of a node of this class."""
     if issubclass(cls, _Python):
-        return _outputs  # such a class may be made anew for every model
+        return _nothing  # such a class may be made anew for every model
     fields = ["_saved_" + name for name in _fields(cls)[0]]
-    _READERS[cls] = reader = attrgetter("_input_metadata", *fields) if fields else _outputs
+    _READERS[cls] = reader = attrgetter(*fields) if fields else _nothing
     return reader
 
 
-def _outputs(node: Node) -> tuple[Any, ...]:
-    return (node._input_metadata,)
+def _nothing(_: Node) -> tuple[()]:
+    return ()
 
 
 def outline(node: Node) -> tuple[Any, ...]:
@@ -210,16 +214,19 @@ def outline(node: Node) -> tuple[Any, ...]:
     Not always hashable: see `attributes`. Numbers are as torch stores them, unsigned.
     """
     cls = type(node)
+    if cls is _Leaf:  # many, and faster so
+        return _of_leaf(node)
     known = _READERS.get(cls)  # of torch's own nodes alone
     try:
-        outputs, *numbers = (known or _reader(cls))(node)
+        numbers = (known or _reader(cls))(node)
+        outputs = node._input_metadata
     except AttributeError as error:
         raise UnsupportedError(_other_fields(node, error.name or "_input_metadata")) from None
     name = op_name(node) if known is None and is_python(node) else node.name()
-    if len(outputs) == 1:  # the most, and faster so
+    if len(outputs) == 1:  # the most
         (m,) = outputs
-        return name, tuple(m.shape), m.dtype, *numbers
-    return name, *[(tuple(m.shape), m.dtype) for m in outputs], *numbers
+        return name, tuple(m.shape), m.dtype, numbers
+    return name, tuple([(tuple(m.shape), m.dtype) for m in outputs]), numbers
 
 
 def _hashable(value: Any) -> Any:

@@ -30,11 +30,16 @@ Group = Any  # torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGr
 _MODULE = "torch.distributed.fsdp._fully_shard._fsdp_state"
 
 
+def _nobody() -> bool:
+    """Whether nobody can have called fully_shard in this process."""
+    return _MODULE not in sys.modules
+
+
 def _states() -> list[State]:
     """The states of all modules of this process that FSDP2 manages, each once."""
-    module = sys.modules.get(_MODULE)
-    if module is None:  # nobody can have called fully_shard
+    if _nobody():
         return []
+    module = sys.modules[_MODULE]
     from torch.distributed._composable_state import _module_state_mapping
 
     found = {id(state): state for ref in list(_module_state_mapping.values())
@@ -68,6 +73,8 @@ def whole(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     A whole one has no memory until it is gathered.
     """
+    if _nobody():
+        return dict(params)
     known: dict[int, Tensor] = {}
     with _known():
         for p in _managed():
@@ -130,6 +137,9 @@ def gathered(
     Raises:
         UnsupportedError: create_graph, whose results would need the weights when they are freed.
     """
+    if _nobody():
+        yield
+        return
     with _known():
         states = _touched(losses, params)
     if not states:

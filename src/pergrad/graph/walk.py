@@ -175,22 +175,22 @@ def topological(root: Any) -> tuple[list[Any], list[Any]]:
     """Every node below `root`, each before what it reads from; and what that is, node by node."""
     finished: list[Any] = []
     below: list[Any] = []
-    inputs: dict[Any, Any] = {}
-    done: set[Any] = set()
+    seen: set[Any] = set()
     stack = [root]
+    edges = nodes.edges
     while stack:
-        node = stack[-1]
-        if node not in inputs:
-            inputs[node] = found = nodes.edges(node)
+        node = stack.pop()
+        if type(node) is tuple:  # all below it has been finished
+            node, found = node
+            finished.append(node)
+            below.append(found)
+        elif node not in seen:  # it was pushed once for each node above it
+            seen.add(node)
+            found = edges(node)
+            stack.append((node, found))
             for child, _ in found:
-                if child is not None and child not in inputs:
+                if child is not None and child not in seen:
                     stack.append(child)
-        else:
-            stack.pop()
-            if node not in done:  # it was pushed once for each node above it
-                done.add(node)
-                finished.append(node)
-                below.append(inputs[node])
     finished.reverse()
     below.reverse()
     return finished, below
@@ -200,7 +200,13 @@ def _find_targets(
     params: Mapping[str, Tensor], index: dict[Any, int], edges: list[tuple[tuple[int, int], ...]]
 ) -> dict[Slot, str]:
     targets: dict[Slot, str] = {}
-    leaves = {id(p): name for name, p in params.items() if p.is_leaf}
+    leaves: dict[int, str] = {}
+    middle: list[tuple[str, Tensor]] = []
+    for name, p in params.items():
+        if p.grad_fn is None:
+            leaves[id(p)] = name
+        else:  # a tensor in the middle of the graph
+            middle.append((name, p))
     for node, i in index.items():
         if edges[i]:
             continue
@@ -211,15 +217,13 @@ def _find_targets(
                 "many layers into one and frees it between passes: pergrad cannot tell which "
                 "gradient is whose. Use `fully_shard` of torch.distributed.fsdp instead."
             )
-        if variable is not None:
-            name = leaves.get(id(variable))
-            if name is not None:
-                targets[i, 0] = name
-    for name, p in params.items():
-        if p.grad_fn is not None:  # a tensor in the middle of the graph
-            i = index.get(p.grad_fn, -1)
-            if i >= 0:
-                targets.setdefault((i, p.output_nr), name)
+        known = leaves.get(id(variable))
+        if known is not None:
+            targets[i, 0] = known
+    for name, p in middle:
+        i = index.get(p.grad_fn, -1)
+        if i >= 0:
+            targets.setdefault((i, p.output_nr), name)
     return targets
 
 
@@ -232,19 +236,17 @@ def _classify(
 ) -> tuple[list[bool], list[bool]]:
     leads = [False] * len(ordered)
     pure = [False] * len(ordered)
-    at_node = {i for i, _ in targets}
+    for i, _ in targets:
+        leads[i] = pure[i] = True
     for i in range(len(ordered) - 1, -1, -1):
-        if i in at_node:
-            leads[i] = pure[i] = True
+        if leads[i] or not edges[i]:
             continue
-        all_pure = bool(edges[i])
+        all_pure = True
         for child, _ in edges[i]:
             if child < 0:
                 all_pure = False
             else:
-                if leads[child]:
-                    leads[i] = True
-                if not pure[child]:
-                    all_pure = False
+                leads[i] = leads[i] or leads[child]
+                all_pure = all_pure and pure[child]
         pure[i] = all_pure and nodes.op_name(ordered[i]) not in _LOOKUPS
     return leads, pure

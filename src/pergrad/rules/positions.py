@@ -47,6 +47,13 @@ class Partition:
             return rows.reshape(self.batch, inner, rows.shape[1])
         return rows.reshape(outer, self.batch, rows.shape[1]).transpose(0, 1)
 
+    def alone(self, rows: Tensor) -> Tensor:
+        """(R, p) -> (B, 1, T, p), the same memory; if foldable."""
+        outer, inner = self.buckets[0].outer, self.buckets[0].inner
+        if outer == 1:
+            return rows.reshape(self.batch, 1, inner, rows.shape[1])
+        return rows.reshape(outer, self.batch, 1, rows.shape[1]).permute(1, 2, 0, 3)
+
     def gather(self, rows: Tensor, bucket: Bucket, fill: float = 0) -> Tensor:
         """(R, *rest) -> (n, positions, *rest) for the examples of one bucket."""
         rest = rows.shape[1:]
