@@ -16,7 +16,7 @@ LAYERS = [
     ["extras", "factors", "inputs", "retained", "hidden"],
     ["graph", "calibration"],
     ["rules", "held"],
-    ["sharing"],
+    ["sharing", "doubts"],
     ["schedule"],
     ["serving"],
     ["engine"],

@@ -6,6 +6,7 @@ Does not know: how factors come about.
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from pergrad import inputs
 from pergrad.coverage import Coverage, coverage_of
+from pergrad.doubts import Doubts
 from pergrad.engine import Options, run
 from pergrad.errors import UnsupportedError, UsageError
 from pergrad.factors import Factor, inspect
@@ -60,9 +62,24 @@ def _stream(
     with sharded.gathered(
         losses, named.values(),
         retain_graph=options.retain_graph, create_graph=options.create_graph,
-    ), workspace(options.chunk_bytes):  # fmt: skip
+    ), workspace(options.chunk_bytes, losses.device):  # fmt: skip
         if losses.shape[0] > 0:
             run(losses, named, options, emit, **more)
+
+
+def _stream_sq_norms(
+    losses: Tensor,
+    named: Mapping[str, Tensor],
+    options: Options,
+    add: Callable[[str, Tensor], None],
+) -> None:
+    """Call `add` with squared norms (B,) of each parameter, once or more often."""
+    doubts = Doubts()
+
+    def emit(name: str, factor: Factor) -> None:
+        doubts.sq_norms(name, factor, partial(add, name))
+
+    _stream(losses, named, options, emit, finish=doubts.settle)
 
 
 def norms(losses: Tensor, params: Params, **options: Any) -> Tensor:
@@ -100,7 +117,7 @@ def norms(losses: Tensor, params: Params, **options: Any) -> Tensor:
     """
     named, losses, chosen = _prepare(losses, params, options)
     total = _Total(losses, named, (losses.shape[0],))
-    _stream(losses, named, chosen, lambda name, f: total.add(f.sq_norms()))
+    _stream_sq_norms(losses, named, chosen, lambda _, squares: total.add(squares))
     return _result(root(total.value), chosen)
 
 
@@ -132,13 +149,14 @@ def norms_by_parameter(losses: Tensor, params: Params, **options: Any) -> dict[s
     dtype = result_dtype(named)
     found: dict[str, Tensor] = {}
 
-    def emit(name: str, factor: Factor) -> None:
-        found[name] = root(factor.sq_norms().to(dtype))
+    def add(name: str, squares: Tensor) -> None:
+        squares = squares.to(dtype)
+        found[name] = found[name] + squares if name in found else squares
 
-    _stream(losses, named, chosen, emit)
+    _stream_sq_norms(losses, named, chosen, add)
     batch = losses.shape[0]
     return {
-        name: _result(found[name], chosen) if name in found
+        name: _result(root(found[name]), chosen) if name in found
         else torch.zeros(batch, dtype=dtype, device=p.device)
         for name, p in named.items()
     }  # fmt: skip
@@ -342,15 +360,16 @@ def backward(losses: Tensor, params: Params, *, weights: Weights = None, **optio
     if batch == 0:
         return total.value
     kept: dict[str, Held] = {}
+    doubts = Doubts()
 
     def emit(name: str, factor: Factor) -> None:
         factor = inspect.formed(factor)  # the norm and the sum need the same rows
-        total.add(factor.sq_norms())
+        doubts.sq_norms(name, factor, total.add)
         # The graph may be gone when the weights are known, so nothing may be left to pull.
         kept[name] = Held(inspect.materialized(factor))
 
-    with workspace(chosen.chunk_bytes):
-        run(losses, named, chosen, emit)
+    with workspace(chosen.chunk_bytes, losses.device):
+        run(losses, named, chosen, emit, finish=doubts.settle)
         norms_ = root(total.value)
         if callable(weights):
             weights = inputs.check_weights(weights(norms_), losses)

@@ -121,7 +121,7 @@ def calibrate(
             f"Products in {dtype!r} are not measured; pass torch.float32 or torch.float64."
         )
     before = constants(device, dtype)
-    with workspace(None), torch.no_grad():
+    with workspace(None, device), torch.no_grad():
         cases = tuple(measure(device, dtype))
     found = fit(cases, before)
     path = keep(device, dtype, found)

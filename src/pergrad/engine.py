@@ -8,6 +8,7 @@ Does not know: how a use is served (`serving`), what a caller makes of the facto
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from contextvars import copy_context
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,12 @@ def run(
     emit: Emit,
     *,
     records: list[Record] | None = None,
+    finish: Callable[[], None] | None = None,
 ) -> None:
-    """Call `emit(name, factor)` once for every parameter that the losses reach."""
+    """Call `emit(name, factor)` once for every parameter that the losses reach.
+
+    And `finish` after the last one, where nothing is recorded unless create_graph is asked for.
+    """
     with (
         retained_untouched(),
         nothing_hidden(params),
@@ -98,6 +103,9 @@ def run(
         else:
             _streaming(losses, state, options)
         state.check_complete()
+        if finish is not None:
+            with torch.set_grad_enabled(options.create_graph):
+                finish()
 
 
 def _through(
@@ -197,11 +205,14 @@ def _streaming(losses: Tensor, state: Pass, options: Options) -> None:
     own: list[int] = []
 
     def hook_for(use: Use) -> Callable[[tuple[Tensor | None, ...]], None]:
+        # For a GPU, hooks run in a thread of torch's, which knows nothing of the caller's budget.
+        context = copy_context()
+
         def hook(cotangents: tuple[Tensor | None, ...]) -> None:
             # Others may come by: vector-Jacobian products of ours, a pass that a user's hook runs.
             if nodes.pass_number() in own:
                 # not recorded by torch: this pass has no create_graph
-                state.serve(use, list(cotangents))
+                context.run(state.serve, use, list(cotangents))
 
         return hook
 

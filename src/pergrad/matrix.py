@@ -5,6 +5,7 @@ Does not know: how factors came about.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pergrad import inputs
+from pergrad.doubts import Doubts
 from pergrad.errors import UsageError
 from pergrad.factors import Factor, Zero
 from pergrad.factors.workspace import workspace
@@ -105,13 +107,29 @@ class GradientMatrix:
 
     def norms(self) -> Tensor:
         """Euclidean norm of every row, (B,)."""
-        with self._working():
-            return root(self._sum(lambda name, f: f.sq_norms(), (self._batch,)))
+        total = torch.zeros(self._batch, dtype=self.dtype, device=self.device)
+        for squares in self._sq_norms().values():
+            total = total + squares.to(total)
+        return root(total)
 
     def norms_by_parameter(self) -> dict[str, Tensor]:
         """Euclidean norm of every row's part for each parameter, name -> (B,)."""
+        return {name: root(squares) for name, squares in self._sq_norms().items()}
+
+    def _sq_norms(self) -> dict[str, Tensor]:
+        """Of every row's part for each parameter."""
+        found: dict[str, Tensor] = {}
+
+        def add(name: str, squares: Tensor) -> None:
+            squares = squares.to(self.dtype)
+            found[name] = found[name] + squares if name in found else squares
+
         with self._working():
-            return {n: root(f.sq_norms().to(self.dtype)) for n, f in self._factors.items()}
+            doubts = Doubts()
+            for name, f in self._factors.items():
+                doubts.sq_norms(name, f, partial(add, name))
+            doubts.settle()
+        return found
 
     def gram(self) -> Tensor:
         """All inner products between rows, J Jᵀ, (B, B)."""
@@ -267,7 +285,7 @@ class GradientMatrix:
 
     def _working(self) -> Any:
         self._check_versions()
-        return workspace(self._chunk_bytes)
+        return workspace(self._chunk_bytes, self.device)
 
     def _check_versions(self) -> None:
         for name, held in self._held.items():

@@ -27,6 +27,7 @@ class Factor(ABC):
     device: torch.device
     dtype: torch.dtype
     tiles = True  # whether `tile` costs its share of `dense`; else it costs all of it
+    guarded = False  # whether `sq_norms` returns what `guard.repaired` does, or needs no guard
 
     def __init__(
         self, batch: int, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype

@@ -44,6 +44,8 @@ class Correlation(Factor):
         shape: the parameter's; its elements in order are those of (O, C / groups, *kernel).
     """
 
+    guarded = True
+
     def __init__(
         self,
         g: Tensor,
@@ -230,19 +232,18 @@ class Correlation(Factor):
 
     def sq_norms_by(self, method: str) -> Tensor:
         """‖G[b]‖² by one of `norm_method`'s methods."""
+        sizes: Tensor | None
         if method == "convolution":
             return self._by_convolutions()
         if method == "shift":
             norms, sizes = self._by_shifts()
         elif method == "fused shift":
-            norms, sizes, trusted = self._by_fused_shifts()
-            if trusted:
-                return norms
+            norms, sizes = self._by_fused_shifts()
         else:
-            return self._by_patches()
-        return repaired(
-            norms, sizes, lambda rows: self._select(rows)._by_patches(force_direct=True)
-        )
+            norms, sizes = self._by_patches()
+        if sizes is None:
+            return norms
+        return repaired(norms, sizes, lambda rows: self._select(rows)._directly())
 
     def _kernels(self) -> Iterator[tuple[slice, Tensor]]:
         """torch's own gradient for some examples at a time: (n, O, C / groups, *kernel).
@@ -270,15 +271,26 @@ class Correlation(Factor):
         found = [last_squares(grads.flatten(2), self.dtype) for _, grads in self._kernels()]
         return torch.cat(found).sum(1)
 
-    def _by_patches(self, *, force_direct: bool = False) -> Tensor:
+    def _by_patches(self) -> tuple[Tensor, Tensor | None]:
+        pieces = chunks(self.batch, self.patch_bytes, scratch(self.device))
+        outers = map(self.outer, pieces)
+        found = [outer_norms.unrepaired(part.g, part.a) for part in outers]
+        norms = torch.cat([one for one, _ in found])
+        if all(size is None for _, size in found):
+            return norms, None
+        # no size at all where no Gram was taken
+        sizes = [torch.zeros_like(one) if size is None else size for one, size in found]
+        return norms, torch.cat(sizes)
+
+    def _directly(self) -> Tensor:
         def piece(rows: slice) -> Tensor:
             part = self.outer(rows)
-            return outer_norms.direct(part.g, part.a) if force_direct else part.sq_norms()
+            return outer_norms.direct(part.g, part.a)
 
         return by_chunks(self.batch, self.patch_bytes, piece, like=self._zeros(0),
                          budget=scratch(self.device))  # fmt: skip
 
-    def _by_fused_shifts(self) -> tuple[Tensor, Tensor, bool]:
+    def _by_fused_shifts(self) -> tuple[Tensor, Tensor | None]:
         kernel = self.shift_kernel
         assert kernel is not None
         N, T, p, _ = self.sizes
@@ -287,7 +299,8 @@ class Correlation(Factor):
         )
         g = self.g.reshape(self.batch, N, p, T)
         x = self.x.reshape(self.batch, N, self.x.shape[1] // N, -1)
-        return fused_shifts(kernel, g.mT, x.mT, grid)
+        norms, sizes, trusted = fused_shifts(kernel, g.mT, x.mT, grid)
+        return norms, None if trusted else sizes
 
     def _by_shifts(self) -> tuple[Tensor, Tensor]:
         N, T, _, _ = self.sizes

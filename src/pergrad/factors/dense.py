@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pergrad.factors.base import Factor
-from pergrad.factors.guard import cancels
+from pergrad.factors.guard import repaired
 from pergrad.factors.notes import Notes
 from pergrad.factors.numeric import (
     Index,
@@ -111,6 +111,8 @@ class Summed(Dense):
         notes: those of the weight's `Outer`, whose norms tell this one's too.
     """
 
+    guarded = True
+
     def __init__(self, g: Tensor, shape: tuple[int, ...], notes: Notes) -> None:
         Factor.__init__(self, g.shape[0], shape, g.device, result_dtype(g))
         self.g = g
@@ -132,12 +134,11 @@ class Summed(Dense):
         noted, sizes = self.notes.sq_norms, self.notes.sizes
         if noted is None:
             return super().sq_norms()
-        if sizes is None:
-            return noted
-        doubtful = cancels(noted, sizes)
-        if not bool(doubtful.any()):
-            return noted
-        return torch.where(doubtful, super().sq_norms(), noted)
+        return noted if sizes is None else repaired(noted, sizes, self._sq_norms_of)
+
+    def _sq_norms_of(self, rows: Tensor) -> Tensor:
+        """Of some examples, from their sums."""
+        return row_squares(self.values[rows].to(self.dtype))
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         """Σ_bt c[b] g[b, t], without the sums of single examples."""

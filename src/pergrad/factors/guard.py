@@ -1,10 +1,12 @@
 """Whether a Gram's result may be trusted.
 
-Owns: the limit of κ, and the examples above it.
-Does not know: what is done instead.
+Owns: the limit of κ, the examples above it, and whether these are looked at now or later.
+Does not know: what is done instead, and when it is later.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -22,7 +24,30 @@ def cancels(norms: Tensor, sizes: Tensor) -> Tensor:
     return ~(sizes <= KAPPA_LIMIT[norms.dtype] ** 2 * norms)
 
 
-def repaired(norms: Tensor, sizes: Tensor, again: Callable[[Tensor], Tensor]) -> Tensor:
+Again = Callable[[Tensor], Tensor]  # rows -> their squared norms, computed another way
+_postponed: ContextVar[list[tuple[Tensor, Again]] | None] = ContextVar("postponed", default=None)
+
+
+def repaired(norms: Tensor, sizes: Tensor, again: Again) -> Tensor:
     """The norms, and those of examples that cancel as `again` has them."""
-    rows = cancels(norms, sizes).nonzero()[:, 0]
+    doubtful = cancels(norms, sizes)
+    later = _postponed.get()
+    if later is not None:
+        later.append((doubtful, again))
+        return norms.masked_fill(doubtful, 0)
+    rows = doubtful.nonzero()[:, 0]
     return norms.index_copy(0, rows, again(rows)) if len(rows) else norms
+
+
+@contextmanager
+def postponed() -> Iterator[list[tuple[Tensor, Again]]]:
+    """What `repaired` would repair in this block is 0 for now, and noted: (who is doubtful, again).
+
+    For one factor whose `sq_norms` ends in `repaired`, see `Factor.guarded`.
+    """
+    found: list[tuple[Tensor, Again]] = []
+    token = _postponed.set(found)
+    try:
+        yield found
+    finally:
+        _postponed.reset(token)

@@ -114,6 +114,7 @@ class Mapped(Factor):
         super().__init__(factor.batch, isometry.target, factor.device, factor.dtype)
         self.factor = factor
         self.isometry = isometry
+        self.guarded = factor.guarded
 
     @property
     def bytes_per_row(self) -> int:
@@ -179,7 +180,7 @@ class Embedded(Factor):
         super().__init__(factor.batch, shape, factor.device, factor.dtype)
         self.factor = factor
         self.index = (dim, lo, hi)
-        self.tiles = factor.tiles
+        self.tiles, self.guarded = factor.tiles, factor.guarded
 
     @property
     def bytes_per_row(self) -> int:

@@ -44,6 +44,14 @@ def ordinary(*tensors: Tensor) -> bool:
     return True
 
 
+def reading_waits(device: torch.device) -> bool:
+    """Whether the CPU runs ahead of a device, so that to read a number is to wait until it is done.
+
+    And it has nothing to do afterwards until the CPU has told it more.
+    """
+    return device.type != "cpu"
+
+
 def flat(x: Tensor) -> Tensor:
     """(B, ...) as (B, elements), also for B = 0 and for x of one dimension."""
     return x.reshape(x.shape[0], prod(x.shape[1:]))

@@ -37,6 +37,8 @@ class Outer(Factor):
         shape: the parameter's; its elements in order are those of the matrix (N p, d).
     """
 
+    guarded = True
+
     def __init__(
         self,
         g: Tensor,

@@ -26,23 +26,27 @@ _Found = TypeVar("_Found")
 
 def sq_norms(g: Tensor, a: Tensor, notes: Notes | None = None) -> Tensor:
     """(B,): ‖Σ_t g[b,n,t] ⊗ a[b,n,t]‖², summed over groups."""
+    norms, sizes = unrepaired(g, a, notes)
+    if sizes is None:
+        return norms
+    return repaired(norms, sizes, lambda rows: direct(g[rows], a[rows]))
+
+
+def unrepaired(g: Tensor, a: Tensor, notes: Notes | None = None) -> tuple[Tensor, Tensor | None]:
+    """(B,): the same; and |A|²|G|² if a Gram said so that has to be held against them."""
     B, N, T, p = g.shape
-    d = a.shape[3]
-    if 0 in (B, N, T, p, d):
-        return g.new_zeros(B, dtype=result_dtype(g, a))
+    if 0 in (B, N, T, p, a.shape[3]):
+        return g.new_zeros(B, dtype=result_dtype(g, a)), None
     if T == 1:
-        return by_rows(g, a, notes)
+        return by_rows(g, a, notes), None
     kernel = kernel_for(g, a)
     chosen = _weighed(costs.outer_norm_method, g, a, notes, kernel)
     if chosen == "direct":
-        return direct(g, a)
+        return direct(g, a), None
     if chosen == "fused" and kernel is not None:
         norms, sizes, trusted = fused_gram(kernel, g, a, notes)
-        if trusted:
-            return norms
-    else:
-        norms, sizes = gram(g, a, notes)
-    return repaired(norms, sizes, lambda rows: direct(g[rows], a[rows]))
+        return norms, None if trusted else sizes
+    return gram(g, a, notes)
 
 
 def method(g: Tensor, a: Tensor, notes: Notes | None = None) -> str:

@@ -12,7 +12,7 @@ from pergrad.factors.constants import constants
 from pergrad.factors.guard import KAPPA_LIMIT
 from pergrad.factors.numeric import product, row_dots, tracing
 from pergrad.factors.outer import Outer
-from pergrad.factors.outer_norms import outer_size
+from pergrad.factors.outer_norms import outer_size, unrepaired
 from pergrad.factors.workspace import by_chunks, chunks, limit, scratch
 
 
@@ -130,7 +130,8 @@ def _loses_digits(f: Outer) -> bool:
         like=f._zeros(0),
     )
     # a NaN row stays NaN by any method; one that overflowed is worth the tiles
-    small = ~(sizes <= KAPPA_LIMIT[f.dtype] ** 2 * f.detach().sq_norms()) & ~sizes.isnan()
+    norms, _ = unrepaired(f.g.detach(), f.a.detach())
+    small = ~(sizes <= KAPPA_LIMIT[f.dtype] ** 2 * norms) & ~sizes.isnan()
     return bool(small.any())
 
 

@@ -15,6 +15,7 @@ from pergrad.factors.numeric import (
     Index,
     columns,
     last_squares,
+    reading_waits,
     result_dtype,
     row_squares,
     tracing,
@@ -112,7 +113,7 @@ class Rows(Factor):
                 keys, values = part.segments()
                 whose = keys // max(1, self.shape[0])
                 return self._zeros(part.batch).index_add(0, whose, values.square().sum(1))
-            return part._sq_norms()
+            return part._sorted_sq_norms() if reading_waits(self.device) else part._sq_norms()
 
         return by_chunks(self.batch, self.bytes_per_lookup_row, piece, like=self._zeros(0))
 
@@ -136,6 +137,23 @@ class Rows(Factor):
             total = total.index_add(0, owner, sums)
         return total
 
+    def _sorted_sq_norms(self) -> Tensor:
+        """The same by sums of as many rows as there are lookups, so that no size has to be read."""
+        count, ids = max(1, self.shape[0]), self.ids.long()
+        first = count * torch.arange(self.batch, device=self.device)
+        keys, order = torch.where(ids >= 0, first[:, None] + ids, -1).reshape(-1).sort()
+        new = torch.cat([keys.new_zeros(min(1, len(keys))), (keys[1:] != keys[:-1]).long()])
+        segment = new.cumsum(0)
+        g = self._present()[order]
+        sums = torch.zeros_like(g).index_add_(0, segment, g)
+        owner = torch.zeros_like(keys).scatter_(0, segment, keys.clamp_min(0) // count)
+        return self._zeros(self.batch).index_add(0, owner, row_squares(sums))
+
+    def _present(self) -> Tensor:
+        """(B T, C): g, and zeros where there is no id."""
+        g = self.g.reshape(self.ids.numel(), self.matrix_shape[1]).to(self.dtype)
+        return torch.where(self.ids.reshape(-1, 1) >= 0, g, 0.0)
+
     def matvec(self, v: Tensor) -> Tensor:
         """Σ_t v[ids[b,t]] · g[b,t]."""
         v = v.to(self.device, self.dtype).reshape(self.matrix_shape)
@@ -154,6 +172,11 @@ class Rows(Factor):
         out = self._zeros(*self.matrix_shape)
         for rows in chunks(self.batch, self.bytes_per_lookup_row, limit(self.device)):
             part = self._select(rows)
+            if reading_waits(self.device):
+                weights = c[rows].repeat_interleave(part.ids.shape[1])[:, None]
+                ids = part.ids.reshape(-1).long().clamp_min(0)
+                out = out.index_add(0, ids, part._present() * weights)
+                continue
             where, whose, ids = part.entries
             out = out.index_add(0, ids, part.positions(where) * c[rows][whose, None])
         return out.reshape(self.shape)

@@ -26,15 +26,16 @@ _budget: ContextVar[int | None] = ContextVar("pergrad_workspace", default=None)
 
 
 @contextmanager
-def workspace(size: int | None) -> Iterator[None]:
+def workspace(size: int | None, device: torch.device | None = None) -> Iterator[None]:
     """Temporaries inside this block stay near `size` bytes; None is the default share.
 
-    Nor is any product rounded on the way: autocast is off.
+    That is one of the device's free memory, or of the computer's. Nor is any product rounded on the
+    way: autocast is off.
     """
     if size is not None and size <= 0:
         raise ValueError(f"The budget for temporary buffers must be positive, not {size} bytes.")
     # asked for once, not for every temporary: the answer takes as long as a small matrix product
-    token = _budget.set(size if size is not None else limit())
+    token = _budget.set(size if size is not None else limit(device))
     try:
         with _nothing_cast():
             yield

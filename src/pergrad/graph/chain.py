@@ -65,11 +65,12 @@ def _neighbours(node: nodes.Node) -> int | None:
     padding = nodes.attribute(node, "padding_idx")
     if not ids.numel() or nodes.attribute(node, "scale_grad_by_freq"):
         return None
-    start = int(ids[0])
-    if padding is not None and start <= padding < start + ids.numel():
+    ideal = ids[0] + torch.arange(ids.numel(), dtype=ids.dtype, device=ids.device)
+    # read at once: a GPU makes the CPU wait each time
+    start, equal = torch.stack([ids[0], (ids == ideal).all().to(ids.dtype)]).tolist()
+    if not equal or (padding is not None and start <= padding < start + ids.numel()):
         return None
-    ideal = torch.arange(start, start + ids.numel(), dtype=ids.dtype, device=ids.device)
-    return start if torch.equal(ids, ideal) else None
+    return int(start)
 
 
 _VIEWS = {"view", "unsafe_view", "reshape_alias", "reshape_copy", "squeeze", "unsqueeze"}

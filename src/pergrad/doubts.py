@@ -1,0 +1,103 @@
+"""Squared norms whose doubtful examples are looked at later.
+
+Owns: what waits to be looked at, and for how long.
+Does not know: who doubts (`factors.guard`), who adds the norms up.
+
+A Gram's norms are held against their sizes, and the few examples that lost digits are taken again
+another way. To know whether there are any, the CPU has to read a number; from a GPU that means to
+wait until it has done all that it was told, at every use of a parameter, and to leave it without
+work afterwards. So the answers are fetched while both go on, and read when they have come.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pergrad.factors import Factor
+from pergrad.factors.guard import Again, postponed
+from pergrad.factors.numeric import reading_waits, tracing
+from pergrad.factors.workspace import limit
+from pergrad.held import Held
+
+Add = Callable[[Tensor], None]
+
+
+@dataclass(slots=True)
+class _Doubt:
+    """Examples of one parameter that may have to be taken again."""
+
+    name: str
+    held: Held
+    doubtful: Tensor
+    any: Callable[[], bool]
+    again: Again
+    add: Add
+    size: int
+
+
+class Doubts:
+    """Squared norms of many factors, handed on at once; what is missing in them, later."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[_Doubt] = deque()
+        self.held = 0  # bytes of the factors that wait
+
+    def sq_norms(self, name: str, factor: Factor, add: Add) -> None:
+        """Call `add` with the squared norms (B,) of a parameter of this name.
+
+        And, during `settle` at the latest, with what has to be added to them.
+        """
+        later = reading_waits(factor.device) and factor.guarded
+        if not later or tracing(*factor.tensors()):
+            add(factor.sq_norms())
+            return
+        with postponed() as found:
+            squares = factor.sq_norms()
+        add(squares)
+        if not found:
+            return
+        ((doubtful, again),) = found  # the factor's own: it is `guarded`
+        size = sum(t.numel() * t.element_size() for t in factor.tensors())
+        self._waiting.append(
+            _Doubt(name, Held(factor), doubtful, _fetched(doubtful.any()), again, add, size)
+        )
+        self.held += size
+        self._settle(limit(factor.device))
+
+    def settle(self) -> None:
+        """Nothing is missing afterwards.
+
+        Raises:
+            UsageError: what an example has to be computed from again was overwritten meanwhile.
+        """
+        self._settle(0)
+
+    def _settle(self, most: int) -> None:
+        """The oldest first, whose answers have come: until no more than so many bytes are held."""
+        while self._waiting and (self.held > most or most == 0):
+            doubt = self._waiting.popleft()
+            self.held -= doubt.size
+            if doubt.any():
+                doubt.held.check(doubt.name)
+                rows = doubt.doubtful.nonzero()[:, 0]
+                squares = doubt.again(rows)
+                doubt.add(squares.new_zeros(len(doubt.doubtful)).index_copy(0, rows, squares))
+
+
+def _fetched(flag: Tensor) -> Callable[[], bool]:
+    """A number on its way to the CPU: waits for it when called, and for nothing that came after."""
+    if not flag.is_cuda:
+        return lambda: bool(flag)
+    here = torch.empty((), dtype=flag.dtype, device="cpu", pin_memory=True)
+    here.copy_(flag, non_blocking=True)
+    come = torch.cuda.Event()
+    come.record(torch.cuda.current_stream(flag.device))
+
+    def value() -> bool:
+        come.synchronize()
+        return bool(here)
+
+    return value
