@@ -50,7 +50,7 @@ class Doubts:
 
         And, during `settle` at the latest, with what has to be added to them.
         """
-        later = reading_waits(factor.device) and factor.guarded
+        later = factor.guarded and reading_waits(factor.device)
         if not later or tracing(*factor.tensors()):
             add(factor.sq_norms())
             return
