@@ -221,6 +221,23 @@ def test_scan_is_measured(tmp_path: Path) -> None:
     assert set(record["whole"]["memory_bytes"]) == {"10 %", "100 %"}
 
 
+def test_what_is_for_a_gpu_runs_without_one(tmp_path: Path) -> None:
+    subprocess.run(
+        [
+            *(sys.executable, "-W", "ignore", ROOT / "benchmarks" / "gpu.py"),
+            *("--device", "cpu", "--tiny", "--rounds", "2", "--out", tmp_path),
+        ],
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    found = json.loads((tmp_path / "gpu-cpu.json").read_text())
+    assert len(found["workloads"]) == 8
+    for name, rows in found["workloads"].items():
+        # the loop rounds each gradient to half precision, pergrad does not
+        assert rows["pergrad"]["error"] < (5e-3 if name.endswith("bf16") else 1e-5)
+        assert rows["pergrad"]["ratio"] > 0
+
+
 def test_report_is_measured(tmp_path: Path) -> None:
     subprocess.run(
         [
