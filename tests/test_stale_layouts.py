@@ -536,3 +536,25 @@ def test_distances(power: float) -> None:
         assert_right(torch.cdist(torch.randn(batch, N), p["c"], p=power).square().sum(1), p)
         x = torch.randn(batch, 3, N)
         assert_right(torch.cdist(x, p["c"], p=power).square().sum((1, 2)), p)
+
+
+def test_a_parameter_whose_memory_was_exchanged_is_not_taken_for_another():
+    """The graph says what it was in the forward pass; `.data` says what it is now."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, N, N + 1, generator=generator, dtype=torch.float64)
+
+    def check(shape: tuple[int, ...], now: Tensor | None) -> None:
+        p = nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64))
+        y = x + p
+        losses = (y * y.detach()).flatten(1).sum(1)
+        want = naive.norms(naive.loop_grads(losses, {"p": p}))
+        if now is not None:
+            p.data = now  # as those do who keep weights elsewhere between forward and backward
+        assert_agrees(pergrad.norms(losses, {"p": p}), want, want)
+
+    nothing = torch.empty(0, dtype=torch.float64)
+    check((N, N + 1), nothing)
+    check((N + 1,), nothing)
+    check((1, N, N + 1), nothing)
+    check((N, 1), torch.randn(1, N + 1, generator=generator, dtype=torch.float64))
+    check((1, N + 1), None)

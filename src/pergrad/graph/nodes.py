@@ -192,7 +192,6 @@ def attributes(node: Node) -> tuple[Any, ...]:
 
 _READERS: dict[type, Callable[[Node], Any]] = {}  # one entry per kind of node
 _Leaf: type = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
-_of_leaf = attrgetter("variable.shape", "variable.dtype")
 
 
 def _reader(cls: type) -> Callable[[Node], Any]:
@@ -215,7 +214,9 @@ def outline(node: Node) -> tuple[Any, ...]:
     """
     cls = type(node)
     if cls is _Leaf:  # many, and faster so
-        return _of_leaf(node)
+        # what it was when it entered the graph, not what has been put in its place since
+        (m,) = node._input_metadata
+        return tuple(m.shape), m.dtype
     known = _READERS.get(cls)  # of torch's own nodes alone
     try:
         numbers = (known or _reader(cls))(node)
