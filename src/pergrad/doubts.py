@@ -36,6 +36,28 @@ class _Doubt:
     again: Again
     add: Add
     size: int
+    stream: torch.cuda.Stream | None  # the one that made all these, whose memory it is
+
+    def resolve(self) -> None:
+        """Add what was left out, if anything was."""
+        if not self.any():
+            return
+        self.held.check(self.name)
+        if self.stream is None:
+            self.add(self._missing())
+            return
+        with torch.cuda.stream(self.stream):
+            missing = self._missing()
+        here = torch.cuda.current_stream(missing.device)
+        here.wait_stream(self.stream)
+        missing.record_stream(here)
+        self.add(missing)
+
+    def _missing(self) -> Tensor:
+        """(B,): 0 where there is no doubt."""
+        rows = self.doubtful.nonzero()[:, 0]
+        squares = self.again(rows)
+        return squares.new_zeros(len(self.doubtful)).index_copy(0, rows, squares)
 
 
 class Doubts:
@@ -61,9 +83,9 @@ class Doubts:
             return
         ((doubtful, again),) = found  # the factor's own: it is `guarded`
         size = sum(t.numel() * t.element_size() for t in factor.tensors())
-        self._waiting.append(
-            _Doubt(name, Held(factor), doubtful, _fetched(doubtful.any()), again, add, size)
-        )
+        stream = torch.cuda.current_stream(factor.device) if doubtful.is_cuda else None
+        asked = _fetched(doubtful.any())
+        self._waiting.append(_Doubt(name, Held(factor), doubtful, asked, again, add, size, stream))
         self.held += size
         self._settle(limit(factor.device))
 
@@ -80,11 +102,7 @@ class Doubts:
         while self._waiting and (self.held > most or most == 0):
             doubt = self._waiting.popleft()
             self.held -= doubt.size
-            if doubt.any():
-                doubt.held.check(doubt.name)
-                rows = doubt.doubtful.nonzero()[:, 0]
-                squares = doubt.again(rows)
-                doubt.add(squares.new_zeros(len(doubt.doubtful)).index_copy(0, rows, squares))
+            doubt.resolve()
 
 
 def _fetched(flag: Tensor) -> Callable[[], bool]:

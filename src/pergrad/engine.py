@@ -5,6 +5,7 @@ and which uses are served on its way or from what it returns.
 Does not know: how a use is served (`serving`), what a caller makes of the factors.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -203,16 +204,22 @@ def _streaming(losses: Tensor, state: Pass, options: Options) -> None:
     wanted = requests.wanted
     handles = []
     own: list[int] = []
+    # For each GPU hooks run in a thread of torch's, which knows nothing of the caller's budget.
+    caller, one_at_a_time = threading.get_ident(), threading.RLock()
 
     def hook_for(use: Use) -> Callable[[tuple[Tensor | None, ...]], None]:
-        # For a GPU, hooks run in a thread of torch's, which knows nothing of the caller's budget.
         context = copy_context()
 
         def hook(cotangents: tuple[Tensor | None, ...]) -> None:
             # Others may come by: vector-Jacobian products of ours, a pass that a user's hook runs.
-            if nodes.pass_number() in own:
+            if nodes.pass_number() not in own:
+                return
+            with one_at_a_time:
                 # not recorded by torch: this pass has no create_graph
-                context.run(state.serve, use, list(cotangents))
+                if threading.get_ident() == caller:
+                    state.serve(use, list(cotangents))
+                else:
+                    context.run(state.serve, use, list(cotangents))
 
         return hook
 
