@@ -31,6 +31,7 @@ from pergrad.factors import (
     Sum,
     Summed,
     Zero,
+    correlation,
     costs,
     gram_norms,
     inspect,
@@ -888,6 +889,20 @@ def test_a_bias_has_its_norms_from_the_weight(T, swapped, method):
     assert ((bias.sq_norms() - wanted).abs() <= 1e-12 * wanted).all()
 
 
+def test_a_sum_in_doubt_takes_the_dtype_of_what_is_noted():
+    g = torch.ones(2, 1, 4, 6)
+    g[1, 0, 0] = -3 + 1e-3
+    notes = Notes(g)
+    Outer(g, torch.randn(2, 1, 4, 3, dtype=torch.float64), notes=notes)
+    notes.sq_norms = torch.tensor([96.0, 0.0], dtype=torch.float64)  # as a Gram would, less digits
+    notes.sizes = torch.tensor([96.0, 400.0], dtype=torch.float64)
+    got = Summed(g, (6,), notes).sq_norms()
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(
+        got, torch.tensor([96.0, 6e-6], dtype=torch.float64), rtol=1e-3, atol=0
+    )
+
+
 # -- a Gram that several uses read -----------------------------------------------------------------
 
 
@@ -1016,6 +1031,31 @@ def test_every_method_of_a_convolution(window, dtype, groups, method):
     wanted = plain.flatten(1).square().sum(1)
     assert ((got - wanted).abs() <= 1e-5 * wanted).all()
     assert (rows - plain).abs().max() <= 1e-5 * plain.abs().max()
+
+
+def test_a_convolution_doubts_some_of_its_pieces_alone():
+    """The kernel says of each piece of the batch whether its Grams are to be trusted."""
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(4, 4, 5, 5, generator=generator)
+    x = torch.randn(4, 4, 7, 7, generator=generator)
+    g[1] -= g[1].mean((1, 2), keepdim=True) - 1e-4
+    x[1] = x[1, :, :1, :1]
+    f = Correlation(g, x, kernel=(3, 3), stride=(1, 1), padding=(0, 0), dilation=(1, 1))
+    repaired = mock.Mock(wraps=correlation.repaired)
+    with (
+        mock.patch.object(costs, "correlation_norm_method", return_value="fused"),
+        mock.patch.object(costs, "outer_norm_method", return_value="fused"),
+        mock.patch.object(correlation, "scratch", return_value=1),
+        mock.patch.object(correlation, "repaired", repaired),
+    ):
+        got = f.sq_norms()
+    wanted = f.to(dtype=torch.float64).dense().flatten(1).square().sum(1)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=0)
+    ((norms, sizes, _), _) = repaired.call_args
+    assert len(norms) == 4
+    assert sizes.tolist()[1] > 0  # of the piece that is in doubt
+    if f._kernel is not None:
+        assert sizes[[0, 2, 3]].tolist() == [0, 0, 0]
 
 
 def test_a_convolution_of_many_examples_is_cut():

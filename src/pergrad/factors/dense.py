@@ -137,8 +137,10 @@ class Summed(Dense):
         return noted if sizes is None else repaired(noted, sizes, self._sq_norms_of)
 
     def _sq_norms_of(self, rows: Tensor) -> Tensor:
-        """Of some examples, from their sums."""
-        return row_squares(self.values[rows].to(self.dtype))
+        """Of some examples, from their sums; in the dtype of what is noted."""
+        noted = self.notes.sq_norms
+        assert noted is not None
+        return row_squares(self.values[rows].to(self.dtype)).to(noted.dtype)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         """Σ_bt c[b] g[b, t], without the sums of single examples."""

@@ -139,7 +139,10 @@ class Rows(Factor):
 
     def _sorted_sq_norms(self) -> Tensor:
         """The same by sums of as many rows as there are lookups, so that no size has to be read."""
-        count, ids = max(1, self.shape[0]), self.ids.long()
+        count = self.shape[0]
+        if count == 0:
+            return self._zeros(self.batch)
+        ids = self.ids.long().clamp_max(count - 1)
         first = count * torch.arange(self.batch, device=self.device)
         keys, order = torch.where(ids >= 0, first[:, None] + ids, -1).reshape(-1).sort()
         new = torch.cat([keys.new_zeros(min(1, len(keys))), (keys[1:] != keys[:-1]).long()])
@@ -149,10 +152,21 @@ class Rows(Factor):
         owner = torch.zeros_like(keys).scatter_(0, segment, keys.clamp_min(0) // count)
         return self._zeros(self.batch).index_add(0, owner, row_squares(sums))
 
+    def _add_all(self, out: Tensor, c: Tensor) -> Tensor:
+        """`out` and the weighted sum of all lookups, without reading how many those are."""
+        if self.shape[0] == 0:
+            return out
+        ids = self.ids.reshape(-1).long()
+        weighted = self._present() * c.repeat_interleave(self.ids.shape[1])[:, None]
+        # masked after it was weighed: a weight may be infinite
+        weighted = torch.where(ids[:, None] < 0, 0.0, weighted)
+        return out.index_add(0, ids.clamp(0, self.shape[0] - 1), weighted)
+
     def _present(self) -> Tensor:
-        """(B T, C): g, and zeros where there is no id."""
+        """(B T, C): g; zeros where there is no id, not a number where it is beyond the table."""
         g = self.g.reshape(self.ids.numel(), self.matrix_shape[1]).to(self.dtype)
-        return torch.where(self.ids.reshape(-1, 1) >= 0, g, 0.0)
+        ids = self.ids.reshape(-1, 1)
+        return torch.where(ids < 0, 0.0, torch.where(ids < self.shape[0], g, torch.nan))
 
     def matvec(self, v: Tensor) -> Tensor:
         """Σ_t v[ids[b,t]] · g[b,t]."""
@@ -173,9 +187,7 @@ class Rows(Factor):
         for rows in chunks(self.batch, self.bytes_per_lookup_row, limit(self.device)):
             part = self._select(rows)
             if reading_waits(self.device):
-                weights = c[rows].repeat_interleave(part.ids.shape[1])[:, None]
-                ids = part.ids.reshape(-1).long().clamp_min(0)
-                out = out.index_add(0, ids, part._present() * weights)
+                out = part._add_all(out, c[rows])
                 continue
             where, whose, ids = part.entries
             out = out.index_add(0, ids, part.positions(where) * c[rows][whose, None])
