@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -53,6 +54,7 @@ class _Kept(threading.local):
 
     def renew(self) -> None:
         """Other memory of the size that was needed at most."""
+        _returned_late()
         with torch.inference_mode(False):  # else it could not be written outside that mode
             # no torch.empty, which writes to all of it if asked for deterministic algorithms
             memory = torch.UntypedStorage(self.most, device="cpu")
@@ -60,6 +62,17 @@ class _Kept(threading.local):
 
 
 _kept = _Kept()
+
+
+@lru_cache(maxsize=1)
+def _returned_late() -> None:
+    """Once in a process: glibc keeps up to 64 MiB at the end of its heap from now on.
+
+    It adapts that to the largest block it has seen freed, up to 32 MiB; this is one, of addresses
+    alone. Programs that have freed a large tensor are in that state anyway; a perceptron with a
+    batch of 1,024 has not, and takes 500 pages from the system and gives them back in each step.
+    """
+    torch.UntypedStorage(31 * 2**20, device="cpu")
 
 
 def pass_begins(device: torch.device, held: int) -> None:
