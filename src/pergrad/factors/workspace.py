@@ -54,7 +54,6 @@ class _Kept(threading.local):
 
     def renew(self) -> None:
         """Other memory of the size that was needed at most."""
-        _returned_late()
         with torch.inference_mode(False):  # else it could not be written outside that mode
             # no torch.empty, which writes to all of it if asked for deterministic algorithms
             memory = torch.UntypedStorage(self.most, device="cpu")
@@ -78,6 +77,7 @@ def _returned_late() -> None:
 def pass_begins(device: torch.device, held: int) -> None:
     """A pass begins on this device, whose ops returned `held` bytes; see `lent`."""
     if held >= CACHE_BYTES and device.type == "cpu" and _kept.free:
+        _returned_late()
         _kept.renew()
 
 
