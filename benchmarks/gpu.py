@@ -30,6 +30,7 @@ from torch import Tensor
 
 import harness
 import pergrad
+from child import short
 from contestants import CONTESTANTS
 from workloads import REGISTRY, Step
 from workloads.gpt import gpt
@@ -138,17 +139,19 @@ def measure(step: Step, names: list[str], rounds: int) -> dict[str, Any]:
             }
             running[name] = run
         except Exception as failure:  # whatever it is, the table shows it
-            rows[name] = {"failure": f"{type(failure).__name__}: {' '.join(str(failure).split())}"}
+            rows[name] = {"failure": short(failure)}
     turns: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(rounds):
         for name in random.sample(list(running), len(running)):
             turns[name].append(milliseconds(running[name], step.batch))
     for name, times in turns.items():
-        shares = [own / unit for own, unit in zip(times, turns["plain"], strict=True)]
+        shares = harness.Spread.of(
+            [own / unit for own, unit in zip(times, turns["plain"], strict=True)]
+        )
         rows[name] |= {
             "milliseconds": statistics.median(times),
-            "ratio": statistics.median(shares),
-            "quartiles": statistics.quantiles(shares, n=4)[::2],
+            "ratio": shares.median,
+            "quartiles": [shares.low, shares.high],
         }
     return rows
 

@@ -14,15 +14,14 @@ def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
 
 
 class Residual(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int, groups: int) -> None:
+    """x through layers, and past them."""
+
+    def __init__(
+        self, inner: list[nn.Module], inputs: int, outputs: int, stride: int, groups: int
+    ) -> None:
         super().__init__()
-        self.inner = nn.Sequential(
-            conv(inputs, outputs, 3, stride),
-            nn.GroupNorm(groups, outputs),
-            nn.ReLU(),
-            conv(outputs, outputs, 3),
-            nn.GroupNorm(groups, outputs),
-        )
+        self.outputs = outputs
+        self.inner = nn.Sequential(*inner)
         self.shortcut = nn.Sequential()
         if stride > 1 or inputs != outputs:
             self.shortcut = nn.Sequential(
@@ -33,41 +32,52 @@ class Residual(nn.Module):
         return F.relu(self.inner(x) + self.shortcut(x))
 
 
-def resnet18(width: int = 64, groups: int = 32, classes: int = 10) -> nn.Sequential:
-    layers: list[nn.Module] = [conv(3, width, 3), nn.GroupNorm(groups, width), nn.ReLU()]
-    inputs = width
-    for stage in range(4):
-        outputs = width << stage
-        for block in range(2):
-            stride = 2 if stage and not block else 1
-            layers.append(Residual(inputs, outputs, stride, groups))
-            inputs = outputs
+def basic(inputs: int, width: int, stride: int, groups: int) -> Residual:
+    """The block of a ResNet-18."""
+    inner = [
+        conv(inputs, width, 3, stride),
+        nn.GroupNorm(groups, width),
+        nn.ReLU(),
+        conv(width, width, 3),
+        nn.GroupNorm(groups, width),
+    ]
+    return Residual(inner, inputs, width, stride, groups)
+
+
+def bottleneck(inputs: int, width: int, stride: int, groups: int) -> Residual:
+    """The block of a ResNet-50."""
+    inner = [
+        conv(inputs, width, 1),
+        nn.GroupNorm(groups, width),
+        nn.ReLU(),
+        conv(width, width, 3, stride),
+        nn.GroupNorm(groups, width),
+        nn.ReLU(),
+        conv(width, 4 * width, 1),
+        nn.GroupNorm(groups, 4 * width),
+    ]
+    return Residual(inner, inputs, 4 * width, stride, groups)
+
+
+def network(
+    stem: list[nn.Module], block: Callable[..., Residual], counts: tuple[int, ...], width: int,
+    groups: int, classes: int,
+) -> nn.Sequential:  # fmt: skip
+    """A stem of `width` channels, stages of blocks twice as wide as those before, a head."""
+    layers, inputs = stem, width
+    for stage, count in enumerate(counts):
+        for number in range(count):
+            stride = 2 if stage and not number else 1
+            residual = block(inputs, width << stage, stride, groups)
+            layers.append(residual)
+            inputs = residual.outputs
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, classes)]
     return nn.Sequential(*layers)
 
 
-class Bottleneck(nn.Module):
-    def __init__(self, inputs: int, width: int, stride: int, groups: int) -> None:
-        super().__init__()
-        outputs = 4 * width
-        self.inner = nn.Sequential(
-            conv(inputs, width, 1),
-            nn.GroupNorm(groups, width),
-            nn.ReLU(),
-            conv(width, width, 3, stride),
-            nn.GroupNorm(groups, width),
-            nn.ReLU(),
-            conv(width, outputs, 1),
-            nn.GroupNorm(groups, outputs),
-        )
-        self.shortcut = nn.Sequential()
-        if stride > 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(
-                conv(inputs, outputs, 1, stride), nn.GroupNorm(groups, outputs)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.inner(x) + self.shortcut(x))
+def resnet18(width: int = 64, groups: int = 32, classes: int = 10) -> nn.Sequential:
+    stem = [conv(3, width, 3), nn.GroupNorm(groups, width), nn.ReLU()]
+    return network(stem, basic, (2, 2, 2, 2), width, groups, classes)
 
 
 def classify(call: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -90,18 +100,10 @@ def resnet50(examples: int, tiny: bool = False) -> Step:
     """For images of 224x224, 1000 classes."""
     torch.manual_seed(0)
     width, groups, size, examples = (8, 4, 32, 3) if tiny else (64, 32, 224, examples)
-    layers: list[nn.Module] = [
-        conv(3, width, 7, 2), nn.GroupNorm(groups, width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
-    ]  # fmt: skip
-    inputs = width
-    for stage, blocks in enumerate((1, 1, 1, 1) if tiny else (3, 4, 6, 3)):
-        for block in range(blocks):
-            layers.append(
-                Bottleneck(inputs, width << stage, 2 if stage and not block else 1, groups)
-            )
-            inputs = 4 * (width << stage)
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 1000)]
-    return Step(nn.Sequential(*layers), images(examples, size, 1000), classify)
+    stem = [conv(3, width, 7, 2), nn.GroupNorm(groups, width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    counts = (1, 1, 1, 1) if tiny else (3, 4, 6, 3)
+    model = network(stem, bottleneck, counts, width, groups, 1000)
+    return Step(model, images(examples, size, 1000), classify)
 
 
 register(
