@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pergrad import inputs
 from pergrad.coverage import Coverage, coverage_of
-from pergrad.doubts import Doubts
+from pergrad.doubts import Doubts, adding_to
 from pergrad.engine import Options, run
 from pergrad.errors import UnsupportedError, UsageError
 from pergrad.factors import Factor, inspect
@@ -148,12 +148,7 @@ def norms_by_parameter(losses: Tensor, params: Params, **options: Any) -> dict[s
     named, losses, chosen = _prepare(losses, params, options)
     dtype = result_dtype(named)
     found: dict[str, Tensor] = {}
-
-    def add(name: str, squares: Tensor) -> None:
-        squares = squares.to(dtype)
-        found[name] = found[name] + squares if name in found else squares
-
-    _stream_sq_norms(losses, named, chosen, add)
+    _stream_sq_norms(losses, named, chosen, adding_to(found, dtype))
     batch = losses.shape[0]
     return {
         name: _result(root(found[name]), chosen) if name in found

@@ -18,11 +18,21 @@ from torch import Tensor
 
 from pergrad.factors import Factor
 from pergrad.factors.guard import Again, postponed
-from pergrad.factors.numeric import reading_waits, tracing
+from pergrad.factors.numeric import bytes_of, reading_waits, tracing
 from pergrad.factors.workspace import limit
 from pergrad.held import Held
 
 Add = Callable[[Tensor], None]
+
+
+def adding_to(found: dict[str, Tensor], dtype: torch.dtype) -> Callable[[str, Tensor], None]:
+    """A function that adds squared norms to those of the same name."""
+
+    def add(name: str, squares: Tensor) -> None:
+        squares = squares.to(dtype)
+        found[name] = found[name] + squares if name in found else squares
+
+    return add
 
 
 @dataclass(slots=True)
@@ -82,7 +92,7 @@ class Doubts:
         if not found:
             return
         ((doubtful, again),) = found  # the factor's own: it is `guarded`
-        size = sum(t.numel() * t.element_size() for t in factor.tensors())
+        size = bytes_of(factor.tensors())
         stream = torch.cuda.current_stream(factor.device) if doubtful.is_cuda else None
         asked = _fetched(doubtful.any())
         self._waiting.append(_Doubt(name, Held(factor), doubtful, asked, again, add, size, stream))
@@ -99,7 +109,7 @@ class Doubts:
 
     def _settle(self, most: int) -> None:
         """The oldest first, whose answers have come: until no more than so many bytes are held."""
-        while self._waiting and (self.held > most or most == 0):
+        while self.held > most:
             doubt = self._waiting.popleft()
             self.held -= doubt.size
             doubt.resolve()

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from pergrad import inputs
-from pergrad.doubts import Doubts
+from pergrad.doubts import Doubts, adding_to
 from pergrad.errors import UsageError
 from pergrad.factors import Factor, Zero
+from pergrad.factors.numeric import bytes_of
 from pergrad.factors.workspace import workspace
 from pergrad.held import Held
 from pergrad.inputs import Direction
@@ -92,7 +93,7 @@ class GradientMatrix:
 
     def __repr__(self) -> str:
         rows, columns = self.shape
-        held = sum(t.numel() * t.element_size() for t in self._unique_tensors())
+        held = bytes_of(self._unique_tensors())
         dense = rows * columns * torch.finfo(self.dtype).bits // 8
         return (
             f"GradientMatrix({rows} examples x {columns:,} parameters in {len(self.names)} "
@@ -119,13 +120,8 @@ class GradientMatrix:
     def _sq_norms(self) -> dict[str, Tensor]:
         """Of every row's part for each parameter."""
         found: dict[str, Tensor] = {}
-
-        def add(name: str, squares: Tensor) -> None:
-            squares = squares.to(self.dtype)
-            found[name] = found[name] + squares if name in found else squares
-
+        add, doubts = adding_to(found, self.dtype), Doubts()
         with self._working():
-            doubts = Doubts()
             for name, f in self._factors.items():
                 doubts.sq_norms(name, f, partial(add, name))
             doubts.settle()

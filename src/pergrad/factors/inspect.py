@@ -15,6 +15,7 @@ from pergrad.factors.correlation import Correlation
 from pergrad.factors.dense import Dense, Summed, Zero
 from pergrad.factors.lazy import Computed, Pulled, Scaled
 from pergrad.factors.mapped import Embedded, Mapped
+from pergrad.factors.numeric import bytes_of
 from pergrad.factors.outer import Outer
 from pergrad.factors.rows import Rows
 
@@ -39,7 +40,7 @@ def materialized(factor: Factor) -> Factor:
 def formed(factor: Factor) -> Factor:
     """The same factor as rows, if its norms form them anyway and they take no more memory."""
     if isinstance(factor, (Outer, Correlation)):
-        held = sum(x.numel() * x.element_size() for x in factor.tensors())
+        held = bytes_of(factor.tensors())
         small = factor.batch * factor.bytes_per_row <= held
         if small and method(factor) in ("direct", "convolution"):
             return Dense(factor.dense())

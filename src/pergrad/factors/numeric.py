@@ -4,6 +4,7 @@ Owns: result dtypes, the test for "autograd is watching", row sums and products,
 Does not know: factors.
 """
 
+from collections.abc import Iterable
 from math import prod
 
 import torch
@@ -50,6 +51,11 @@ def reading_waits(device: torch.device) -> bool:
     And it has nothing to do afterwards until the CPU has told it more.
     """
     return device.type != "cpu"
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """What the numbers in them take."""
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def flat(x: Tensor) -> Tensor:

@@ -156,15 +156,14 @@ class Rows(Factor):
         """`out` and the weighted sum of all lookups, without reading how many those are."""
         if self.shape[0] == 0:
             return out
-        ids = self.ids.reshape(-1).long()
-        weighted = self._present() * c.repeat_interleave(self.ids.shape[1])[:, None]
-        # masked after it was weighed: a weight may be infinite
-        weighted = torch.where(ids[:, None] < 0, 0.0, weighted)
-        return out.index_add(0, ids.clamp(0, self.shape[0] - 1), weighted)
+        ids = self.ids.reshape(-1).long().clamp(0, self.shape[0] - 1)
+        return out.index_add(0, ids, self._present(c))
 
-    def _present(self) -> Tensor:
-        """(B T, C): g; zeros where there is no id, not a number where it is beyond the table."""
+    def _present(self, c: Tensor | None = None) -> Tensor:
+        """(B T, C): g times c[b]; zeros where there is no id, NaN where it is beyond the table."""
         g = self.g.reshape(self.ids.numel(), self.matrix_shape[1]).to(self.dtype)
+        if c is not None:  # before the zeros: a weight may be infinite
+            g = g * c.repeat_interleave(self.ids.shape[1])[:, None]
         ids = self.ids.reshape(-1, 1)
         return torch.where(ids < 0, 0.0, torch.where(ids < self.shape[0], g, torch.nan))
 

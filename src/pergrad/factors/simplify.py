@@ -22,8 +22,6 @@ def mapped(factor: Factor, steps: Sequence[Step]) -> Factor:
     chain = isometry(factor.shape, steps)
     if not chain.steps:
         return factor
-    if isinstance(factor, Outer):  # the most
-        return _absorbed(factor, chain)
     if isinstance(factor, Zero):
         return Zero(factor.batch, chain.target, factor.device, factor.dtype)
     if isinstance(factor, Dense):

@@ -154,8 +154,6 @@ def _signed(value: Any) -> Any:
         return value if value < 2**63 else value - 2**64
     if kind is float:
         return value
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 2**63:
-        return value - 2**64
     if isinstance(value, (tuple, list)):
         return tuple(_signed(v) for v in value)
     if isinstance(value, torch.SymInt):
@@ -215,7 +213,7 @@ def outline(node: Node) -> tuple[Any, ...]:
     cls = type(node)
     if cls is _Leaf:  # many, and faster so
         # what it was when it entered the graph, not what has been put in its place since
-        (m,) = node._input_metadata
+        (m,) = _input_metadata(node)
         return tuple(m.shape), m.dtype
     known = _READERS.get(cls)  # of torch's own nodes alone
     try:

@@ -137,11 +137,10 @@ def gathered(
     Raises:
         UnsupportedError: create_graph, whose results would need the weights when they are freed.
     """
-    if _nobody():
-        yield
-        return
-    with _known():
-        states = _touched(losses, params)
+    states = []
+    if not _nobody():
+        with _known():
+            states = _touched(losses, params)
     if not states:
         yield
         return

@@ -44,7 +44,7 @@ def matrix(use: Situation) -> Served:
             if not rows.foldable:
                 served[first + 1] = outer(a[:, None], scaled[:, None], rows, shape)
             else:
-                left, right = rows.alone(a), rows.alone(scaled)
+                left, right = rows.fold(a, 1), rows.fold(scaled, 1)
                 bias = _plain_bias(use) if scale == 1 else None
                 notes = use.notes(left, summed=right if bias is not None else None)
                 served[first + 1] = Outer(left, right, shape, notes)

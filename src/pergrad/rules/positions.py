@@ -40,19 +40,12 @@ class Partition:
         # the rows of an example lie one after the other, or the examples take turns
         self.foldable = first is not None and first.rows is None and 1 in (first.outer, first.inner)
 
-    def fold(self, rows: Tensor) -> Tensor:
-        """(R, p) -> (B, T, p), the same memory; if foldable."""
+    def fold(self, rows: Tensor, *groups: int) -> Tensor:
+        """(R, p) -> (B, *groups, T, p), the same memory; if foldable. Groups are of size 1."""
         outer, inner = self.buckets[0].outer, self.buckets[0].inner
         if outer == 1:
-            return rows.reshape(self.batch, inner, rows.shape[1])
-        return rows.reshape(outer, self.batch, rows.shape[1]).transpose(0, 1)
-
-    def alone(self, rows: Tensor) -> Tensor:
-        """(R, p) -> (B, 1, T, p), the same memory; if foldable."""
-        outer, inner = self.buckets[0].outer, self.buckets[0].inner
-        if outer == 1:
-            return rows.reshape(self.batch, 1, inner, rows.shape[1])
-        return rows.reshape(outer, self.batch, 1, rows.shape[1]).permute(1, 2, 0, 3)
+            return rows.reshape(self.batch, *groups, inner, rows.shape[1])
+        return rows.reshape(outer, self.batch, *groups, rows.shape[1]).movedim(0, -2)
 
     def gather(self, rows: Tensor, bucket: Bucket, fill: float = 0) -> Tensor:
         """(R, *rest) -> (n, positions, *rest) for the examples of one bucket."""
