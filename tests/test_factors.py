@@ -38,7 +38,14 @@ from pergrad.factors import (
     mapped,
 )
 from pergrad.factors.guard import cancels
-from pergrad.factors.workspace import CACHE_BYTES, lent, limit, pass_begins, workspace
+from pergrad.factors.workspace import (
+    CACHE_BYTES,
+    HEAP_END_BYTES,
+    lent,
+    limit,
+    pass_begins,
+    workspace,
+)
 
 Cast = Callable[[Tensor], Tensor]
 CONTRACT = settings(max_examples=100, derandomize=True, deadline=None, database=None)
@@ -447,23 +454,23 @@ def test_parameters_of_any_rank(shape):
 
 def test_room_is_lent_to_one_at_a_time_and_renewed_for_every_large_pass():
     cpu = torch.device("cpu")
-    count = 2**18
+    count, many = 2**18, HEAP_END_BYTES // 2
     with torch.inference_mode():
-        pass_begins(cpu, CACHE_BYTES)
+        pass_begins(cpu, many)
         with lent(count, torch.float32, cpu) as kept:
             assert kept.shape == (count,)
             before = kept.data_ptr()
-    pass_begins(cpu, CACHE_BYTES - 1)
+    pass_begins(cpu, many - 1)
     with lent(count, torch.float32, cpu) as same:
         assert same.data_ptr() == before
-    pass_begins(cpu, CACHE_BYTES)
+    pass_begins(cpu, many)
     with lent(count, torch.float32, cpu) as first, lent(5, torch.float64, cpu) as second:
         first.fill_(1)  # a buffer made in inference mode could not be written here
         second.fill_(2)
         assert first.shape == (count,)
         assert (first == 1).all()
         assert first.data_ptr() != before
-        pass_begins(cpu, CACHE_BYTES)  # of another pass within this one: not under its feet
+        pass_begins(cpu, many)  # of another pass within this one: not under its feet
         assert (first == 1).all()
     with lent(3, torch.float64, cpu) as again, torch.inference_mode():
         assert again.data_ptr() == first.data_ptr()

@@ -22,6 +22,8 @@ SHARE_OF_FREE = 8  # at most one part in eight of what is free
 CACHE_BYTES = 4 * 2**20
 # What a kernel needs for each thread at most times; so much is kept between passes.
 THREAD_BYTES = 2 * 2**20
+# What glibc keeps at most at the end of its heap, for a process that has freed a large tensor.
+HEAP_END_BYTES = 64 * 2**20
 
 _budget: ContextVar[int | None] = ContextVar("pergrad_workspace", default=None)
 
@@ -76,8 +78,12 @@ def _returned_late() -> None:
 
 def pass_begins(device: torch.device, held: int) -> None:
     """A pass begins on this device, whose ops returned `held` bytes; see `lent`."""
-    if held >= CACHE_BYTES and device.type == "cpu" and _kept.free:
-        _returned_late()
+    if held < CACHE_BYTES or device.type != "cpu" or not _kept.free:
+        return
+    _returned_late()
+    # With cotangents of the same size less stays in the heap's end, which is not given back. There
+    # a block would only be in the way: what lies below it is used again, what it takes is not.
+    if 2 * held >= HEAP_END_BYTES:
         _kept.renew()
 
 
