@@ -237,8 +237,7 @@ def dots(
         shapes = {name: tuple(p.shape) for name, p in named.items()}
         v = inputs.direction(against, shapes, {name: p.device for name, p in named.items()})
         total = _Total(losses, named, (batch,))
-        _stream(losses, named, chosen,
-                lambda name, f: total.add(f.matvec(v[name].to(f.device, f.dtype))))  # fmt: skip
+        _stream(losses, named, chosen, lambda name, f: total.add(f.matvec(v[name])))
     return _result(total.value, chosen)
 
 

@@ -20,6 +20,7 @@ from pergrad.factors.numeric import (
     flat_rows,
     result_dtype,
     row_squares,
+    row_sums,
     row_weights,
     take_turns,
 )
@@ -141,6 +142,14 @@ class Summed(Dense):
         noted = self.notes.sq_norms
         assert noted is not None
         return row_squares(self.values[rows].to(self.dtype)).to(noted.dtype)
+
+    def matvec(self, v: Tensor) -> Tensor:
+        """Σ_t g_t · v, without the sums of single examples."""
+        if self._formed is not None or self.g.dtype != self.dtype:
+            return super().matvec(v)
+        turns = take_turns(self.g)
+        v = v.to(self.device, self.dtype).reshape(-1)
+        return row_sums(torch.mv(flat_rows(self.g, turns=turns), v), self.batch, turns=turns)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
         """Σ_bt c[b] g[b, t], without the sums of single examples."""

@@ -5,7 +5,6 @@ Does not know: factors.
 """
 
 from collections.abc import Iterable
-from math import prod
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ def bytes_of(tensors: Iterable[Tensor]) -> int:
 
 def flat(x: Tensor) -> Tensor:
     """(B, ...) as (B, elements), also for B = 0 and for x of one dimension."""
-    return x.reshape(x.shape[0], prod(x.shape[1:]))
+    return x.flatten(1) if x.dim() > 1 else x[:, None]
 
 
 def row_dots(x: Tensor, y: Tensor) -> Tensor:
@@ -126,12 +125,12 @@ def product(g: Tensor, a: Tensor, dtype: torch.dtype, buffer: Tensor | None = No
 
 def take_turns(x: Tensor) -> bool:
     """Whether the positions of an example of (B, 1, T, p) are further apart than the examples."""
-    return x.stride(0) < x.stride(2)
+    return x.shape[2] > 1 and x.stride(0) < x.stride(2)
 
 
 def flat_rows(x: Tensor, *, turns: bool) -> Tensor:
     """(B, 1, T, p) -> (B T, p), in the order of memory if the examples take turns there."""
-    return (x.transpose(0, 2) if turns else x).reshape(x.shape[0] * x.shape[2], x.shape[3])
+    return (x.transpose(0, 2) if turns else x).flatten(0, 2)
 
 
 def row_weights(c: Tensor, T: int, *, turns: bool) -> Tensor:
@@ -139,3 +138,11 @@ def row_weights(c: Tensor, T: int, *, turns: bool) -> Tensor:
     if T == 1:
         return c
     return (c.expand(T, len(c)) if turns else c[:, None].expand(len(c), T)).reshape(-1)
+
+
+def row_sums(x: Tensor, batch: int, *, turns: bool) -> Tensor:
+    """(B,): over the positions of each example, of one number for each of `flat_rows`."""
+    if len(x) == batch:
+        return x
+    T = len(x) // batch
+    return x.view(T, batch).sum(0) if turns else x.view(batch, T).sum(1)

@@ -21,11 +21,12 @@ from pergrad.factors.numeric import (
     product,
     result_dtype,
     row_dots,
+    row_sums,
     row_weights,
     take_turns,
     tracing,
 )
-from pergrad.factors.workspace import by_chunks, chunks, lent, limit, scratch
+from pergrad.factors.workspace import SMALL_BYTES, by_chunks, chunks, lent, limit, scratch
 
 
 class Outer(Factor):
@@ -102,7 +103,7 @@ class Outer(Factor):
     def matvec(self, v: Tensor) -> Tensor:
         """Σ_t g_t · (V a_t): one matrix product as in a forward pass, no T²."""
         N, T, p, d = self.sizes
-        V = v.to(self.device, self.dtype).reshape(N, p, d)
+        V = v.to(self.device, self.dtype).reshape((p, d) if N == 1 else (N, p, d))
         narrow = N * T * (2 * min(p, d) + max(p, d)) * self.dtype.itemsize
         if self.batch * narrow <= limit(self.device):
             return self._passed(self.g, self.a, V)
@@ -111,16 +112,13 @@ class Outer(Factor):
                          like=self._zeros(0))  # fmt: skip
 
     def _passed(self, g: Tensor, a: Tensor, V: Tensor) -> Tensor:
-        N, T, p, d = self.sizes
+        N, _, p, d = self.sizes
         g, a = g.to(self.dtype), a.to(self.dtype)
         if N == 1:  # one product for all examples and positions
             turns = take_turns(g)
-            one, two, W = flat_rows(g, turns=turns), flat_rows(a, turns=turns), V[0]
-            found = _forms(one, W, two) if d < p else _forms(two, W.mT, one)
-            if T == 1:
-                return found
-            B = g.shape[0]
-            return found.view(T, B).sum(0) if turns else found.view(B, T).sum(1)
+            one, two = flat_rows(g, turns=turns), flat_rows(a, turns=turns)
+            found = _forms(one, V, two) if d < p else _forms(two, V.mT, one)
+            return row_sums(found, len(g), turns=turns)
         return row_dots(torch.matmul(g, V), a) if d < p else row_dots(torch.matmul(a, V.mT), g)
 
     def weighted_sum(self, c: Tensor) -> Tensor:
@@ -138,7 +136,7 @@ class Outer(Factor):
 
     def _weighed(self, g: Tensor, a: Tensor, c: Tensor) -> Tensor:
         """(N, p, d)."""
-        N, _, p, d = self.sizes
+        N, T, p, d = self.sizes
         g, a = g.to(self.dtype), a.to(self.dtype)
         if N != 1:
             g, a = (g * columns(c, g), a) if p < d else (g, a * columns(c, a))
@@ -148,11 +146,11 @@ class Outer(Factor):
             return torch.bmm(left.mT, right)
         turns = take_turns(g)
         one, two = flat_rows(g, turns=turns), flat_rows(a, turns=turns)
-        weights = row_weights(c, self.g.shape[2], turns=turns)[:, None]
+        weights = row_weights(c, T, turns=turns)[:, None]
         # mm writes straight to its result, bmm of one matrix does not
-        if not ordinary(g, a, c):
-            return torch.mm((one * weights).mT, two) if p < d else torch.mm(one.mT, two * weights)
         small = one if p < d else two
+        if small.numel() * self.dtype.itemsize < SMALL_BYTES or not ordinary(g, a, c):
+            return torch.mm((one * weights).mT, two) if p < d else torch.mm(one.mT, two * weights)
         with lent(small.numel(), self.dtype, self.device) as buffer:
             scaled = torch.mul(small, weights, out=buffer.view(small.shape))
             return torch.mm(scaled.mT, two) if p < d else torch.mm(one.mT, scaled)
@@ -193,13 +191,14 @@ def _forms(x: Tensor, W: Tensor, y: Tensor) -> Tensor:
     count, wide = y.shape
     if tracing(x, W, y):
         return ((x @ W) * y).sum(1)
-    pieces = chunks(count, wide * y.dtype.itemsize, scratch(y.device))
-    if len(pieces) < 2 or not ordinary(x, W, y):
+    each, room = wide * y.dtype.itemsize, scratch(y.device)
+    if count * each <= room or not ordinary(x, W, y):
         return torch.mm(x, W).mul_(y).sum(1)
+    pieces = chunks(count, each, room)
     with lent(pieces[0].stop * wide, y.dtype, y.device) as buffer:
-        room = buffer.view(pieces[0].stop, wide)
+        product_ = buffer.view(pieces[0].stop, wide)
         found = [
-            torch.mm(x[rows], W, out=room[: rows.stop - rows.start]).mul_(y[rows]).sum(1)
+            torch.mm(x[rows], W, out=product_[: rows.stop - rows.start]).mul_(y[rows]).sum(1)
             for rows in pieces
         ]
     return torch.cat(found)

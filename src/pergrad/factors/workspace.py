@@ -20,6 +20,8 @@ SHARE_OF_FREE = 8  # at most one part in eight of what is free
 # A temporary that is written and read again at once should not leave the CPU's caches: measured,
 # a 4 MiB buffer is as fast as a smaller one and a fresh one of 100 MiB is three times slower.
 CACHE_BYTES = 4 * 2**20
+# malloc has less than this at hand: a fresh temporary takes no longer than one that is used again.
+SMALL_BYTES = 128 * 2**10
 # What a kernel needs for each thread at most times; so much is kept between passes.
 THREAD_BYTES = 2 * 2**20
 # What glibc keeps at most at the end of its heap, for a process that has freed a large tensor.
