@@ -41,6 +41,7 @@ TOLERANCE = 1e-4
 # gone to them, and a training loop is warm. It goes on for about this long.
 TURN_SECONDS = 0.6
 WARM_SECONDS = 1.0  # only repetitions longer than this are timed cold
+BRIEF_SECONDS = 2.0  # the peak of shorter ones is looked at in other processes, too
 SCALED_SECONDS = 1.5  # what is proportional to the examples is timed on as many as fit into this
 
 
@@ -50,7 +51,7 @@ class Effort:
 
     seconds: float = 15  # of timing, for each workload, about
     rounds: int = 20  # at most
-    memory: int = 7  # processes whose peaks are taken, of small workloads
+    memory: int = 7  # processes whose peaks are taken, of small workloads; three of larger ones
     batches: int | None = None  # at most, of different lengths
     patience: float = 120  # seconds; who takes longer for one answer is stopped
 
@@ -304,10 +305,15 @@ def _lengths(runners: list[Runner], count: int, checked: int, folder: Path) -> N
 
 
 def _peaks(workload: Workload, r: Runner, effort: Effort, *, tiny: bool) -> list[int]:
-    """Peaks above the imports': of the process that was timed, and of more if it is small."""
+    """Peaks above the imports': of the process that was timed, and of more if it is small.
+
+    Where the blocks of a pass happen to lie differs by process, and peaks of the same pass by 10 %.
+    """
     found = [r.peak - r.imports]
-    small = found[0] < 200e6 and r.name in ("plain", "pergrad")
-    for _ in range(effort.memory - 1 if small else 0):
+    small = found[0] < 200e6
+    brief = r.once < BRIEF_SECONDS and workload.batches is None
+    more = effort.memory - 1 if small else min(2, effort.memory - 1) if brief else 0
+    for _ in range(more if r.name in ("plain", "pergrad") else 0):
         process = Process(workload.name, r.name, tiny=tiny)
         try:
             imports = process.answer(effort.patience)["imports"]
