@@ -193,6 +193,21 @@ def test_retained_grad_is_untouched(verb: Callable, check_layout: str) -> None:
         assert all(t.retains_grad or t.is_leaf for t in seen)
 
 
+@pytest.mark.parametrize("case", zoo.CASES.values(), ids=zoo.CASES)
+@pytest.mark.parametrize("verb", ["norms", "gradients", "backward_clipped"])
+def test_torch_records_nothing_that_a_verb_does(case: zoo.Case, verb: str) -> None:
+    run = case.run(3)
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        VERBS[verb](run.losses, run.params, **case.options)
+    assert not saved
+
+
 def test_backward_touches_only_what_it_was_asked_for() -> None:
     model, losses, _ = passed()
     inputs = torch.randn(3, requires_grad=True)

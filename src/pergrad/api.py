@@ -368,9 +368,10 @@ def backward(losses: Tensor, params: Params, *, weights: Weights = None, **optio
         if callable(weights):
             weights = inputs.check_weights(weights(norms_), losses)
         rows = torch.ones_like(norms_) if weights is None else weights.to(norms_.dtype)
-        for name in list(kept):
-            factor = kept.pop(name).factor(name)
-            _accumulate(named[name], factor.weighted_sum(rows.to(factor.device, factor.dtype)))
+        with torch.no_grad():  # what an op saved has a history
+            for name in list(kept):
+                factor = kept.pop(name).factor(name)
+                _accumulate(named[name], factor.weighted_sum(rows.to(factor.device, factor.dtype)))
     return norms_
 
 
