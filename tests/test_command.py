@@ -103,6 +103,15 @@ def test_a_file_is_run_and_its_function_called(file: Path) -> None:
     assert len(jobs.job(f"{file}:job").data) == 40
 
 
+def test_a_file_is_run_as_it_is_now(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where Python would take bytecode for it, of a file of equal size and the same second."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    for n, count in enumerate((40, 41)):
+        file.write_text(JOB.replace("return 40", f"return {count}"))
+        os.utime(file, ns=(n, n))
+        assert len(jobs.job(f"{file}:job").data) == count
+
+
 def test_a_module_is_looked_for_in_the_current_folder(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

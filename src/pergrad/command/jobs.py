@@ -15,8 +15,9 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 from pergrad.errors import UsageError
@@ -117,6 +118,17 @@ def _from_file(where: str) -> ModuleType:
     return _run(path, (about.st_mtime_ns, about.st_size))
 
 
+class _AsItIs(SourceFileLoader):
+    """Compiles the file itself.
+
+    Bytecode beside it is held against the file's size and time in whole seconds alone, and an edit
+    may change neither.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 @lru_cache
 def _run(path: Path, stamp: tuple[int, int]) -> ModuleType:
     """Run a file, as it is at a stamp of its time and size."""
@@ -124,15 +136,16 @@ def _run(path: Path, stamp: tuple[int, int]) -> ModuleType:
     # taken, by `random`, say.
     taken = path.stem in sys.modules or path.stem in sys.stdlib_module_names
     name = f"pergrad_job_{path.stem}" if taken else path.stem
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    loader = _AsItIs(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    if path.suffix != ".py" or spec is None:
         raise UsageError(f"{path} is not a Python file. JOB is {FORM}.")
     module = importlib.util.module_from_spec(spec)
     _search(str(path.parent))
     sys.modules[name] = module
     try:
         with told(f"Loading {path}"):
-            spec.loader.exec_module(module)
+            loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
