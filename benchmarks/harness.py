@@ -310,10 +310,13 @@ def _peaks(workload: Workload, r: Runner, effort: Effort, *, tiny: bool) -> list
     Where the blocks of a pass happen to lie differs by process, and peaks of the same pass by 10 %.
     """
     found = [r.peak - r.imports]
-    small = found[0] < 200e6
-    brief = r.once < BRIEF_SECONDS and workload.batches is None
-    more = effort.memory - 1 if small else min(2, effort.memory - 1) if brief else 0
-    for _ in range(more if r.name in ("plain", "pergrad") else 0):
+    count = 1
+    if r.name in ("plain", "pergrad"):
+        if found[0] < 200e6:
+            count = effort.memory
+        elif r.once < BRIEF_SECONDS and workload.batches is None:
+            count = min(3, effort.memory)
+    for _ in range(count - 1):
         process = Process(workload.name, r.name, tiny=tiny)
         try:
             imports = process.answer(effort.patience)["imports"]

@@ -142,9 +142,7 @@ class GradientMatrix:
         devices = {name: f.device for name, f in self._factors.items()}
         v = inputs.direction(other, self.shapes, devices, "v")
         with self._working():
-            return self._sum(
-                lambda name, f: f.matvec(v[name].to(f.device, self.dtype)), (self._batch,)
-            )
+            return self._sum(lambda name, f: f.matvec(v[name]), (self._batch,))
 
     def _inner(self, other: "GradientMatrix") -> Tensor:
         self._check_match(other)

@@ -136,10 +136,11 @@ def _run(path: Path, stamp: tuple[int, int]) -> ModuleType:
     # taken, by `random`, say.
     taken = path.stem in sys.modules or path.stem in sys.stdlib_module_names
     name = f"pergrad_job_{path.stem}" if taken else path.stem
+    if path.suffix != ".py":
+        raise UsageError(f"{path} is not a Python file. JOB is {FORM}.")
     loader = _AsItIs(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
-    if path.suffix != ".py" or spec is None:
-        raise UsageError(f"{path} is not a Python file. JOB is {FORM}.")
+    assert spec is not None  # there is a loader
     module = importlib.util.module_from_spec(spec)
     _search(str(path.parent))
     sys.modules[name] = module

@@ -150,7 +150,8 @@ class Outer(Factor):
         # mm writes straight to its result, bmm of one matrix does not
         small = one if p < d else two
         if small.numel() * self.dtype.itemsize < SMALL_BYTES or not ordinary(g, a, c):
-            return torch.mm((one * weights).mT, two) if p < d else torch.mm(one.mT, two * weights)
+            scaled = small * weights
+            return torch.mm(scaled.mT, two) if p < d else torch.mm(one.mT, scaled)
         with lent(small.numel(), self.dtype, self.device) as buffer:
             scaled = torch.mul(small, weights, out=buffer.view(small.shape))
             return torch.mm(scaled.mT, two) if p < d else torch.mm(one.mT, scaled)
@@ -191,14 +192,14 @@ def _forms(x: Tensor, W: Tensor, y: Tensor) -> Tensor:
     count, wide = y.shape
     if tracing(x, W, y):
         return ((x @ W) * y).sum(1)
-    each, room = wide * y.dtype.itemsize, scratch(y.device)
-    if count * each <= room or not ordinary(x, W, y):
+    each, budget = wide * y.dtype.itemsize, scratch(y.device)
+    if count * each <= budget or not ordinary(x, W, y):
         return torch.mm(x, W).mul_(y).sum(1)
-    pieces = chunks(count, each, room)
+    pieces = chunks(count, each, budget)
     with lent(pieces[0].stop * wide, y.dtype, y.device) as buffer:
-        product_ = buffer.view(pieces[0].stop, wide)
+        room = buffer.view(pieces[0].stop, wide)
         found = [
-            torch.mm(x[rows], W, out=product_[: rows.stop - rows.start]).mul_(y[rows]).sum(1)
+            torch.mm(x[rows], W, out=room[: rows.stop - rows.start]).mul_(y[rows]).sum(1)
             for rows in pieces
         ]
     return torch.cat(found)

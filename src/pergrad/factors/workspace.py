@@ -75,7 +75,7 @@ def _returned_late() -> None:
     alone. Programs that have freed a large tensor are in that state anyway; a perceptron with a
     batch of 1,024 has not, and takes 500 pages from the system and gives them back in each step.
     """
-    torch.UntypedStorage(31 * 2**20, device="cpu")
+    torch.UntypedStorage(HEAP_END_BYTES // 2 - 2**20, device="cpu")
 
 
 def pass_begins(device: torch.device, held: int) -> None:
