@@ -18,6 +18,10 @@ if os.environ.get("PERGRAD_KERNELS") != "":
     os.environ["PERGRAD_KERNELS"] = _kernels.name
 
 
+# Folders and pickles that earlier builds wrote, and the scripts that wrote them with those builds.
+collect_ignore = ["data"]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every", type=int, default=1, metavar="N",
                      help="run every N-th test; the others are reported as deselected")  # fmt: skip

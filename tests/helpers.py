@@ -1,11 +1,18 @@
 """One way to compare, for all tests, and what goes with it."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+
+from pergrad.factors.constants import Constants
+from pergrad.factors.methods import choice
+from pergrad.factors.methods.choice import Method
 
 # "Agrees" in float64. 1e-9 is far above rounding (2e-16 times the ops and sums on the way) and far
 # below anything that a wrong row, sign or missing term could hide in.
@@ -58,3 +65,20 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where nothing can be compiled, until the test is over."""
     kernels = importlib.import_module("pergrad.kernels.fused")
     monkeypatch.setattr(kernels, "_fused", lambda dtype: "not in this test")
+
+
+def only(name: str) -> AbstractContextManager[object]:
+    """Every choice among methods for norms falls to one of this name.
+
+    At a single position to "rows"; without the compiled kernel to what it does, by torch.
+    """
+
+    def chosen(methods: Iterable[Method], sizes: Any, by: Constants) -> Method:
+        named = {method.name: method for method in methods}
+        if named["rows"].available(sizes):
+            return named["rows"]
+        without = {"fused": "gram", "fused shift": "shift"}
+        there = name not in without or named[name].available(sizes)
+        return named[name if there else without[name]]
+
+    return mock.patch.object(choice, "cheapest", chosen)

@@ -5,6 +5,7 @@ Nothing here depends on how long anything takes.
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+import pergrad
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import against as against_checkouts  # noqa: E402
 import child  # noqa: E402
 import harness  # noqa: E402
 import plots  # noqa: E402
@@ -141,6 +145,56 @@ def test_scaling_is_measured_and_drawn(tmp_path: Path) -> None:
     assert [one["values"][-1] for one in record["series"]] == [64] * 4
     plots.scaling(record, tmp_path / "scaling.svg")
     assert (tmp_path / "scaling.svg").stat().st_size > 1000
+
+
+def against(*words: Any) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "against.py", *words],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def test_two_checkouts_are_compared(tmp_path: Path) -> None:
+    """Each process imports the checkout that it stands for: one of them is off by a tenth."""
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "src", other / "src", ignore=shutil.ignore_patterns("__pycache__"))
+    with (other / "src" / "pergrad" / "__init__.py").open("a") as file:
+        file.write("\n_exact = norms\ndef norms(*args): return 1.1 * _exact(*args)\n")
+    done = against(
+        other, ROOT, "--workloads", "W1", "W9", "--tiny", "--minutes", "0", "--pairs", "1",
+        "--out", tmp_path / "found.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "found.json").read_text())["workloads"]
+    assert [record["workload"] for record in found] == ["W1-mlp", "W9-lengths"]
+    for record in found:
+        assert record["difference"] == pytest.approx(1 / 11, rel=1e-3)
+        assert record["workload"] in done.stdout
+        for name in ("ratio", "processor_ratio"):
+            assert record[name]["runs"] == 1
+            assert record[name]["median"] > 0
+        assert record["memory_ratio"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([".", "."], r"there is no .*: name a checkout of pergrad"),
+        ([ROOT, ROOT, "--workloads", "W77"], "unknown: W77"),
+    ],
+)
+def test_against_what_is_no_checkout(
+    words: list[Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = against(*words)
+    assert done.returncode == 2
+    assert re.search(message, done.stderr)
+
+
+def test_a_checkout_that_was_not_imported() -> None:
+    with pytest.raises(SystemExit, match=r"meant for .*nowhere imported pergrad from"):
+        against_checkouts._check_package(pergrad.__file__, Path("/nowhere"))
 
 
 def test_exponents() -> None:

@@ -1,15 +1,19 @@
 """The examples in the documentation run, and every public name is documented."""
 
+import dataclasses
 import re
+import tomllib
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 import pergrad
+from pergrad.engine.run import Options
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -40,6 +44,22 @@ def test_every_public_name_is_documented() -> None:
     assert set(pergrad.__all__) <= headings()
 
 
+VERBS = "norms norms_by_parameter gram dots gradients backward explain check second_moments".split()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_options_are_spelled_out(verb: str) -> None:
+    """For editors by their types, for `help` in the docstring."""
+    function = getattr(pergrad, verb)
+    (given,) = get_args(get_type_hints(function)["options"])
+    fields = {field.name: field.type for field in dataclasses.fields(Options)}
+    assert get_type_hints(given) == fields
+    fixed = {"explain": {"retain_graph", "create_graph", "on_mixing"}, "check": {"retain_graph"}}
+    fixed["backward"] = {"create_graph"}
+    for name in fields.keys() - fixed.get(verb, set()):
+        assert name in function.__doc__, name
+
+
 @pytest.mark.parametrize("owner", ["GradientMatrix", "Check", "Coverage", "Scores", "Calibration"])
 def test_every_public_attribute_is_mentioned(owner: str) -> None:
     text = (ROOT / "docs" / "api.md").read_text()
@@ -67,9 +87,32 @@ def test_every_set_up_is_backed_by_a_test() -> None:
         assert re.search(rf"^def {name}\(", source, re.MULTILINE), f"{what}: {test}"
 
 
+def test_every_page_is_in_the_site() -> None:
+    listed = set(re.findall(r"[-:] (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert pages <= listed
+    assert all((ROOT / name).exists() for name in listed - pages)
+
+
 def test_local_links_lead_somewhere() -> None:
     pages = [*PAGES, *ROOT.glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
     for page in pages:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_all_is_all() -> None:
+    """`pip install 'pergrad[all]'` brings every extra that a user may want."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = extras["optional-dependencies"]
+    whole = {re.search(r"\[(\w+)\]", name)[1] for name in extras["all"]}
+    # "integrations" are trainers of others, of which a user has the one that he uses
+    apart = {"all", "test", "integrations", "zoo", "bench", "docs", "dev"}
+    assert extras.keys() - apart - whole == {"scan"}  # which "report" asks for
+    assert "pergrad[scan]" in extras["report"]
+
+
+def test_the_citation_is_of_this_version() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^version: (.*)$", text, re.MULTILINE)[1] == pergrad.__version__

@@ -1,27 +1,21 @@
 """Exact per-example gradient norms and inner products, for any PyTorch model, unchanged.
 
-losses = F.cross_entropy(model(x), y, reduction="none")     # (B,)
-pergrad.norms(losses, model)                                # (B,)
-J = pergrad.gradients(losses, model)                        # lazy (B, P)
-J @ K.T                                                     # inner products
+    >>> import torch, pergrad
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    >>> x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    >>> losses = torch.nn.functional.cross_entropy(model(x), y, reduction="none")
+    >>> pergrad.norms(losses, model, retain_graph=True).shape       # the loss of each, not the mean
+    torch.Size([5])
+    >>> J = pergrad.gradients(losses, model)                        # (5, P), lazy
+    >>> (J @ J.T).shape                                             # inner products
+    torch.Size([5, 5])
+
+Every name has an example in its help, `help(pergrad.norms)`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pergrad import precondition
-from pergrad.api import (
-    backward,
-    clip,
-    dots,
-    explain,
-    gradients,
-    gram,
-    norms,
-    norms_by_parameter,
-)
-from pergrad.check import Check, check
-from pergrad.coverage import Coverage
 from pergrad.errors import (
     FallbackWarning,
     MissingExtraError,
@@ -33,66 +27,126 @@ from pergrad.errors import (
     WorkerError,
     WorkerWarning,
 )
-from pergrad.matrix import GradientMatrix
+from pergrad.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from pergrad import precondition
+    from pergrad.api import backward, dots, explain, gradients, gram, norms, norms_by_parameter
+    from pergrad.attribution.curvature import curvature
+    from pergrad.attribution.evaluate import evaluate
+    from pergrad.attribution.evaluation import Evaluation
+    from pergrad.attribution.fit import Fit
+    from pergrad.attribution.found import Influence
+    from pergrad.attribution.influence import influence
     from pergrad.calibration import Calibration, calibrate
-    from pergrad.scores.job import Job, MeanGradient
-    from pergrad.scores.results import Scores, open_scores
-    from pergrad.scores.scan import scan
+    from pergrad.checking import Check, check
+    from pergrad.clipping import clip
+    from pergrad.coverage import Coverage
+    from pergrad.matrices import concatenate, load_gradients
+    from pergrad.matrix import GradientMatrix
+    from pergrad.moments import second_moments
+    from pergrad.scans.job import Gradients, Job, MeanGradient
+    from pergrad.scans.results import Scores, open_scores
+    from pergrad.scans.scan import scan
+    from pergrad.training.noise_scale import NoiseScale
+    from pergrad.training.private import Private
+    from pergrad.training.reader import reading
+    from pergrad.training.reductions import per_example
+    from pergrad.training.run import Run, open_watch
+    from pergrad.training.summands import parts
+    from pergrad.training.watch import Watch
+else:
+    # Imported when first asked for: scores are read without torch, and `import pergrad` takes no
+    # time. No module here has the name of something in it, which an import would put in its place.
+    _LATER = {
+        name: module
+        for module, names in {
+            "api": "backward dots explain gradients gram norms norms_by_parameter",
+            "attribution.curvature": "curvature",
+            "attribution.evaluate": "evaluate",
+            "attribution.evaluation": "Evaluation",
+            "attribution.fit": "Fit",
+            "attribution.found": "Influence",
+            "attribution.influence": "influence",
+            "calibration": "Calibration calibrate",
+            "checking": "Check check",
+            "clipping": "clip",
+            "coverage": "Coverage",
+            "matrices": "concatenate load_gradients",
+            "matrix": "GradientMatrix",
+            "moments": "second_moments",
+            "scans.job": "Gradients Job MeanGradient",
+            "scans.results": "Scores open_scores",
+            "scans.scan": "scan",
+            "training.noise_scale": "NoiseScale",
+            "training.private": "Private",
+            "training.reader": "reading",
+            "training.reductions": "per_example",
+            "training.run": "Run open_watch",
+            "training.summands": "parts",
+            "training.watch": "Watch",
+        }.items()
+        for name in names.split()
+    }
 
-__version__ = "0.1.0"
+    def __getattr__(name: str) -> Any:
+        if name == "precondition":  # a module itself
+            return import_module("pergrad.precondition")
+        if name not in _LATER:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f"pergrad.{_LATER[name]}"), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 __all__ = [
     "Calibration",
     "Check",
     "Coverage",
+    "Evaluation",
     "FallbackWarning",
+    "Fit",
     "GradientMatrix",
+    "Gradients",
+    "Influence",
     "Job",
     "MeanGradient",
     "MissingExtraError",
     "MixedExamplesError",
+    "NoiseScale",
     "PergradError",
+    "Private",
+    "Run",
     "Scores",
     "StoreError",
     "UnsupportedError",
     "UsageError",
+    "Watch",
     "WorkerError",
     "WorkerWarning",
     "backward",
     "calibrate",
     "check",
     "clip",
+    "concatenate",
+    "curvature",
     "dots",
+    "evaluate",
     "explain",
     "gradients",
     "gram",
+    "influence",
+    "load_gradients",
     "norms",
     "norms_by_parameter",
     "open_scores",
+    "open_watch",
+    "parts",
+    "per_example",
     "precondition",
+    "reading",
     "scan",
+    "second_moments",
 ]
-
-# Imported when first asked for: `import pergrad` stays as light as torch allows.
-_LATER = {
-    "Calibration": "pergrad.calibration",
-    "Job": "pergrad.scores.job",
-    "MeanGradient": "pergrad.scores.job",
-    "Scores": "pergrad.scores.results",
-    "calibrate": "pergrad.calibration",
-    "open_scores": "pergrad.scores.results",
-    "scan": "pergrad.scores.scan",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_LATER[name]), name)
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})

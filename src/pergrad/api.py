@@ -7,29 +7,33 @@ Does not know: how factors come about.
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from pergrad import inputs
+from pergrad.clipping import Clip
 from pergrad.coverage import Coverage, coverage_of
-from pergrad.doubts import Doubts, adding_to
-from pergrad.engine import Options, run
+from pergrad.engine.accumulation import accumulate
+from pergrad.engine.late_norms import Doubts, adding_to
+from pergrad.engine.pass_ import Emit, Record
+from pergrad.engine.places import module_of
+from pergrad.engine.run import Options, OptionsGiven, run
+from pergrad.engine.user_state import Held
 from pergrad.errors import UnsupportedError, UsageError
-from pergrad.factors import Factor, inspect
+from pergrad.factors import Factor
 from pergrad.factors.workspace import workspace
 from pergrad.graph import nodes, sharded
-from pergrad.held import Held
+from pergrad.graph.walk import walk
 from pergrad.inputs import Direction, Params
 from pergrad.matrix import GradientMatrix, root, zeros_for
-from pergrad.serving import Emit, Record
 
 _DEFAULT = Options()
-Weights = Tensor | Callable[[Tensor], Tensor] | None
+Weights = Tensor | float | Callable[[Tensor], Tensor] | None
 
 
-def _prepare(losses: Tensor, params: Params, options: dict[str, Any]) -> tuple:
+def _prepare(losses: Tensor, params: Params, options: OptionsGiven) -> tuple:
     try:
         chosen = Options(**options) if options else _DEFAULT
     except TypeError:
@@ -79,10 +83,10 @@ def _stream_sq_norms(
     def emit(name: str, factor: Factor) -> None:
         doubts.sq_norms(name, factor, partial(add, name))
 
-    _stream(losses, named, options, emit, finish=doubts.settle)
+    _stream(losses, named, options, emit, finish=doubts.settle, adding=True)
 
 
-def norms(losses: Tensor, params: Params, **options: Any) -> Tensor:
+def norms(losses: Tensor, params: Params, **options: Unpack[OptionsGiven]) -> Tensor:
     """The L2 norm of the gradient of each loss.
 
         norms[b] = | d losses[b] / d params |
@@ -94,8 +98,14 @@ def norms(losses: Tensor, params: Params, **options: Any) -> Tensor:
         losses: (B,), one loss per example, attached to its graph.
         params: the model, a mapping from names to tensors, or an iterable of tensors. Only those
             that require grad count. One tensor under two names counts once.
-        **options: see "Options" in the documentation: retain_graph, create_graph, on_mixing,
-            check_layout, chunk_bytes.
+        retain_graph: keep the graph for another pass over the same losses (default False), as in
+            `torch.autograd.grad`.
+        create_graph: the result can be differentiated (default False); keeps the graph, too.
+        on_mixing: "raise" (default) refuses ops that make examples interact, such as batch norm in
+            training mode; "exact" pays up to one backward pass per loss for them.
+        check_layout: when to measure which rows are whose: "once" (default) for each form of graph,
+            "always", or "never".
+        chunk_bytes: budget for temporary buffers (default None: a share of free memory).
 
     Returns:
         (B,), in the unit of loss per unit of parameter; not divided by B. The parameters' dtype, at
@@ -118,10 +128,12 @@ def norms(losses: Tensor, params: Params, **options: Any) -> Tensor:
     named, losses, chosen = _prepare(losses, params, options)
     total = _Total(losses, named, (losses.shape[0],))
     _stream_sq_norms(losses, named, chosen, lambda _, squares: total.add(squares))
-    return _result(root(total.value), chosen)
+    return _result(root(total.value).to(total.dtype), chosen)
 
 
-def norms_by_parameter(losses: Tensor, params: Params, **options: Any) -> dict[str, Tensor]:
+def norms_by_parameter(
+    losses: Tensor, params: Params, **options: Unpack[OptionsGiven]
+) -> dict[str, Tensor]:
     """The L2 norm of each loss's gradient, parameter by parameter.
 
         result[name][b] = | d losses[b] / d params[name] |
@@ -129,7 +141,7 @@ def norms_by_parameter(losses: Tensor, params: Params, **options: Any) -> dict[s
     Args:
         losses: (B,), as in `norms`.
         params: as in `norms`.
-        **options: as in `norms`.
+        **options: retain_graph, create_graph, on_mixing, check_layout, chunk_bytes, as in `norms`.
 
     Returns:
         name -> (B,), in the order of the parameters; zeros for a parameter the losses do not reach.
@@ -151,13 +163,13 @@ def norms_by_parameter(losses: Tensor, params: Params, **options: Any) -> dict[s
     _stream_sq_norms(losses, named, chosen, adding_to(found, dtype))
     batch = losses.shape[0]
     return {
-        name: _result(root(found[name]), chosen) if name in found
+        name: _result(root(found[name]).to(dtype), chosen) if name in found
         else torch.zeros(batch, dtype=dtype, device=p.device)
         for name, p in named.items()
     }  # fmt: skip
 
 
-def gram(losses: Tensor, params: Params, **options: Any) -> Tensor:
+def gram(losses: Tensor, params: Params, **options: Unpack[OptionsGiven]) -> Tensor:
     """All inner products between the gradients of the batch.
 
         gram[b, c] = < d losses[b] / d params, d losses[c] / d params >
@@ -165,7 +177,7 @@ def gram(losses: Tensor, params: Params, **options: Any) -> Tensor:
     Args:
         losses: (B,), as in `norms`.
         params: as in `norms`.
-        **options: as in `norms`.
+        **options: retain_graph, create_graph, on_mixing, check_layout, chunk_bytes, as in `norms`.
 
     Returns:
         (B, B), symmetric; the diagonal holds the squared norms.
@@ -190,7 +202,11 @@ def gram(losses: Tensor, params: Params, **options: Any) -> Tensor:
 
 
 def dots(
-    losses: Tensor, params: Params, *, against: GradientMatrix | Direction, **options: Any
+    losses: Tensor,
+    params: Params,
+    *,
+    against: GradientMatrix | Direction,
+    **options: Unpack[OptionsGiven],
 ) -> Tensor:
     """Inner products of each loss's gradient with given gradients or a given direction.
 
@@ -203,7 +219,7 @@ def dots(
         against: a GradientMatrix with K rows (parameters are matched by name), or a direction: a
             mapping from names to tensors, a sequence of tensors shaped as the parameters, or one
             flat tensor (P,).
-        **options: as in `norms`.
+        **options: retain_graph, create_graph, on_mixing, check_layout, chunk_bytes, as in `norms`.
 
     Returns:
         (B, K) against a GradientMatrix, (B,) against a direction.
@@ -237,11 +253,17 @@ def dots(
         shapes = {name: tuple(p.shape) for name, p in named.items()}
         v = inputs.direction(against, shapes, {name: p.device for name, p in named.items()})
         total = _Total(losses, named, (batch,))
-        _stream(losses, named, chosen, lambda name, f: total.add(f.matvec(v[name])))
+        _stream(
+            losses,
+            named,
+            chosen,
+            lambda name, f: total.add(f.matvec(v[name])),
+            adding=True,
+        )
     return _result(total.value, chosen)
 
 
-def gradients(losses: Tensor, params: Params, **options: Any) -> GradientMatrix:
+def gradients(losses: Tensor, params: Params, **options: Unpack[OptionsGiven]) -> GradientMatrix:
     """The matrix of per-example gradients, lazily.
 
         J[b] = d losses[b] / d params
@@ -249,7 +271,7 @@ def gradients(losses: Tensor, params: Params, **options: Any) -> GradientMatrix:
     Args:
         losses: (B,), as in `norms`.
         params: as in `norms`.
-        **options: as in `norms`.
+        **options: retain_graph, create_graph, on_mixing, check_layout, chunk_bytes, as in `norms`.
 
     Returns:
         A GradientMatrix (B, P): J.norms(), J @ K.T, J @ v, J.T @ c, J[i], J.dense(), ...
@@ -286,26 +308,31 @@ def gradients(losses: Tensor, params: Params, **options: Any) -> GradientMatrix:
 
 def _kept(factor: Factor, owned: set[int], live: bool) -> Factor:
     """What outlives the graph: no vector-Jacobian products left to do, no parameter's memory."""
-    factor = inspect.materialized(factor)
+    factor = factor.materialized()
     if live:
         return factor
     if any(t.untyped_storage().data_ptr() in owned for t in factor.tensors()):
         # An optimizer step must not change what was computed before it.
-        factor = inspect.cloned(factor)
+        factor = factor.cloned()
     return factor.detach()
 
 
-def backward(losses: Tensor, params: Params, *, weights: Weights = None, **options: Any) -> Tensor:
-    """Norms and gradient in one pass: adds the weighted gradient to `.grad`, returns the norms.
+def backward(
+    losses: Tensor, params: Params, *, weights: Weights = None, **options: Unpack[OptionsGiven]
+) -> Tensor:
+    """Add the weighted sum of all gradients to `.grad`, B times that of a mean; return the norms.
 
         params.grad += sum over b of weights[b] * d losses[b] / d params
+
+    It stands in for `losses.sum().backward()`; for that of a mean, pass `weights=1 / B` or
+    `weights=pergrad.clip(1.0, mean=True)`.
 
     Args:
         losses: (B,), as in `norms`.
         params: as in `norms`.
-        weights: None for ones, a tensor (B,), or a function from the norms (B,) to weights (B,)
-            such as `pergrad.clip(1.0)`. Divide by B yourself if your loss is a mean.
-        **options: as in `norms`, without create_graph.
+        weights: None for ones, a tensor (B,), one number for all (1 / B if your loss is a mean), or
+            a function from the norms (B,) to weights (B,) such as `pergrad.clip(1.0)`.
+        **options: retain_graph, on_mixing, check_layout, chunk_bytes, as in `norms`.
 
     Returns:
         (B,), the norms of the unweighted gradients.
@@ -333,10 +360,11 @@ def backward(losses: Tensor, params: Params, *, weights: Weights = None, **optio
         )
     named, losses, chosen = _prepare(losses, params, options)
     batch = losses.shape[0]
-    if isinstance(weights, Tensor):
+    number = 1.0
+    if isinstance(weights, (int, float)) and not isinstance(weights, bool):
+        number, weights = float(weights), None
+    if weights is not None and not callable(weights):
         weights = inputs.check_weights(weights, losses)
-    elif weights is not None and not callable(weights):
-        inputs.check_weights(weights, losses)
     for name, p in named.items():
         if not p.is_leaf:
             raise UsageError(
@@ -352,69 +380,52 @@ def backward(losses: Tensor, params: Params, *, weights: Weights = None, **optio
             )
     total = _Total(losses, named, (batch,))
     if batch == 0:
+        for name in walk(losses, named).targets.values():  # an optimizer's step wants zeros
+            accumulate(named[name], torch.zeros_like(named[name]))
         return total.value
     kept: dict[str, Held] = {}
+    layers: dict[str, _Total] = {}
+    clipper = weights if isinstance(weights, Clip) and weights.by is not None else None
     doubts = Doubts()
 
     def emit(name: str, factor: Factor) -> None:
-        factor = inspect.formed(factor)  # the norm and the sum need the same rows
-        doubts.sq_norms(name, factor, total.add)
+        factor = factor.formed()  # the norm and the sum need the same rows
+        add = total.add
+        if clipper is not None:
+            add = layers.setdefault(module_of(name), _Total(losses, named, (batch,))).add
+        doubts.sq_norms(name, factor, add)
         # The graph may be gone when the weights are known, so nothing may be left to pull.
-        kept[name] = Held(inspect.materialized(factor))
+        kept[name] = Held(factor.materialized())
 
     with workspace(chosen.chunk_bytes, losses.device):
         run(losses, named, chosen, emit, finish=doubts.settle)
-        norms_ = root(total.value)
-        if callable(weights):
+        for layer in layers.values():
+            total.add(layer.value)
+        norms_ = root(total.value).to(total.dtype)
+        found: dict[str, Tensor] = {}
+        if clipper is not None:
+            found = clipper.by_layer(
+                {name: root(t.value).to(t.dtype) for name, t in layers.items()}
+            )
+        elif callable(weights):
             weights = inputs.check_weights(weights(norms_), losses)
-        rows = torch.ones_like(norms_) if weights is None else weights.to(norms_.dtype)
+        rows = weights if isinstance(weights, Tensor) else torch.full_like(norms_, number)
         with torch.no_grad():  # what an op saved has a history
+            # A hook may step in the backward pass, and so change what other factors hold.
+            steps = any(nodes.hooks_after_accumulation(p) for p in named.values())
+            sums: dict[str, Tensor] = {}
             for name in list(kept):
-                factor = kept.pop(name).factor(name)
-                _accumulate(named[name], factor.weighted_sum(rows.to(factor.device, factor.dtype)))
+                factor, own = kept.pop(name).factor(name), found.get(module_of(name), rows)
+                own = own.to(norms_.dtype).to(factor.device, factor.dtype)
+                sums[name] = factor.weighted_gradient(own)
+                if not steps:
+                    accumulate(named[name], sums.pop(name))
+        for name in list(sums):
+            accumulate(named[name], sums.pop(name))
     return norms_
 
 
-def _accumulate(p: Tensor, value: Tensor) -> None:
-    value = value.detach().to(p.dtype).reshape(p.shape)
-    if p.grad is None:
-        p.grad = value.contiguous()  # a weighted sum is nobody else's
-    else:
-        p.grad = p.grad.detach() + value if p.grad.requires_grad else p.grad.add_(value)
-
-
-def clip(max_norm: float) -> Callable[[Tensor], Tensor]:
-    """Weights that bring every gradient's norm to at most `max_norm`.
-
-        weights[b] = min(1, max_norm / norms[b]), and 1 where the norm is 0
-
-    Args:
-        max_norm: a positive number.
-
-    Returns:
-        A function norms (B,) -> weights (B,), for `pergrad.backward(..., weights=...)`. A norm that
-        is not a number gives a weight that is not a number.
-
-    Raises:
-        UsageError: max_norm is not a positive number.
-
-    Source: Abadi et al. 2016, arXiv:1607.00133.
-
-        >>> import torch, pergrad
-        >>> pergrad.clip(1.0)(torch.tensor([0.0, 0.5, 4.0]))
-        tensor([1.0000, 1.0000, 0.2500])
-    """
-    if not isinstance(max_norm, (int, float)) or not max_norm > 0:
-        raise UsageError(f"max_norm is {max_norm!r}; pass a positive number.")
-
-    def weights(norms: Tensor) -> Tensor:
-        safe = torch.where(norms == 0, 1.0, norms)
-        return torch.where(norms == 0, 1.0, (max_norm / safe).clamp_max(1.0))
-
-    return weights
-
-
-def explain(losses: Tensor, params: Params, **options: Any) -> Coverage:
+def explain(losses: Tensor, params: Params, **options: Unpack[OptionsGiven]) -> Coverage:
     """How every use of every parameter is served: the contract made visible.
 
     Runs one pass like `norms` with the graph retained; interacting examples are shown, not refused.
@@ -422,7 +433,7 @@ def explain(losses: Tensor, params: Params, **options: Any) -> Coverage:
     Args:
         losses: (B,), as in `norms`.
         params: as in `norms`.
-        **options: as in `norms`.
+        **options: check_layout, chunk_bytes, as in `norms`.
 
     Returns:
         A Coverage: prints as a table; `.rows` with parameter, module, op, how ("rule", "fallback",
@@ -439,8 +450,8 @@ def explain(losses: Tensor, params: Params, **options: Any) -> Coverage:
         bias       (model)  addmm  rule  example-major  sum        3
         2 parameters (3 numbers): 100.0 % by rule, 0.0 % by fallback, 0.0 % mixed
     """
-    options = {**options, "retain_graph": True, "on_mixing": "exact"}
-    named, losses, chosen = _prepare(losses, params, options)
+    kept: OptionsGiven = {**options, "retain_graph": True, "on_mixing": "exact"}
+    named, losses, chosen = _prepare(losses, params, kept)
     records: list[Record] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -461,7 +472,7 @@ class _Total:
 
     def add(self, term: Tensor) -> None:
         if term.dtype != self.dtype or term.device != self.device:
-            term = term.to(self.device, self.dtype)
+            term = term.to(self.device, torch.promote_types(self.dtype, term.dtype))
         self.terms.append(term)
         if len(self.terms) >= self.at_most:
             self.terms = [self.value]

@@ -20,13 +20,13 @@ from pergrad.factors import (
     Outer,
     Rows,
     costs,
-    fused_norms,
-    gram_norms,
-    outer_norms,
-    outer_products,
-    rows_products,
 )
 from pergrad.factors.constants import Constants, constants, keep, machine
+from pergrad.factors.correlation import norms as correlation_norms
+from pergrad.factors.methods import choice, fused, grams
+from pergrad.factors.outer import norms as outer_norms
+from pergrad.factors.outer import products as outer_products
+from pergrad.factors.rows import products as rows_products
 from pergrad.factors.workspace import workspace
 from pergrad.kernels import why_not
 
@@ -256,16 +256,17 @@ class _Bench:
     def norms(self, B: int, T: int, p: int, d: int) -> Case:
         """Squared norms of linear layers."""
         f = self._outer(B, T, p, d)
-        kernel = fused_norms.kernel_for(f.g, f.a)
+        kernel = fused.kernel_for(f.g, f.a)
+        sizes = outer_norms.Sizes(T, p, d, kernel is not None)
         methods: dict[str, Callable[[], object]] = {
-            "gram": lambda: gram_norms.gram(f.g, f.a),
+            "gram": lambda: grams.gram(f.g, f.a),
             "direct": lambda: outer_norms.direct(f.g, f.a),
         }
         if kernel is not None:
-            methods["fused"] = partial(fused_norms.fused_gram, kernel, f.g, f.a)
+            methods["fused"] = partial(fused.fused_gram, kernel, f.g, f.a)
         return self._timed(
             f"norms, B={B} T={T}, {d} to {p}",
-            lambda by: costs.outer_norm_method(T, p, d, by=by, fused=kernel is not None),
+            lambda by: choice.cheapest(outer_norms.METHODS, sizes, by).name,
             **methods,
         )
 
@@ -323,18 +324,21 @@ class _Bench:
             self._random(B, p, out, out), self._random(B, d, size, size), kernel=(kernel,) * 2,
             stride=(stride,) * 2, padding=(padding,) * 2, dilation=(1, 1), groups=groups,
         )  # fmt: skip
-        methods = ["patches"]
-        if kernel > 1 and out <= _SHIFTED and groups == 1:
-            methods.append("shift")
-            if f.shift_kernel is not None:
-                methods.append("fused shift")
-        if f.callable:
-            methods.append("convolution")
+        patches = f.method_by(constants(self.device, self.dtype), correlation_norms.PATCHES)
+        methods = {"patches": partial(_settled, f, patches)}
+        for method in correlation_norms.WITHOUT_PATCHES:
+            long = "shift" in method.name and (out > _SHIFTED or groups > 1)
+            if method.available(f.norm_sizes) and not long:
+                methods[method.name] = partial(_settled, f, method)
 
         def choose(by: Constants) -> str:
-            method = f.norm_method_by(by)
-            return method if method in ("shift", "fused shift", "convolution") else "patches"
+            method = f.method_by(by)
+            return "patches" if method in correlation_norms.PATCHES else method.name
 
         what = f"norms, B={B}, {d} to {p}, {kernel} x {kernel} on {size} x {size}"
         what += f" by {stride}" * (stride > 1) + f", {groups} groups" * (groups > 1)
-        return self._timed(what, choose, **{m: partial(f.sq_norms_by, m) for m in methods})
+        return self._timed(what, choose, **methods)
+
+
+def _settled(f: Correlation, method: choice.Method) -> Tensor:
+    return f.sq_norms_by(method).settled()

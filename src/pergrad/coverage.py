@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pergrad.engine import module_of
-from pergrad.factors import Factor, inspect
-from pergrad.serving import Record
+from pergrad.engine.pass_ import Record
+from pergrad.engine.places import module_of
+from pergrad.factors import Factor
+from pergrad.inputs import names_list
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,11 @@ class Coverage:
         total = sum(size for _, size in worst.values())
         if not total:
             return 1.0 if how == "rule" else 0.0
-        wanted = {"rule": (0, 1), "fallback": (2,), "mixed": (3,)}[how]
-        return sum(size for rank, size in worst.values() if rank in wanted) / total
+        return sum(size for rank, size in worst.values() if order[rank] == how) / total
 
     @property
     def exact_share(self) -> float:
-        """Share of the parameters, by count, that a rule serves (or that no loss reaches)."""
+        """Share of the parameters, by count, that a rule serves."""
         return self._share("rule")
 
     @property
@@ -63,6 +63,11 @@ class Coverage:
     def mixed_share(self) -> float:
         """Share of the parameters below an op that makes examples interact."""
         return self._share("mixed")
+
+    @property
+    def unreached_share(self) -> float:
+        """Share of the parameters that no loss reaches, and whose gradients are zero."""
+        return self._share("unreached")
 
     def __str__(self) -> str:
         head = ("parameter", "module", "op", "how", "layout", "method", "cost")
@@ -82,6 +87,17 @@ class Coverage:
             f"{self.exact_share:.1%} by rule, {self.fallback_share:.1%} by fallback, "
             f"{self.mixed_share:.1%} mixed".replace("%", " %")
         )
+        if self.unreached_share:
+            lines[-1] += f", {self.unreached_share:.1%} reached by no loss".replace("%", " %")
+            idle = list(dict.fromkeys(r.parameter for r in self.rows if r.how == "unreached"))
+            lines.append(
+                f"No loss reaches {names_list(idle)}: gradients of 0. Unused, or detached?"
+            )
+        if self.mixed_share:
+            lines.append(
+                'Examples interact: with on_mixing="exact" the mixed parameters cost up to '
+                f"{self.examples} backward passes, one for each loss."
+            )
         return "\n".join(lines)
 
     def __repr__(self) -> str:
@@ -109,4 +125,4 @@ def _method(factor: Factor | None) -> tuple[str, int]:
     if factor is None:
         return "none", 0
     with torch.no_grad():  # as in the pass that it tells about
-        return inspect.method(factor), inspect.cost(factor)
+        return factor.norm_method, factor.norm_cost

@@ -29,13 +29,8 @@ def named(params: Params) -> dict[str, Tensor]:
     elif isinstance(params, Tensor):
         pairs = [("0", params)]
     else:
-        try:
-            pairs = [(str(i), p) for i, p in enumerate(params)]
-        except TypeError:
-            raise UsageError(
-                f"`params` is a {type(params).__name__}. Pass the model, a mapping from names to "
-                "tensors, or an iterable of tensors."
-            ) from None
+        check_params(params)
+        pairs = [(str(i), p) for i, p in enumerate(params)]
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, p in pairs:
@@ -45,7 +40,11 @@ def named(params: Params) -> dict[str, Tensor]:
                     "`params` holds pairs (name, tensor). Pass dict(model.named_parameters()) or "
                     "the model itself."
                 )
-            raise UsageError(f"`params` holds a {type(p).__name__} under {name!r}, not a tensor.")
+            groups = isinstance(p, Mapping) and "params" in p
+            raise UsageError(
+                f"`params` holds a {type(p).__name__} under {name!r}, not a tensor. "
+                + (OF_OPTIMIZER if groups else "Pass the model, or the tensors you mean.")
+            )
         if p.requires_grad and id(p) not in seen:
             if p.is_complex():
                 raise UnsupportedError(
@@ -54,12 +53,38 @@ def named(params: Params) -> dict[str, Tensor]:
                 )
             seen.add(id(p))
             found[str(name)] = p
+    if not found and isinstance(params, Mapping) and hasattr(params, "_metadata"):
+        raise UsageError(
+            "`params` is a state_dict(), whose tensors are cut from the model's graph. Pass the "
+            "model itself, or dict(model.named_parameters())."
+        )
     if not found:
         raise UsageError(
             "None of the parameters requires grad, so there is no gradient to measure. Call "
             "`model.requires_grad_(True)`, or pass the tensors you mean."
         )
     return found
+
+
+OF_OPTIMIZER = (
+    "For the parameters that an optimizer changes, pass "
+    '[p for group in optimizer.param_groups for p in group["params"]], or the model.'
+)
+
+
+def check_params(params: object) -> None:
+    """Something that parameters can be read from.
+
+    Raises:
+        UsageError: it is an optimizer, or another thing that is not to be iterated over.
+    """
+    if isinstance(params, torch.optim.Optimizer):
+        raise UsageError(f"`params` is an optimizer ({type(params).__name__}). {OF_OPTIMIZER}")
+    if not isinstance(params, (nn.Module, Mapping, Iterable)) or isinstance(params, str):
+        raise UsageError(
+            f"`params` is a {type(params).__name__}. Pass a module, such as the model, a "
+            "mapping from names to tensors, or an iterable of tensors."
+        )
 
 
 def check_losses(losses: object) -> Tensor:
@@ -71,6 +96,7 @@ def check_losses(losses: object) -> Tensor:
     if not isinstance(losses, Tensor):
         raise UsageError(
             f"`losses` is a {type(losses).__name__}. Pass a tensor (B,), one loss per example."
+            + _instead(losses)
         )
     if losses.dim() == 0:
         raise UsageError(
@@ -100,13 +126,43 @@ def check_losses(losses: object) -> Tensor:
     return losses
 
 
-def check_weights(weights: Tensor, losses: Tensor) -> Tensor:
+def _instead(losses: object) -> str:
+    """What to write instead of some things that are not losses."""
+    if isinstance(losses, nn.Module):
+        return " The losses come first, then the model: pergrad.norms(losses, model)."
+    if isinstance(losses, Mapping) and "loss" in losses:
+        return " What a model returns in `loss` is a mean over the batch: compute the losses from "\
+            'its logits, with reduction="none".'  # fmt: skip
+    if isinstance(losses, Sequence) and losses and all(isinstance(x, Tensor) for x in losses):
+        if all(x.dim() == 0 for x in losses):
+            return " For a list of scalars: torch.stack(losses)."
+        return " The losses come first, then the parameters: pergrad.norms(losses, params)."
+    return ""
+
+
+def row_weights(weights: object, like: Tensor) -> Tensor:
+    """One real weight for each entry of `like` (B,), from such a tensor, a number, or None for 1.
+
+    Raises:
+        UsageError: neither of them.
+    """
+    if weights is None:
+        return torch.ones_like(like)
+    if isinstance(weights, (int, float)) and not isinstance(weights, bool):
+        return torch.full_like(like, float(weights))
+    return check_weights(weights, like, "a tensor (B,) or a number")
+
+
+_ANY_WEIGHTS = (
+    "a tensor (B,), a number, or a function from the norms (B,) to weights (B,) such as "
+    "pergrad.clip(1.0)"
+)
+
+
+def check_weights(weights: object, losses: Tensor, forms: str = _ANY_WEIGHTS) -> Tensor:
     """One real weight per example."""
     if not isinstance(weights, Tensor):
-        raise UsageError(
-            f"`weights` is a {type(weights).__name__}. Pass a tensor (B,), or a function from the "
-            "norms (B,) to weights (B,) such as pergrad.clip(1.0)."
-        )
+        raise UsageError(f"`weights` is a {type(weights).__name__}. Pass {forms}.")
     if tuple(weights.shape) != tuple(losses.shape):
         raise UsageError(
             f"`weights` has shape {tuple(weights.shape)}, but there are {losses.shape[0]} examples:"
@@ -163,6 +219,14 @@ def direction(
             )
         found = {n: v[n] for n in shapes}
     else:
+        if isinstance(v, (nn.Module, str)) or not isinstance(v, Iterable):
+            module = isinstance(v, nn.Module)
+            raise UsageError(
+                f"The direction `{what}` is a {type(v).__name__}. Pass a mapping from the "
+                "parameters' names to tensors, a sequence of tensors shaped as they are, or a flat "
+                f"tensor ({total},)."
+                + (" For its weights: dict(model.named_parameters())." if module else "")
+            )
         items = list(v)
         if len(items) != len(shapes):
             raise UsageError(
@@ -195,7 +259,79 @@ def direction(
     return found
 
 
+def check_device(device: object) -> torch.device:
+    """A device that this machine has.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    try:
+        wanted = torch.device(device)  # type: ignore[call-overload]
+    except (RuntimeError, TypeError):
+        raise UsageError(
+            f"`device` is {device!r}, which names no device. Pass one such as cpu, cuda, cuda:1 or "
+            "mps."
+        ) from None
+    count = torch.get_device_module(wanted.type).device_count() if wanted.type != "meta" else 0
+    if wanted.type == "mps" and not torch.backends.mps.is_available():
+        count = 0
+    if (wanted.index or 0) >= count:
+        there = f"{count} of that kind" if count else f"no device of the kind {wanted.type}"
+        raise UsageError(
+            f"`device` is {str(wanted)!r}, and torch {torch.__version__} sees {there} here. Leave "
+            'it out to score where the model is, or pass "cpu".'
+        )
+    return wanted
+
+
 def names_list(names: Sequence[str], most: int = 5) -> str:
     """The first few names, in backticks."""
     shown = ", ".join(f"`{n}`" for n in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def directions(
+    V: object, shapes: Mapping[str, tuple[int, ...]], devices: Mapping[str, torch.device]
+) -> dict[str, Tensor] | None:
+    """Q directions by name, each (Q, *shape), from (P, Q) or a mapping; None if V is one direction.
+
+    Raises:
+        UsageError: a name, a shape or the number of directions differs.
+    """
+    if isinstance(V, Tensor):
+        if V.dim() != 2:
+            return None
+        total = sum(prod(shape) for shape in shapes.values())
+        if V.shape[0] != total:
+            raise UsageError(
+                f"The directions `V` have shape {tuple(V.shape)}; the parameters have {total} "
+                f"elements. Pass (P, Q), a column for each direction: ({total}, {V.shape[1]})."
+            )
+        columns = [direction(V[:, q], shapes, devices, f"V[:, {q}]") for q in range(V.shape[1])]
+        if not columns:
+            return {n: V.new_zeros((0, *shape)) for n, shape in shapes.items()}
+        return {n: torch.stack([column[n] for column in columns]) for n in shapes}
+    if not isinstance(V, Mapping):
+        return None
+    counts = {
+        n: len(part)
+        for n, part in V.items()
+        if isinstance(part, Tensor) and n in shapes and part.dim() == len(shapes[n]) + 1
+    }
+    if not counts:
+        return None
+    if len(counts) < len(V) or len({*counts.values()}) > 1:
+        told = ", ".join(f"`{n}` {tuple(p.shape)}" for n, p in list(V.items())[:5])
+        raise UsageError(
+            f"The directions `V` do not agree on how many they are: {told}. Pass for each "
+            "parameter a tensor (Q, *shape of the parameter), with the same Q."
+        )
+    first = {n: part.new_zeros(shapes[n]) for n, part in V.items()}
+    direction(first, shapes, devices, "V")  # names, devices and dtypes
+    for n, part in V.items():
+        if tuple(part.shape[1:]) != tuple(shapes[n]):
+            raise UsageError(
+                f"The directions `V` have shape {tuple(part.shape)} for `{n}`, whose shape is "
+                f"{tuple(shapes[n])}. Pass (Q, *{tuple(shapes[n])})."
+            )
+    return {n: V[n] for n in shapes}

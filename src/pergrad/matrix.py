@@ -7,18 +7,19 @@ Does not know: how factors came about.
 from collections.abc import Mapping
 from functools import partial
 from math import prod
+from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pergrad import inputs
-from pergrad.doubts import Doubts, adding_to
+from pergrad import gradient_files, inputs
+from pergrad.engine.late_norms import Doubts, adding_to
+from pergrad.engine.user_state import Held
 from pergrad.errors import UsageError
-from pergrad.factors import Factor, Zero
+from pergrad.factors import Dense, Factor, Zero
 from pergrad.factors.numeric import bytes_of
 from pergrad.factors.workspace import workspace
-from pergrad.held import Held
 from pergrad.inputs import Direction
 from pergrad.precondition import Preconditioner
 
@@ -93,11 +94,24 @@ class GradientMatrix:
 
     def __repr__(self) -> str:
         rows, columns = self.shape
-        held = bytes_of(self._unique_tensors())
+        held = self.nbytes
         dense = rows * columns * torch.finfo(self.dtype).bits // 8
         return (
             f"GradientMatrix({rows} examples x {columns:,} parameters in {len(self.names)} "
             f"tensors, {self.dtype}, {self.device}; holds {_bytes(held)}, dense {_bytes(dense)})"
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """What the factors take in memory; `flat()` would take B P numbers."""
+        return bytes_of(self._unique_tensors())
+
+    def __array__(self, *args: Any, **options: Any) -> Any:
+        """Refused: it would form every gradient, or go through the rows one at a time."""
+        raise UsageError(
+            "A GradientMatrix is no array: it keeps factors, not gradients. For the matrix itself "
+            "write J.flat().numpy(force=True), B times the model; for what most want of it "
+            "J.norms(), J.gram() or J @ K.T."
         )
 
     def _unique_tensors(self) -> list[Tensor]:
@@ -110,12 +124,12 @@ class GradientMatrix:
         """Euclidean norm of every row, (B,)."""
         total = torch.zeros(self._batch, dtype=self.dtype, device=self.device)
         for squares in self._sq_norms().values():
-            total = total + squares.to(total)
-        return root(total)
+            total = total + squares.to(self.device)
+        return root(total).to(self.dtype)
 
     def norms_by_parameter(self) -> dict[str, Tensor]:
         """Euclidean norm of every row's part for each parameter, name -> (B,)."""
-        return {name: root(squares) for name, squares in self._sq_norms().items()}
+        return {name: root(squares).to(self.dtype) for name, squares in self._sq_norms().items()}
 
     def _sq_norms(self) -> dict[str, Tensor]:
         """Of every row's part for each parameter."""
@@ -140,6 +154,11 @@ class GradientMatrix:
                 "J @ K multiplies (B, P) by (K, P). Write J @ K.T for the inner products of rows."
             )
         devices = {name: f.device for name, f in self._factors.items()}
+        V = inputs.directions(other, self.shapes, devices)
+        if V is not None:
+            with self._working():
+                count = len(next(iter(V.values())))
+                return self._sum(lambda n, f: _directions(f, V[n]), (self._batch, count))
         v = inputs.direction(other, self.shapes, devices, "v")
         with self._working():
             return self._sum(lambda name, f: f.matvec(v[name]), (self._batch,))
@@ -182,6 +201,18 @@ class GradientMatrix:
         """The transpose, for `J @ K.T` and `J.T @ c`."""
         return Transposed(self)
 
+    def second_moment(self, weights: Tensor | float | None = None) -> dict[str, Tensor]:
+        """Sum over b of weights[b] times row b squared, element by element.
+
+        Name -> tensor shaped as the parameter; weights (B,), one number for all, or None for ones.
+        """
+        ones = torch.ones(self._batch, dtype=self.dtype, device=self.device)
+        c = inputs.row_weights(weights, ones).to(self.dtype)
+        with self._working():
+            return {
+                n: f.second_moment(c.to(f.device)).to(self.dtype) for n, f in self._factors.items()
+            }
+
     def scale(self, c: Tensor) -> "GradientMatrix":
         """Row b times c[b]."""
         c = self._row_weights(c, "scale")
@@ -196,7 +227,7 @@ class GradientMatrix:
             )
         P.check(self.shapes)
         self._check_versions()
-        changed = {n: P.apply(n, f) for n, f in self._factors.items()}
+        changed = P.apply_all(self._factors)
         return GradientMatrix(changed, self._batch, self._chunk_bytes)
 
     # --- parts and copies --------------------------------------------------------------------
@@ -260,6 +291,29 @@ class GradientMatrix:
             return self._map(lambda f: f.to(dtype=target))
         return self._map(lambda f: f.to(device=torch.device(target)))
 
+    def cpu(self) -> "GradientMatrix":
+        """In the memory of the CPU."""
+        return self.to("cpu")
+
+    def cuda(self, device: int | str | torch.device | None = None) -> "GradientMatrix":
+        """On a CUDA device, by default the current one.
+
+        Raises:
+            UsageError: this torch sees no such device.
+        """
+        wanted = torch.device("cuda", device) if isinstance(device, int) else device or "cuda"
+        return self.to(inputs.check_device(wanted))
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the factors to one safetensors file, for `pergrad.load_gradients`.
+
+        Raises:
+            UsageError: the file cannot be written.
+            MissingExtraError: `pip install 'pergrad[safetensors]'` brings what is missing.
+        """
+        self._check_versions()
+        gradient_files.write(path, self._factors, self._batch)
+
     def detach(self) -> "GradientMatrix":
         """The same numbers, cut from the graph that create_graph=True attached them to."""
         return self._map(lambda f: f.detach())
@@ -290,10 +344,14 @@ class GradientMatrix:
                     "what you need before, or clone that tensor in the forward pass."
                 )
 
-    def _row_weights(self, c: Any, what: str) -> Tensor:
-        if not isinstance(c, Tensor) or tuple(c.shape) != (self._batch,):
+    def _row_weights(self, c: Any, what: str, *, sets: bool = False) -> Tensor:
+        fits = isinstance(c, Tensor) and c.shape[:1] == (self._batch,)
+        if not fits or c.dim() > 1 + sets:
             got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__
-            raise UsageError(f"{what} takes one number per row, shape ({self._batch},), not {got}.")
+            more = f", or ({self._batch}, Q) for Q sets of them" if sets else ""
+            raise UsageError(
+                f"{what} takes one number per row, shape ({self._batch},){more}, not {got}."
+            )
         if not c.is_floating_point():
             raise UsageError(f"{what} takes floating point numbers, not {c.dtype}: use c.float().")
         return c.to(self.dtype)
@@ -345,13 +403,22 @@ class Transposed:
         return self.matrix
 
     def __matmul__(self, c: Tensor) -> dict[str, Tensor]:
-        """Sum over b of c[b] times row b, name -> tensor shaped as the parameter."""
+        """Sum over b of c[b] times row b, name -> tensor shaped as the parameter.
+
+        With C (B, Q) in the place of c: Q such sums, name -> (Q, *shape of the parameter).
+        """
         if isinstance(c, (GradientMatrix, Transposed)):
             raise UsageError(
                 "J.T @ K would be P x P. Write J @ K.T for the inner products of rows, or J.T @ c "
                 "with one number per row."
             )
-        weights = self.matrix._row_weights(c, "J.T @ c")
+        weights = self.matrix._row_weights(c, "J.T @ c", sets=True)
+        if weights.dim() == 2:
+            with self.matrix._working():
+                return {
+                    n: f.weighted_sums(weights).to(self.matrix.dtype)
+                    for n, f in self.matrix._factors.items()
+                }
         with self.matrix._working():
             return {
                 n: f.weighted_sum(weights.to(f.device)).to(self.matrix.dtype)
@@ -387,3 +454,10 @@ def _bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def _directions(factor: Factor, V: Tensor) -> Tensor:
+    """(B, Q): inner products of every row with each of V (Q, *shape)."""
+    if len(V) == 1:
+        return factor.matvec(V[0])[:, None]
+    return factor.gram(Dense(V.to(factor.device, factor.dtype)))

@@ -29,6 +29,10 @@ class Preconditioner:
         """The preconditioned gradients of one parameter."""
         raise NotImplementedError
 
+    def apply_all(self, factors: Mapping[str, Factor]) -> dict[str, Factor]:
+        """Those of all parameters, for blocks that mix several of them."""
+        return {name: self.apply(name, factor) for name, factor in factors.items()}
+
 
 def _known(names: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]) -> None:
     unknown = [n for n in names if n not in shapes]

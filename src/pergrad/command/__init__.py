@@ -9,6 +9,7 @@ import traceback
 
 from pergrad.errors import PergradError
 from pergrad.extras import need
+from pergrad.scans.text import printable_lines
 
 
 def main() -> int:
@@ -25,5 +26,5 @@ def main() -> int:
         if "--traceback" in sys.argv:
             traceback.print_exc()
         else:
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201
+            print(f"error: {printable_lines(error)}", file=sys.stderr)  # noqa: T201
         return 1

@@ -1,26 +1,31 @@
-"""The command line: `pergrad scan, top, report, explain, demo, calibrate`.
+"""The command line: `pergrad scan, top, report, watch, explain, demo, calibrate`.
 
 Owns: the commands, their options and help, their exit codes, and what is printed where.
 Does not know: how scoring, the store or the report work; each command is one call of the library.
+
+What needs torch is imported by the commands that need it: to look at scores takes no second.
 """
 
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from enum import StrEnum
+from inspect import Parameter, signature
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import torch
 import typer
 
 import pergrad
-from pergrad.command import demonstration, jobs, printing
-from pergrad.errors import PergradError, UsageError
-from pergrad.scores import manifest, scorer
+from pergrad.command import printing, runs
+from pergrad.errors import PergradError
+from pergrad.scans import options
+from pergrad.scans.rows import as_table
+from pergrad.training.run_folder import is_run
 
 FINE, ERROR, USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -40,6 +45,7 @@ First steps:
     pergrad scan train.py:job --out scores          score every example; Ctrl-C and resume
     pergrad top scores                              the examples with the largest norms
     pergrad report scores                           one HTML page to look at
+    pergrad watch run --open                        a training run's page, rewritten as it goes on
 
 \b
 Exit codes:
@@ -66,48 +72,9 @@ app = typer.Typer(
 )
 
 
-class Mode(StrEnum):
-    """What the model is put into while it is scored."""
-
-    eval = "eval"
-    train = "train"
-    as_is = "as-is"
-
-
-MODES: dict[Mode, Literal["eval", "train", "as is"]] = {
-    Mode.eval: "eval",
-    Mode.train: "train",
-    Mode.as_is: "as is",
-}
-
-
-class OnMixing(StrEnum):
-    """What to do where examples influence each other."""
-
-    refuse = "raise"
-    exact = "exact"
-
-
-class Rescore(StrEnum):
-    """What to score again."""
-
-    damaged = "damaged"
-    failed = "failed"
-
-
-class Engine(StrEnum):
-    """Where the work is done."""
-
-    local = "local"
-    ray = "ray"
-    torchrun = "torchrun"
-
-
-class Groups(StrEnum):
-    """Of what there is a norm besides the whole gradient's."""
-
-    layer = "layer"
-    parameter = "parameter"
+def _choice(name: str, *values: str) -> Any:
+    """The type of an option that has one of several values."""
+    return StrEnum(name, {value: value for value in values})
 
 
 class Precision(StrEnum):
@@ -126,7 +93,10 @@ JobName = Annotated[
     ),
 ]
 Folder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="A folder that `pergrad scan --out DIR` has made.")
+    Path,
+    typer.Argument(
+        metavar="DIR", help="A folder of `pergrad scan --out DIR`, or of pergrad.Watch(DIR)."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -143,78 +113,75 @@ def _root(
         raise typer.Exit(FINE)
 
 
+# How each option of a scan is spelled here: its type, and what typer is told besides its help.
+_SPELLED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "batch_size": (str, {"metavar": "N|auto"}),
+    "against": (list[str], {"metavar": "[NAME=]FILE.py:FUNCTION"}),
+    "groups": (_choice("Groups", *get_args(options.Grouping)), {}),
+    "mode": (_choice("Mode", *get_args(options.Mode)), {}),
+    "device": (str, {}),
+    "on_mixing": (_choice("Mixing", *get_args(options.Mixing)), {}),
+    "engine": (_choice("Engine", *get_args(options.Engine)), {}),
+    "workers": (int, {"metavar": "N", "min": 0}),
+    "address": (str, {}),
+    "seed": (int, {}),
+    "rescore": (_choice("Rescore", *get_args(options.Rescore)), {}),
+    "resume": (bool, {"flags": ["--no-resume"]}),
+    "recheck": (bool, {"flags": ["--no-recheck"]}),
+    "progress": (bool, {"flags": ["--quiet", "-q"]}),
+}
+
+
+def _scan_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take the options of a scan; a flag says the contrary of its option."""
+    named = []
+    for option in fields(options.ScanOptions):
+        if option.name not in _SPELLED:
+            continue
+        kind, more = _SPELLED[option.name]
+        flags = more.get("flags", [])
+        default = False if flags else option.default
+        told = {key: value for key, value in more.items() if key != "flags"}
+        spelled = typer.Option(*flags, help=option.metadata["help"], **told)
+        named.append(
+            Parameter(
+                option.name,
+                Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=Annotated[kind if default is not None else kind | None, spelled],
+            )
+        )
+    own = signature(command)
+    first = [p for p in own.parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    command.__signature__ = own.replace(  # type: ignore[attr-defined]
+        parameters=[*first[:2], *named, *first[2:]]
+    )
+    return command
+
+
+def _asked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was said on the command line, as options of a scan."""
+    asked: dict[str, Any] = {}
+    for name, value in given.items():
+        if "flags" in _SPELLED[name][1]:
+            asked[name] = not value
+        else:
+            asked[name] = value.value if isinstance(value, StrEnum) else value
+    asked["batch_size"] = _batch_size(asked["batch_size"])
+    return asked
+
+
 @app.command()
+@_scan_options
 def scan(
     job: JobName,
     out: Annotated[
         Path,
         typer.Option("--out", "-o", metavar="DIR", help="Where the scores go. Made if it is new."),
     ],
-    batch_size: Annotated[
-        str,
-        typer.Option(
-            metavar="N|auto",
-            help="Examples in a batch. auto halves it when memory runs out.",
-        ),
-    ] = "auto",
-    against: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[NAME=]FILE.py:FUNCTION",
-            help="Also the inner product and cosine with a reference: what the function returns "
-            "when it is called with the Job. A pergrad.MeanGradient, a GradientMatrix or a "
-            "direction; without NAME=, a dict from names to such. May be repeated.",
-        ),
-    ] = None,
-    groups: Annotated[
-        Groups | None, typer.Option(help="Also the norm of each layer's or parameter's gradient.")
-    ] = None,
-    mode: Annotated[
-        Mode, typer.Option(help="The mode to score the model in; it is put back afterwards.")
-    ] = Mode.eval,
-    device: Annotated[
-        str | None, typer.Option(help="Move model and batches there: cuda, cuda:1, cpu.")
-    ] = None,
-    on_mixing: Annotated[
-        OnMixing,
-        typer.Option(help="exact: pay for examples that influence each other, as in batch norm."),
-    ] = OnMixing.refuse,
-    engine: Annotated[
-        Engine,
-        typer.Option(
-            help="ray: in several processes, or on a cluster. torchrun: each rank its share of "
-            "the examples, after `torchrun --nproc-per-node N -m pergrad scan`."
-        ),
-    ] = Engine.local,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="ray: how many processes score. Otherwise: how many fetch examples ahead.",
-        ),
-    ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="ray: a cluster's address. By default this machine.")
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(help="Of random numbers drawn while examples are fetched and scored.")
-    ] = 0,
-    rescore: Annotated[
-        Rescore | None,
-        typer.Option(help="Score again what is in damaged files, or what failed before."),
-    ] = None,
-    no_resume: Annotated[
-        bool, typer.Option("--no-resume", help="Refuse a DIR that has scores already.")
-    ] = False,
-    no_recheck: Annotated[
-        bool,
-        typer.Option(
-            "--no-recheck", help="When resuming, do not compare one finished batch first."
-        ),
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+    *,
     as_json: AsJson = False,
+    **given: Any,
 ) -> None:
     """Score every example of a job's data, and keep the scores in a folder.
 
@@ -242,37 +209,21 @@ def scan(
         def valid(job):
             return pergrad.MeanGradient(validation_data)
     """
+    asked = _asked(given)
     with _resumable(out):
+        from pergrad.command import jobs
+
         chosen_job = jobs.job(job)
-        references = _references(against or [], chosen_job)
-        scores = pergrad.scan(
-            chosen_job,
-            out,
-            batch_size=_batch_size(batch_size),
-            against=references,
-            groups=groups.value if groups else None,
-            mode=MODES[mode],
-            device=device,
-            engine=engine.value,
-            workers=workers,
-            address=address,
-            seed=seed,
-            rescore=rescore.value if rescore else None,
-            resume=not no_resume,
-            recheck=not no_recheck,
-            progress=not quiet,
-            source=job,
-            command=_again(),
-            **({} if on_mixing is OnMixing.refuse else {"on_mixing": on_mixing.value}),
-        )
-    if os.environ.get("RANK", "0") != "0" and engine is Engine.torchrun:
+        asked["against"] = jobs.references(asked["against"] or [], chosen_job, asked)
+        scores = pergrad.scan(chosen_job, out, **asked, source=job, command=_again())
+    if os.environ.get("RANK", "0") != "0" and asked["engine"] == "torchrun":
         return  # the first rank says it for all
     counts = {name.replace(" ", "_"): n for name, n in scores.manifest["counts"].items()}
     if as_json:
         found = {"store": str(out), **counts, "columns": list(scores.manifest["columns"])}
         typer.echo(printing.as_json(found))
     else:
-        if quiet or not (sys.stdout.isatty() and sys.stderr.isatty()):
+        if not asked["progress"] or not (sys.stdout.isatty() and sys.stderr.isatty()):
             typer.echo(repr(scores))  # otherwise it stands under the progress bar already
         look = ["top", "report", *(["top --failed"] if counts["failed"] else [])]
         lines = [f"  pergrad {word} {shlex.quote(str(out))}" for word in look]
@@ -288,8 +239,18 @@ def top(
         int, typer.Option("--count", "-n", min=1, metavar="N", help="How many examples.")
     ] = 20,
     by: Annotated[
-        str, typer.Option(metavar="COLUMN", help="What to rank by: norm, loss, or any column.")
-    ] = "norm",
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="What to rank by: norm (the default), loss, or any column. Of a training run: "
+            "outlier (how often it stood out, the default), ratio, norm, score, loss.",
+            show_default=False,
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME", help="Only these columns, and those to rank by."),
+    ] = None,
     smallest: Annotated[bool, typer.Option("--smallest", help="The smallest first.")] = False,
     failed: Annotated[
         bool, typer.Option("--failed", help="Instead: the examples that failed, and why.")
@@ -299,19 +260,37 @@ def top(
     """The examples with the largest norms, losses, or whatever else was stored.
 
     \b
+    Of a training run, those that stood out most often.
+
+    \b
     Examples:
         pergrad top scores
+        pergrad top run
         pergrad top scores -n 100 --by loss
+        pergrad top scores --columns key,loss
         pergrad top scores --by dot:valid --smallest --json | jq '.[].index'
         pergrad top scores --failed
     """
+    if is_run(folder):
+        given = {"smallest": smallest, "failed": failed, "columns": columns}
+        rows = runs.top(folder, count, by or "outlier", given)
+        typer.echo(printing.as_json(rows) if as_json else as_table(rows, None, ["key"]))
+        return
     scores = pergrad.open_scores(folder)
     total = scores.manifest["scored"]["examples"]
     if not scores.complete:
         typer.echo(f"Only {len(scores):,} of {total:,} examples are scored so far.", err=True)
-    table = scores.failures() if failed else scores.top(count, by=by, smallest=smallest)
+    chosen = columns.split(",") if columns else None
+    by = by or "norm"
+    if failed:
+        first, table = ["error"], scores.failures()
+    else:
+        first = [by]
+        table = scores.top(count, by=by, smallest=smallest, columns=chosen)
     rows = table.slice(0, count).to_pylist()
-    typer.echo(printing.as_json(rows) if as_json else printing.as_table(rows))
+    # what is read by a program is whole
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    typer.echo(printing.as_json(rows) if as_json else as_table(rows, width, ["index", *first]))
 
 
 @app.command()
@@ -326,15 +305,20 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write one HTML page about the scores, to open in a browser; it needs no network.
+    """Write one HTML page about scores or a training run; it needs no network.
 
     \b
     Examples:
         pergrad report scores
+        pergrad report run
         pergrad report scores --out scores.html --title "Training data, May"
     """
-    page = pergrad.open_scores(folder).report(out or folder / "report.html", title=title)
+    opened = pergrad.open_watch(folder) if is_run(folder) else pergrad.open_scores(folder)
+    page = opened.report(out or folder / "report.html", title=title)
     typer.echo(printing.as_json({"report": str(page)}) if as_json else str(page))
+
+
+app.command()(runs.watch)
 
 
 @app.command()
@@ -356,7 +340,9 @@ def explain(
         pergrad explain train.py:job
         pergrad explain mypackage.jobs:job --json
     """
-    coverage = _explained(jobs.job(job), examples)
+    from pergrad.command import explaining
+
+    coverage = explaining.coverage(job, examples)
     if as_json:
         found = {
             "examples": coverage.examples,
@@ -382,6 +368,8 @@ def demo(
     Needs `pip install 'pergrad[demo]'` and no network. Says at the end where its code is, to
     copy. It replaces the scores of an earlier demo in the same folder.
     """
+    from pergrad.command import demonstration
+
     with redirect_stdout(sys.stderr) if as_json else nullcontext():
         found = demonstration.run(out)
     if as_json:
@@ -411,6 +399,8 @@ def calibrate(
         OMP_NUM_THREADS=8 pergrad calibrate
         pergrad calibrate --device cuda --json
     """
+    import torch
+
     found = pergrad.calibrate(device, getattr(torch, dtype.value))
     if as_json:
         typer.echo(
@@ -435,42 +425,13 @@ def calibrate(
         for case in found.cases
     ]
     for names in {tuple(row): None for row in rows}:
-        typer.echo(printing.as_table([row for row in rows if tuple(row) == names]) + "\n")
+        typer.echo(as_table([row for row in rows if tuple(row) == names]) + "\n")
     typer.echo(
         f"{found.device}, {dtype.value}: the choice of method loses {found.loss:.1%} of the time "
         f"to the fastest one ({found.loss_before:.1%} before).\n"
         f"Compiled kernels: {'yes' if found.no_kernel is None else 'no, ' + found.no_kernel}.\n"
         f"Kept in {found.file or 'this process only'}."
     )
-
-
-def _explained(job: pergrad.Job, examples: int) -> pergrad.Coverage:
-    """How the first examples' losses reach the parameters, in the mode that they are scored in."""
-    with scorer.prepared(job.model, "eval"):
-        params = manifest.parameters_of(job)
-        with jobs.told("Computing the losses of the first examples"):
-            batch = scorer.fetch(job.collate, job.data, range(min(examples, len(job))), seed=0)
-            home = scorer.home_of(params)
-            losses = job.losses(job.model, scorer.to_device(batch, home) if home else batch)
-        return pergrad.explain(losses, params)
-
-
-def _references(texts: list[str], job: pergrad.Job) -> dict[str, Any]:
-    """What the functions of --against return for this job, by name."""
-    found: dict[str, Any] = {}
-    for text in texts:
-        name, equals, function = text.rpartition("=")
-        value = jobs.call(function, job)
-        if equals:
-            found[name] = value
-        elif isinstance(value, Mapping):
-            found |= value
-        else:
-            raise UsageError(
-                f"{function} returned {type(value).__name__}. Give it a name, --against "
-                f"NAME={function}, or return a dict from names to references."
-            )
-    return found
 
 
 def _batch_size(text: str) -> int | Literal["auto"]:

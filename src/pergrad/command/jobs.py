@@ -12,7 +12,7 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib.machinery import SourceFileLoader
@@ -20,8 +20,10 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from pergrad import inputs
 from pergrad.errors import UsageError
-from pergrad.scores.job import Job
+from pergrad.scans import model_state
+from pergrad.scans.job import Job
 
 OURS = str(Path(__file__).parents[1]) + os.sep  # frames of pergrad itself tell a user nothing
 FORM = "path/to/file.py:function or package.module:function"
@@ -99,6 +101,30 @@ def job(name: str) -> Job:
             else "Return pergrad.Job(model=..., data=..., losses=...)."
         )  # fmt: skip
         raise UsageError(f"{name} returned {type(found).__name__}, not a pergrad.Job. {remedy}")
+    return found
+
+
+def references(texts: list[str], job: Job, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What the functions of --against return for this job, by name.
+
+    They are called with the model in the mode of the scan, and on its device.
+    """
+    found: dict[str, Any] = {}
+    if texts and asked["device"] is not None:
+        inputs.check_device(asked["device"])
+    for text in texts:
+        name, equals, function = text.rpartition("=")
+        with model_state.prepared(job.model, asked["mode"], asked["device"]):
+            value = call(function, job)
+        if equals:
+            found[name] = value
+        elif isinstance(value, Mapping):
+            found |= value
+        else:
+            raise UsageError(
+                f"{function} returned {type(value).__name__}. Give it a name, --against "
+                f"NAME={function}, or return a dict from names to references."
+            )
     return found
 
 

@@ -4,28 +4,26 @@ Owns: the classes of factors, exact and lazy. Torch only.
 Does not know: graphs, ops, parameters' names.
 """
 
-from pergrad.factors.algebra import dot, gram
 from pergrad.factors.base import Factor
-from pergrad.factors.combined import Placed, Sum
+from pergrad.factors.combined import Placed, Sum, placed_one_by_one
 from pergrad.factors.correlation import Correlation
 from pergrad.factors.dense import Dense, Summed, Zero
+from pergrad.factors.isometry import Isometry
 from pergrad.factors.lazy import Computed, Pulled, Scaled
-from pergrad.factors.mapped import Embedded, Isometry, Mapped
-from pergrad.factors.notes import KeptGram, Notes
-from pergrad.factors.outer import Outer
+from pergrad.factors.mapped import Embedded, Mapped, mapped
+from pergrad.factors.outer import Both, Outer
+from pergrad.factors.products import dots, grams
 from pergrad.factors.rows import Rows
-from pergrad.factors.simplify import mapped
 
 __all__ = [
+    "Both",
     "Computed",
     "Correlation",
     "Dense",
     "Embedded",
     "Factor",
     "Isometry",
-    "KeptGram",
     "Mapped",
-    "Notes",
     "Outer",
     "Placed",
     "Pulled",
@@ -34,7 +32,8 @@ __all__ = [
     "Sum",
     "Summed",
     "Zero",
-    "dot",
-    "gram",
+    "dots",
+    "grams",
     "mapped",
+    "placed_one_by_one",
 ]

@@ -1,7 +1,7 @@
 """`Sum`, several uses of one parameter, and `Placed`, some examples of a larger batch.
 
-Owns: the two classes, and which parts of a sum become one.
-Does not know: products of two factors (`algebra`).
+Owns: the two classes, and their products with others.
+Does not know: which kinds there are, nor which parts become one (`Factor.joins`).
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -9,20 +9,20 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor
 
-from pergrad.factors.base import Factor
-from pergrad.factors.dense import Dense, Zero
-from pergrad.factors.guard import repaired
-from pergrad.factors.mapped import Embedded, Mapped
+from pergrad.factors.base import Factor, general_gram
+from pergrad.factors.dense import Zero
+from pergrad.factors.guard import SqNorms, cancels, held_against
+from pergrad.factors.isometry import Isometry
 from pergrad.factors.numeric import Index
-from pergrad.factors.outer import Outer
-from pergrad.factors.rows import Rows
+from pergrad.factors.products import dots, grams
+
+_FEW = 4  # so many parts may have a product with each other
 
 
 class Sum(Factor):
     """G[b] = Σ_i factors[i][b]: tied and re-used weights, with every cross term.
 
-    Parts of one kind become one part: Dense and Dense, Rows and Rows, Outer and Outer of the same
-    sizes (one after the other along T; that never costs more than their cross terms).
+    Parts of one kind become one part, where their kind says so: Dense and Dense, say.
     """
 
     def __init__(self, factors: Sequence[Factor]) -> None:
@@ -70,8 +70,12 @@ class Sum(Factor):
 
     def sq_norms(self) -> Tensor:
         """Σ_i ‖F_i‖² + 2 Σ_{i<j} F_i·F_j."""
+        return self.sq_norms_and_doubts().settled()
+
+    def sq_norms_and_doubts(self) -> SqNorms:
+        """Parts that cancel are added up before they are squared."""
         if len(self.factors) == 1:
-            return self.factors[0].sq_norms().to(self.dtype)
+            return SqNorms(self.factors[0].sq_norms().to(self.dtype))
         norms = [f.sq_norms().to(self.dtype) for f in self.factors]
         total = torch.stack(norms).sum(0)
         for i, f in enumerate(self.factors):
@@ -79,7 +83,7 @@ class Sum(Factor):
                 total = total + 2 * f.dot(h)
         # parts that cancel: as with a Gram, the error is that of the parts' sizes
         sizes = torch.stack(norms).sqrt().sum(0).square()
-        return repaired(total, sizes, lambda rows: Factor.sq_norms(self._select(rows)))
+        return held_against(total, sizes, lambda rows: Factor.sq_norms(self._select(rows)))
 
     def matvec(self, v: Tensor) -> Tensor:
         """The parts', added."""
@@ -88,6 +92,41 @@ class Sum(Factor):
     def weighted_sum(self, c: Tensor) -> Tensor:
         """The parts', added."""
         return self._total(lambda f: f.weighted_sum(c))
+
+    def weighted_gradient(self, c: Tensor) -> Tensor:
+        """The parts', added: sparse if all of them are."""
+        parts = [f.weighted_gradient(c).to(self.dtype) for f in self.factors]
+        total, *rest = sorted(parts, key=lambda part: part.is_sparse)  # not sparse + dense
+        for part in rest:
+            total = total + part
+        return total
+
+    def weighted_sums(self, C: Tensor) -> Tensor:
+        """The parts', added."""
+        return self._total(lambda f: f.weighted_sums(C))
+
+    def second_moment(self, c: Tensor) -> Tensor:
+        """Of the parts added up: a square of a sum is no sum of squares."""
+        only = len(self.factors) == 1
+        return self.factors[0].second_moment(c) if only else super().second_moment(c)
+
+    @property
+    def norm_method(self) -> str:
+        """Those of the parts."""
+        return " + ".join(sorted({f.norm_method for f in self.factors}))
+
+    @property
+    def norm_cost(self) -> int:
+        """Every part's, and as much again for each product of two."""
+        return sum(f.norm_cost for f in self.factors) * len(self.factors)
+
+    def absorb(self, chain: Isometry) -> "Sum":
+        """The parts, each as it can."""
+        return self._each(lambda f: f.absorb(chain))
+
+    def materialized(self) -> "Sum":
+        """The parts, formed."""
+        return self._each(lambda f: f.materialized())
 
     def _each(self, change: Callable[[Factor], Factor]) -> "Sum":
         return Sum([change(f) for f in self.factors])
@@ -124,47 +163,71 @@ def _merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:
     groups: dict[Hashable, list[Factor]] = {}
     for factor in factors:
         for part in factor.factors if isinstance(factor, Sum) else (factor,):
-            groups.setdefault(_kind(part), []).append(part)
+            groups.setdefault(part.joins, []).append(part)
     zeros = groups.pop(Zero, [])
     if not groups:
         return (zeros[0],)
-    return tuple(_joined(g) if len(g) > 1 else g[0] for g in groups.values())
+    parts = [group[0].joined(group[1:]) if group[1:] else group[0] for group in groups.values()]
+    return tuple(_side_by_side(parts)) if len(parts) > _FEW else tuple(parts)
 
 
-def _kind(part: Factor) -> Hashable:
-    """Equal for parts that can become one."""
-    if isinstance(part, Outer):
-        N, _, p, d = part.sizes
-        return (Outer, N, p, d)
-    if isinstance(part, Mapped):
-        return (Mapped, part.isometry)
-    if isinstance(part, Embedded):
-        return (Embedded, part.index)
-    if isinstance(part, Dense):
-        return Dense
-    return type(part) if isinstance(part, (Rows, Zero)) else id(part)
+def _side_by_side(parts: list[Factor]) -> list[Factor]:
+    """Parts with rows for different examples, as a loop over examples leaves them, made one.
+
+    Else every part would have a product with every other.
+    """
+    rest = [f for f in parts if not isinstance(f, Placed)]
+    same: dict[tuple[int, ...], list[Factor]] = {}
+    for f in parts:
+        if isinstance(f, Placed):
+            same.setdefault(tuple(f.index.tolist()), []).append(f.factor)
+    batch = parts[0].batch
+    # Of each kind the parts so far, none with an example that an earlier one of its list has.
+    lists: dict[Hashable, list[tuple[set[int], list[tuple[tuple[int, ...], Factor]]]]] = {}
+    for index, factors in same.items():
+        for part in _merged(factors):
+            if part.stacks is None:
+                rest.append(_placed(part, index, batch))
+                continue
+            for taken, members in lists.setdefault(part.stacks, []):
+                if taken.isdisjoint(index):
+                    taken.update(index)
+                    members.append((index, part))
+                    break
+            else:
+                lists[part.stacks].append((set(index), [(index, part)]))
+    for several in lists.values():
+        for _, members in several:
+            first, *others = [part for _, part in members]
+            whole = first.stacked(others) if others else first
+            order = [i for index, _ in members for i in index]
+            if others and order != sorted(order):
+                by_example = sorted(range(len(order)), key=order.__getitem__)
+                whole = whole.select(torch.tensor(by_example, device=whole.device))
+            rest.append(_placed(whole, sorted(order), batch))
+    return rest
 
 
-def _joined(parts: list[Factor]) -> Factor:
-    """Several parts of one kind as one."""
-    first = parts[0]
-    if isinstance(first, Outer):
-        outers = [f for f in parts if isinstance(f, Outer)]
-        g = torch.cat([f.g for f in outers], 2)
-        return Outer(g, torch.cat([f.a for f in outers], 2), first.shape)
-    if isinstance(first, Rows):
-        rows = [f for f in parts if isinstance(f, Rows)]
-        ids = torch.cat([f.ids for f in rows], 1)
-        return Rows(ids, torch.cat([f.g for f in rows], 1), first.shape)
-    if isinstance(first, Mapped):
-        return Mapped(Sum([f.factor for f in parts if isinstance(f, Mapped)]), first.isometry)
-    if isinstance(first, Embedded):
-        inner = Sum([f.factor for f in parts if isinstance(f, Embedded)])
-        return Embedded(inner, first.shape, first.index)
-    total = first.dense()
-    for part in parts[1:]:
-        total = total + part.dense()
-    return Dense(total)
+def _placed(factor: Factor, index: Sequence[int], batch: int) -> Factor:
+    """The factor itself, if it has all examples."""
+    if len(index) == batch:
+        return factor
+    return Placed(factor, torch.tensor(index, dtype=torch.int64, device="cpu"), batch)
+
+
+def placed_one_by_one(factors: Sequence[Factor]) -> Factor:
+    """The examples of several factors, one after the other: of one kind, one factor."""
+    some = [f for f in factors if f.batch] or list(factors[:1])
+    first, *others = some
+    stackable = first.stacks is not None and all(f.stacks == first.stacks for f in others)
+    if stackable or not others:
+        return first.stacked(others) if others else first
+    batch, places, start = sum(f.batch for f in some), [], 0
+    for f in some:
+        index = torch.arange(start, start + f.batch, device=f.device)
+        places.append(Placed(f, index, batch))
+        start += f.batch
+    return Sum(places)
 
 
 class Placed(Factor):
@@ -219,8 +282,38 @@ class Placed(Factor):
         """The inner sum with the inner rows' weights."""
         return self.factor.weighted_sum(c.to(self.device)[self.index])
 
+    def weighted_sums(self, C: Tensor) -> Tensor:
+        """The inner sums with the inner rows' weights."""
+        return self.factor.weighted_sums(C.to(self.device)[self.index])
+
+    def weighted_gradient(self, c: Tensor) -> Tensor:
+        """The inner one with the inner rows' weights."""
+        return self.factor.weighted_gradient(c.to(self.device)[self.index])
+
+    def second_moment(self, c: Tensor) -> Tensor:
+        """The inner one with the inner rows' weights: other rows are zero."""
+        return self.factor.second_moment(c.to(self.device)[self.index])
+
     def _inside(self, factor: Factor) -> "Placed":
         return Placed(factor, self.index, self.batch)
+
+    @property
+    def norm_method(self) -> str:
+        """That of the inner factor."""
+        return self.factor.norm_method
+
+    @property
+    def norm_cost(self) -> int:
+        """That of the inner factor."""
+        return self.factor.norm_cost
+
+    def absorb(self, chain: Isometry) -> "Placed":
+        """The inner factor, as it can."""
+        return self._inside(self.factor.absorb(chain))
+
+    def materialized(self) -> "Placed":
+        """The inner factor, formed."""
+        return self._inside(self.factor.materialized())
 
     def scale(self, c: Tensor) -> "Placed":
         """The inner rows, scaled."""
@@ -251,3 +344,42 @@ class Placed(Factor):
     def tensors(self) -> tuple[Tensor, ...]:
         """Those of the inner factor, and the index."""
         return (*self.factor.tensors(), self.index)
+
+
+@dots.register(Placed, Factor)
+def _dot_placed(f: Placed, h: Factor) -> Tensor:
+    return f.spread(f.factor.dot(h.select(f.index)))
+
+
+@grams.register(Placed, Factor)
+def _gram_placed(f: Placed, h: Factor) -> Tensor:
+    if f is h:
+        return f.spread(f.spread(f.factor.gram(f.factor)).mT).mT
+    return f.spread(f.factor.gram(h))
+
+
+@dots.register(Sum, Factor)
+def _dot_sum(f: Sum, h: Factor) -> Tensor:
+    return f._total(lambda part: part.dot(h))
+
+
+@grams.register(Sum, Factor)
+def _gram_sum(f: Sum, h: Factor) -> Tensor:
+    return _self_gram(f) if f is h else f._total(lambda part: part.gram(h))
+
+
+def _self_gram(f: Sum) -> Tensor:
+    """Σ_ij F_i F_jᵀ, where F_j F_iᵀ is the transpose of F_i F_jᵀ."""
+    own = [part.gram(part).to(f.dtype) for part in f.factors]
+    total = own[0]
+    for i, part in enumerate(f.factors[1:], 1):
+        total = total + own[i]
+        for other in f.factors[:i]:
+            cross = part.gram(other)
+            total = total + cross + cross.mT
+    if len(own) > 1:
+        sizes = torch.stack([x.detach().diagonal().clamp_min(0).sqrt() for x in own]).sum(0)
+        lost = cancels(total.diagonal(), sizes.square()) & ~sizes.isnan()
+        if bool(lost.any()):  # parts that cancel: add them up first
+            return general_gram(f, f)
+    return total

@@ -1,7 +1,8 @@
 """Which of several exact methods to use: counts of multiply-adds, and nothing else.
 
-Owns: the choice of a method for products of `Outer`, `Rows` and `Correlation`.
-Does not know: tensors; what a machine is good at (`constants`).
+Owns: what norms cost, and the choice of a method for products of `Outer` and `Rows`.
+Does not know: tensors; what a machine is good at (`constants`); the choice of a method for norms
+(`methods.choice`).
 
 Dimensions: B and K examples, T and S positions, p outputs, d inputs.
 
@@ -28,64 +29,20 @@ def row_norm_cost(p: int, d: int) -> int:
     return p + d
 
 
-def gram_norm_cost(T: int, p: int, d: int, readers: int = 1) -> int:
-    """Σ_ts (g_t·g_s)(a_t·a_s), half by symmetry (less, in k blocks): T² (p + d) (k + 1) / 2k.
-
-    The Gram of a that several uses read costs each of them its share.
-    """
+def gram_norm_cost(T: int, p: int, d: int) -> int:
+    """Σ_ts (g_t·g_s)(a_t·a_s), half by symmetry (less, in k blocks): T² (p + d) (k + 1) / 2k."""
     k = gram_blocks(T)
-    return T * T * (p + d // readers) * (k + 1) // (2 * k)
+    return T * T * (p + d) * (k + 1) // (2 * k)
 
 
-def fused_norm_cost(T: int, p: int, d: int, readers: int = 1) -> int:
+def fused_norm_cost(T: int, p: int, d: int) -> int:
     """The same by the compiled kernel, which needs no blocks to leave the lower half out."""
-    return T * (T + FUSED_TILE) * (p + d // readers) // 2
+    return T * (T + FUSED_TILE) * (p + d) // 2
 
 
 def direct_norm_cost(T: int, p: int, d: int) -> int:
     """Form Gᵀ A, then square it: (T + 1) p d."""
     return (T + 1) * p * d
-
-
-def outer_norm_times(
-    T: int, p: int, d: int, readers: int = 1, by: Constants = DEFAULT,
-    *, fused: bool = False, summed: int = 0,
-) -> dict[str, float]:  # fmt: skip
-    """What each method of taking the norms of an Outer costs: "rows", or "direct" and a Gram.
-
-    "gram", or "fused" if there is a kernel, which lays out all of g and a once. `summed` is the
-    width of a side whose sum over positions is asked for too: a Gram tells its norm.
-    """
-    if T <= 1:
-        return {"rows": row_norm_cost(p, d)}
-    summing = by.sum_reading * T * summed
-    times = {"direct": (T + by.direct_elementwise) * p * d + summing}
-    if fused:
-        products = by.fused_overhead * fused_norm_cost(T, p, d, readers)
-        return {"fused": products + by.fused_reading * T * (p + d // readers), **times}
-    gram = gram_norm_cost(T, p, d, readers) + by.gram_elementwise * T * T
-    return {"gram": by.gram_overhead * gram, **times}
-
-
-def outer_norm_method(
-    T: int, p: int, d: int, readers: int = 1, by: Constants = DEFAULT,
-    *, fused: bool = False, summed: int = 0,
-) -> str:  # fmt: skip
-    """How to take the norms of an Outer: "rows", "gram", "direct" or "fused"."""
-    return _least(outer_norm_times(T, p, d, readers, by, fused=fused, summed=summed))
-
-
-def outer_norm_cost(
-    T: int, p: int, d: int, readers: int = 1, by: Constants = DEFAULT,
-    *, fused: bool = False, summed: int = 0,
-) -> int:  # fmt: skip
-    """Multiply-adds per example and group of the chosen method."""
-    method = outer_norm_method(T, p, d, readers, by, fused=fused, summed=summed)
-    if method == "rows":
-        return row_norm_cost(p, d)
-    if method == "direct":
-        return direct_norm_cost(T, p, d)
-    return (gram_norm_cost if method == "gram" else fused_norm_cost)(T, p, d, readers)
 
 
 def outer_dot_method(T: int, S: int, p: int, d: int, by: Constants = DEFAULT) -> str:
@@ -136,35 +93,3 @@ def shift_norm_cost(T: int, window: int, p: int, d: int, k: int, by: Constants =
 def fused_shift_norm_cost(T: int, pixels: int, p: int, d: int, k: int) -> int:
     """The same by the compiled kernel, without the lower halves: T² p / 2 + pixels² d / 2k."""
     return (T * (T + FUSED_TILE) * p + pixels * (pixels + FUSED_TILE) * (d // k)) // 2
-
-
-def correlation_norm_method(
-    N: int, T: int, window: int, p: int, d: int, k: int,
-    *, pixels: int = 0, call: int | None = None, by: Constants = DEFAULT,
-    fused: bool = False, fused_shift: bool = False,
-) -> str:  # fmt: skip
-    """Norms of a convolution's weight: as an `Outer` over patches, or by shifts or convolutions.
-
-    "convolution" is torch's own gradient for each example; `call` is how many numbers it reads,
-    None if it cannot be called. All counts but that one are of one of N groups. "fused shift" needs
-    the kernel.
-    """
-    times = outer_norm_times(T, p, d, by=by, fused=fused)
-    if "rows" in times:
-        return "rows"
-    times = {name: time + T * (p + d) * by.patch_overhead for name, time in times.items()}
-    if k > 1:
-        shifts = shift_norm_cost(T, window, p, d, k, by)
-        times["shift"] = by.shift_overhead * shifts + by.shift_calls
-    if k > 1 and fused_shift:
-        products = by.fused_overhead * fused_shift_norm_cost(T, pixels, p, d, k)
-        added = by.fused_shift_elementwise * (k * T * window / 2 + T * T + pixels * pixels)
-        times["fused shift"] = products + added + by.fused_reading * (T * p + pixels * (d // k))
-    if call is not None:
-        moved = (by.call_reads * call + by.call_overhead) / N
-        times["convolution"] = T * p * d + by.call_elementwise * p * d + moved
-    return _least(times)
-
-
-def _least(times: dict[str, float]) -> str:
-    return min(times, key=lambda name: times[name])

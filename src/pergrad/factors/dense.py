@@ -1,18 +1,19 @@
 """`Dense`, `Summed` and `Zero`: gradients that are simply there, and gradients that are not.
 
 Owns: the three classes.
-Does not know: other factors.
+Does not know: other kinds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pergrad.factors.base import Factor
-from pergrad.factors.guard import repaired
-from pergrad.factors.notes import Notes
+from pergrad.factors.guard import SqNorms
+from pergrad.factors.isometry import Isometry
 from pergrad.factors.numeric import (
     Index,
     columns,
@@ -24,6 +25,7 @@ from pergrad.factors.numeric import (
     row_weights,
     take_turns,
 )
+from pergrad.factors.products import dots, grams
 from pergrad.factors.workspace import by_chunks, chunks, limit
 
 
@@ -34,6 +36,8 @@ class Dense(Factor):
         values: (B, *shape).
         sq_norms: (B,), where whoever made the values has taken them as well.
     """
+
+    multilinear = True
 
     def __init__(self, values: Tensor, sq_norms: Tensor | None = None) -> None:
         batch, *shape = values.shape
@@ -82,6 +86,28 @@ class Dense(Factor):
             out = out + torch.mv(flat(self.values[rows]).to(self.dtype).mT, c[rows])
         return out.reshape(self.shape)
 
+    def absorb(self, chain: Isometry) -> "Dense":
+        """The values, rearranged."""
+        return Dense(chain.apply(self.values))
+
+    @property
+    def joins(self) -> Hashable:
+        """All that is formed."""
+        return Dense
+
+    def joined(self, others: Sequence["Dense"]) -> "Dense":
+        """The values, added."""
+        return Dense(sum((f.dense() for f in others), self.dense()))
+
+    @property
+    def stacks(self) -> Hashable:
+        """All that is formed, or soon is."""
+        return Dense, self.shape, self.dtype
+
+    def stacked(self, others: Sequence["Dense"]) -> "Dense":
+        """The values, one after the other."""
+        return Dense(torch.cat([self.dense(), *(f.dense() for f in others)]))
+
     def scale(self, c: Tensor) -> "Dense":
         """Row b times c[b]."""
         return Dense(self.dense() * columns(c.to(self.device, self.dtype), self.values))
@@ -103,21 +129,32 @@ class Dense(Factor):
         return (self.values,)
 
 
+class SumTold(Protocol):
+    """What may know the norms of sums over positions, see `outer.norms.Both`."""
+
+    @property
+    def tells(self) -> bool:
+        """Whether it does."""
+
+    def of_sum(self) -> SqNorms | None:
+        """(B,): squared norms of the sums; None if it does not."""
+
+
 class Summed(Dense):
     """G[b] = Σ_t g[b, t]: a bias behind a weight over the same g. Formed when asked for.
 
     Args:
         g: (B, 1, T, p).
         shape: the parameter's, of p elements.
-        notes: those of the weight's `Outer`, whose norms tell this one's too.
+        both: the norms of the weight and of this bias, if they are taken together.
     """
 
-    guarded = True
+    both: SumTold | None = None
 
-    def __init__(self, g: Tensor, shape: tuple[int, ...], notes: Notes) -> None:
+    def __init__(self, g: Tensor, shape: tuple[int, ...], both: SumTold | None = None) -> None:
         Factor.__init__(self, g.shape[0], shape, g.device, result_dtype(g))
         self.g = g
-        self.notes = notes
+        self.both = both
         self._sq_norms = None
         self._formed: Tensor | None = None
 
@@ -131,17 +168,17 @@ class Summed(Dense):
         return self._formed
 
     def sq_norms(self) -> Tensor:
-        """‖Σ_t g_t‖², from the weight's norms if they have been taken."""
-        noted, sizes = self.notes.sq_norms, self.notes.sizes
-        if noted is None:
-            return super().sq_norms()
-        return noted if sizes is None else repaired(noted, sizes, self._sq_norms_of)
+        """‖Σ_t g_t‖²."""
+        return self.sq_norms_and_doubts().settled()
 
-    def _sq_norms_of(self, rows: Tensor) -> Tensor:
-        """Of some examples, from their sums; in the dtype of what is noted."""
-        noted = self.notes.sq_norms
-        assert noted is not None
-        return row_squares(self.values[rows].to(self.dtype)).to(noted.dtype)
+    def sq_norms_and_doubts(self) -> SqNorms:
+        """From what the weight's norms are taken from, if that tells."""
+        told = None if self.both is None else self.both.of_sum()
+        return SqNorms(super().sq_norms()) if told is None else told
+
+    def formed(self) -> Dense:
+        """The sums, unless their norms are told without them."""
+        return self if self.both is not None and self.both.tells else Dense(self.values)
 
     def matvec(self, v: Tensor) -> Tensor:
         """Σ_t g_t · v, without the sums of single examples."""
@@ -201,6 +238,37 @@ class Zero(Factor):
         """0."""
         return self._zeros(*self.shape)
 
+    def weighted_sums(self, C: Tensor) -> Tensor:
+        """0."""
+        return self._zeros(C.shape[1], *self.shape)
+
+    def second_moment(self, c: Tensor) -> Tensor:
+        """0."""
+        return self._zeros(*self.shape)
+
+    @property
+    def norm_method(self) -> str:
+        """None."""
+        return "none"
+
+    @property
+    def norm_cost(self) -> int:
+        """Nothing."""
+        return 0
+
+    def absorb(self, chain: Isometry) -> "Zero":
+        """Zeros of another shape."""
+        return Zero(self.batch, chain.target, self.device, self.dtype)
+
+    @property
+    def joins(self) -> Hashable:
+        """All zeros."""
+        return Zero
+
+    def joined(self, others: Sequence["Zero"]) -> "Zero":
+        """Itself."""
+        return self
+
     def scale(self, c: Tensor) -> "Zero":
         """Itself."""
         return self
@@ -230,6 +298,16 @@ class Zero(Factor):
     def tensors(self) -> tuple[Tensor, ...]:
         """None."""
         return ()
+
+
+@dots.register(Zero, Factor)
+def _dot_zero(f: Zero, h: Factor) -> Tensor:
+    return f._zeros(f.batch)
+
+
+@grams.register(Zero, Factor)
+def _gram_zero(f: Zero, h: Factor) -> Tensor:
+    return f._zeros(f.batch, h.batch)
 
 
 def sandwich(x: Tensor, A: Tensor | None, S: Tensor | None) -> Tensor:

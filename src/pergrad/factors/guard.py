@@ -1,12 +1,11 @@
 """Whether a Gram's result may be trusted.
 
-Owns: the limit of κ, the examples above it, and whether these are looked at now or later.
-Does not know: what is done instead, and when it is later.
+Owns: the limit of κ, and `SqNorms`: norms together with the doubts about them.
+Does not know: what is done instead, and when.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,29 +24,25 @@ def cancels(norms: Tensor, sizes: Tensor) -> Tensor:
 
 
 Again = Callable[[Tensor], Tensor]  # rows -> their squared norms, computed another way
-_postponed: ContextVar[list[tuple[Tensor, Again]] | None] = ContextVar("postponed", default=None)
 
 
-def repaired(norms: Tensor, sizes: Tensor, again: Again) -> Tensor:
-    """The norms, and those of examples that cancel as `again` has them."""
-    doubtful = cancels(norms, sizes)
-    later = _postponed.get()
-    if later is not None:
-        later.append((doubtful, again))
-        return norms.masked_fill(doubtful, 0)
-    rows = doubtful.nonzero()[:, 0]
-    return norms.index_copy(0, rows, again(rows)) if len(rows) else norms
+class SqNorms(NamedTuple):
+    """Squared norms, which of them are in doubt, and how to take these again."""
+
+    values: Tensor  # (B,)
+    doubtful: Tensor | None = None  # (B,) of bool; None: nobody
+    again: Again | None = None
+
+    def settled(self) -> Tensor:
+        """(B,): those in doubt taken again, now."""
+        if self.doubtful is None or self.again is None:
+            return self.values
+        rows = self.doubtful.nonzero()[:, 0]
+        if not len(rows):
+            return self.values
+        return self.values.index_copy(0, rows, self.again(rows).to(self.values.dtype))
 
 
-@contextmanager
-def postponed() -> Iterator[list[tuple[Tensor, Again]]]:
-    """What `repaired` would repair in this block is 0 for now, and noted: (who is doubtful, again).
-
-    For one factor whose `sq_norms` ends in `repaired`, see `Factor.guarded`.
-    """
-    found: list[tuple[Tensor, Again]] = []
-    token = _postponed.set(found)
-    try:
-        yield found
-    finally:
-        _postponed.reset(token)
+def held_against(norms: Tensor, sizes: Tensor | None, again: Again) -> SqNorms:
+    """The norms, in doubt where they cancel; without sizes they are to be trusted."""
+    return SqNorms(norms) if sizes is None else SqNorms(norms, cancels(norms, sizes), again)

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pergrad.factors.base import Factor, over_tiles
+from pergrad.factors.base import Factor, over_tiles, seen_through
 from pergrad.factors.dense import Dense, sandwich
 from pergrad.factors.numeric import Index, columns, flat, result_dtype, row_squares
+from pergrad.factors.products import dots, grams
+from pergrad.factors.rows import Rows
 from pergrad.factors.workspace import by_chunks, chunks, limit
 
 
@@ -51,6 +53,20 @@ class Scaled(Factor):
     def _matrix(self) -> Tensor:
         return self.diagonal.reshape(self.matrix_shape)
 
+    @property
+    def norm_method(self) -> str:
+        """That of the inner factor."""
+        return self.factor.norm_method
+
+    @property
+    def norm_cost(self) -> int:
+        """That of the inner factor."""
+        return self.factor.norm_cost
+
+    def materialized(self) -> "Scaled":
+        """The inner factor, formed."""
+        return Scaled(self.factor.materialized(), self.diagonal)
+
     def matvec(self, v: Tensor) -> Tensor:
         """factor[b] · (diagonal * v)."""
         return self.factor.matvec(v.to(self.device, self.dtype) * self.diagonal)
@@ -58,6 +74,11 @@ class Scaled(Factor):
     def weighted_sum(self, c: Tensor) -> Tensor:
         """`diagonal` * Σ_b c[b] factor[b]."""
         return self.factor.weighted_sum(c) * self.diagonal
+
+    def second_moment(self, c: Tensor) -> Tensor:
+        """`diagonal`² times the inner one."""
+        # twice, not times the square: that may overflow where the products do not
+        return self.factor.second_moment(c) * self.diagonal * self.diagonal
 
     def scale(self, c: Tensor) -> "Scaled":
         """The inner rows, scaled."""
@@ -124,9 +145,19 @@ class Pulled(Factor):
             raise ValueError(f"A pull to {self.shape} returned {tuple(out.shape)}.")
         return out.to(self.device, self.dtype)
 
-    def materialize(self) -> Dense:
+    def materialized(self) -> Dense:
         """The rows, formed once and for all."""
         return Dense(self.dense())
+
+    @property
+    def norm_method(self) -> str:
+        """A map of each row."""
+        return "pull"
+
+    @property
+    def norm_cost(self) -> int:
+        """Those of the inner rows, and of these; what the map costs is not known."""
+        return self.factor.norm_cost + super().norm_cost
 
     def matvec(self, v: Tensor) -> Tensor:
         """pull(factor[b]) · v."""
@@ -156,7 +187,7 @@ class Pulled(Factor):
         same = device is None or torch.device(device) == self.device
         if same and (dtype is None or dtype == self.dtype):
             return self
-        return self.materialize().to(device, dtype)
+        return self.materialized().to(device, dtype)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """Those of the factor; what the map holds is its own."""
@@ -199,9 +230,14 @@ class Computed(Factor):
                          lambda rows: of(self.rows(self.index[rows]).to(self.dtype)),
                          like=self._zeros(0), tail=tail)  # fmt: skip
 
-    def materialize(self) -> Dense:
+    def materialized(self) -> Dense:
         """The rows, computed once and for all."""
         return Dense(self.dense())
+
+    @property
+    def norm_method(self) -> str:
+        """Row by row."""
+        return "loop"
 
     def sq_norms(self) -> Tensor:
         """(B,)."""
@@ -223,20 +259,20 @@ class Computed(Factor):
 
     def scale(self, c: Tensor) -> Factor:
         """Formed first."""
-        return self.materialize().scale(c)
+        return self.materialized().scale(c)
 
     def _select(self, index: Index) -> "Computed":
         picked = self.index[index.cpu() if isinstance(index, Tensor) else index]
         return Computed(len(picked), self.shape, self.rows, self._zeros(0), picked)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Factor:
-        return self.materialize()._map(change)
+        return self.materialized()._map(change)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Factor:
         """Formed first."""
-        return self.materialize().to(device, dtype)
+        return self.materialized().to(device, dtype)
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What the function holds is its own."""
@@ -253,3 +289,25 @@ class Sandwich:
     def __call__(self, x: Tensor) -> Tensor:
         """(n, *shape) -> (n, *shape)."""
         return sandwich(x, self.A, self.S)
+
+
+seen_through["diagonal"] = Scaled
+
+
+def _sandwiched(factor: Factor, A: Tensor | None, S: Tensor | None) -> Pulled:
+    return Pulled(factor, Sandwich(A, S), factor.shape)
+
+
+seen_through["kronecker"] = _sandwiched
+
+
+@dots.register(Scaled, Dense)
+@dots.register(Scaled, Rows)
+def _dot_scaled(f: Scaled, h: Factor) -> Tensor:
+    return f.factor.dot(h.times_diagonal(f.diagonal))
+
+
+@grams.register(Scaled, Dense)
+@grams.register(Scaled, Rows)
+def _gram_scaled(f: Scaled, h: Factor) -> Tensor:
+    return f.factor.gram(h.times_diagonal(f.diagonal))

@@ -1,106 +1,27 @@
 """`Mapped` and `Embedded`: a factor in other coordinates, or filling a part of a parameter.
 
-Owns: isometries (views and permutations), the two classes, and how chains of steps simplify.
-Does not know: products of two factors (`algebra`), maps that change lengths (`lazy`).
+Owns: the two classes, and their products with others.
+Does not know: how other kinds take a map (`Factor.absorb`), maps that change lengths (`lazy`).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from math import prod
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
-from pergrad.factors.base import Factor
+from pergrad.factors.base import Factor, seen_through
+from pergrad.factors.combined import Sum
+from pergrad.factors.dense import Dense, Zero
+from pergrad.factors.guard import SqNorms
+from pergrad.factors.isometry import Isometry, Step, isometry
 from pergrad.factors.numeric import Index
-
-Step = tuple[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True, slots=True)
-class Isometry:
-    """("view", shape) and ("permute", order) steps from tensors of shape `source`; data only."""
-
-    source: tuple[int, ...]
-    steps: tuple[Step, ...]
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """Before the first step, and after every step."""
-        shapes = [self.source]
-        for kind, how in self.steps:
-            now = shapes[-1]
-            shapes.append(how if kind == "view" else tuple(now[i] for i in how))
-        return shapes
-
-    @property
-    def target(self) -> tuple[int, ...]:
-        """The shape that comes out."""
-        return self.shapes[-1]
-
-    def apply(self, x: Tensor) -> Tensor:
-        """(n, *source) -> (n, *target)."""
-        for kind, how in self.steps:
-            if kind == "view":
-                x = x.reshape(len(x), *how)
-            else:
-                x = x.permute(0, *(i + 1 for i in how))
-        return x
-
-    def invert(self, x: Tensor) -> Tensor:
-        """(n, *target) -> (n, *source)."""
-        return self.inverse().apply(x)
-
-    def inverse(self) -> "Isometry":
-        """The same steps backwards."""
-        steps: list[Step] = []
-        for before, (kind, how) in zip(self.shapes[-2::-1], self.steps[::-1], strict=True):
-            if kind == "view":
-                steps.append((kind, before))
-            else:
-                steps.append((kind, tuple(how.index(i) for i in range(len(how)))))
-        return Isometry(self.target, tuple(steps))
+from pergrad.factors.products import dots, grams
 
 
-def isometry(source: Sequence[int], steps: Sequence[Step]) -> Isometry:
-    """The shortest chain that does the same: no step without effect, none that undoes another."""
-    return _isometry(tuple(source), tuple(steps))
-
-
-@lru_cache(maxsize=1024)  # the same few, at every step of a training
-def _isometry(source: tuple[int, ...], steps: tuple[Step, ...]) -> Isometry:
-    short: list[Step] = []
-    shapes = [source]  # before each step of `short`, and after the last
-    for kind, how in steps:
-        how = tuple(how)
-        if kind == "view":
-            how = _resolved(shapes[-1], how)
-        elif kind != "permute" or sorted(how) != list(range(len(shapes[-1]))):
-            raise ValueError(f"{kind} {how} is no isometric step from {shapes[-1]}.")
-        elif [i for i in how if shapes[-1][i] != 1] == [
-            i for i in range(len(how)) if shapes[-1][i] != 1
-        ]:  # only dimensions of size 1 move
-            kind, how = "view", tuple(shapes[-1][i] for i in how)
-        if short and short[-1][0] == kind:
-            _, last = short.pop()
-            shapes.pop()
-            how = how if kind == "view" else tuple(last[i] for i in how)
-        now = shapes[-1]
-        if how != (now if kind == "view" else tuple(range(len(now)))):
-            short.append((kind, how))
-            shapes.append(how if kind == "view" else tuple(now[i] for i in how))
-    return Isometry(source, tuple(short))
-
-
-def _resolved(now: tuple[int, ...], how: tuple[int, ...]) -> tuple[int, ...]:
-    """A view's shape with -1 spelled out."""
-    if -1 in how:
-        rest = prod(n for n in how if n != -1)
-        how = tuple(prod(now) // max(1, rest) if n == -1 else n for n in how)
-    if prod(how) != prod(now):
-        raise ValueError(f"{now} cannot be viewed as {how}.")
-    return how
+def mapped(factor: Factor, steps: Sequence[Step]) -> Factor:
+    """The factor after the steps ("view", shape) and ("permute", order), simplified."""
+    chain = isometry(factor.shape, steps)
+    return factor.absorb(chain) if chain.steps else factor
 
 
 class Mapped(Factor):
@@ -114,7 +35,6 @@ class Mapped(Factor):
         super().__init__(factor.batch, isometry.target, factor.device, factor.dtype)
         self.factor = factor
         self.isometry = isometry
-        self.guarded = factor.guarded
 
     @property
     def bytes_per_row(self) -> int:
@@ -129,6 +49,10 @@ class Mapped(Factor):
         """The inner norms."""
         return self.factor.sq_norms()
 
+    def sq_norms_and_doubts(self) -> SqNorms:
+        """The inner norms."""
+        return self.factor.sq_norms_and_doubts()
+
     def matvec(self, v: Tensor) -> Tensor:
         """The inner products with v brought back."""
         return self.factor.matvec(self.isometry.invert(v.reshape(1, *self.shape))[0])
@@ -136,6 +60,41 @@ class Mapped(Factor):
     def weighted_sum(self, c: Tensor) -> Tensor:
         """The inner sum, mapped."""
         return self.isometry.apply(self.factor.weighted_sum(c)[None])[0]
+
+    def weighted_sums(self, C: Tensor) -> Tensor:
+        """The inner sums, mapped."""
+        return self.isometry.apply(self.factor.weighted_sums(C))
+
+    def second_moment(self, c: Tensor) -> Tensor:
+        """The inner one, mapped."""
+        return self.isometry.apply(self.factor.second_moment(c)[None])[0]
+
+    def absorb(self, chain: Isometry) -> Factor:
+        """The inner factor after both chains."""
+        return mapped(self.factor, (*self.isometry.steps, *chain.steps))
+
+    @property
+    def joins(self) -> Hashable:
+        """Those in the same coordinates."""
+        return Mapped, self.isometry
+
+    def joined(self, others: Sequence["Mapped"]) -> "Mapped":
+        """The inner factors, added."""
+        return Mapped(Sum([self.factor, *(f.factor for f in others)]), self.isometry)
+
+    @property
+    def norm_method(self) -> str:
+        """That of the inner factor."""
+        return self.factor.norm_method
+
+    @property
+    def norm_cost(self) -> int:
+        """That of the inner factor."""
+        return self.factor.norm_cost
+
+    def materialized(self) -> "Mapped":
+        """The inner factor, formed."""
+        return Mapped(self.factor.materialized(), self.isometry)
 
     def scale(self, c: Tensor) -> "Mapped":
         """The inner rows, scaled."""
@@ -180,7 +139,7 @@ class Embedded(Factor):
         super().__init__(factor.batch, shape, factor.device, factor.dtype)
         self.factor = factor
         self.index = (dim, lo, hi)
-        self.tiles, self.guarded = factor.tiles, factor.guarded
+        self.tiles = factor.tiles
 
     @property
     def bytes_per_row(self) -> int:
@@ -223,6 +182,10 @@ class Embedded(Factor):
         """The inner norms."""
         return self.factor.sq_norms()
 
+    def sq_norms_and_doubts(self) -> SqNorms:
+        """The inner norms."""
+        return self.factor.sq_norms_and_doubts()
+
     def matvec(self, v: Tensor) -> Tensor:
         """The inner products with the slice of v."""
         return self.factor.matvec(self.cut(v.reshape(self.shape)))
@@ -231,8 +194,39 @@ class Embedded(Factor):
         """The inner sum between zeros."""
         return self.fill(self.factor.weighted_sum(c))
 
+    def weighted_sums(self, C: Tensor) -> Tensor:
+        """The inner sums between zeros."""
+        return self.fill(self.factor.weighted_sums(C), 1)
+
+    def second_moment(self, c: Tensor) -> Tensor:
+        """The inner one between zeros."""
+        return self.fill(self.factor.second_moment(c))
+
     def _inside(self, factor: Factor) -> "Embedded":
         return Embedded(factor, self.shape, self.index)
+
+    @property
+    def joins(self) -> Hashable:
+        """Those that fill the same part."""
+        return Embedded, self.index
+
+    def joined(self, others: Sequence["Embedded"]) -> "Embedded":
+        """The inner factors, added."""
+        return self._inside(Sum([self.factor, *(f.factor for f in others)]))
+
+    @property
+    def norm_method(self) -> str:
+        """That of the inner factor."""
+        return self.factor.norm_method
+
+    @property
+    def norm_cost(self) -> int:
+        """That of the inner factor."""
+        return self.factor.norm_cost
+
+    def materialized(self) -> "Embedded":
+        """The inner factor, formed."""
+        return self._inside(self.factor.materialized())
 
     def scale(self, c: Tensor) -> "Embedded":
         """The inner rows, scaled."""
@@ -256,3 +250,50 @@ class Embedded(Factor):
     def tensors(self) -> tuple[Tensor, ...]:
         """Those of the inner factor."""
         return self.factor.tensors()
+
+
+seen_through["isometry"] = Mapped
+
+
+@dots.register(Mapped, Factor)
+def _dot_mapped(f: Mapped, h: Factor) -> Tensor | None:
+    other = _brought_back(f, h)
+    return None if other is None else f.factor.dot(other)
+
+
+@grams.register(Mapped, Factor)
+def _gram_mapped(f: Mapped, h: Factor) -> Tensor | None:
+    other = f.factor if f is h else _brought_back(f, h)
+    return None if other is None else f.factor.gram(other)
+
+
+def _brought_back(f: Mapped, h: Factor) -> Factor | None:
+    """`h` in the coordinates in which f lives, where it has a simple form there."""
+    if isinstance(h, Mapped) and h.isometry == f.isometry:
+        return h.factor
+    other = mapped(h, f.isometry.inverse().steps)
+    return None if isinstance(other, Mapped) else other
+
+
+@dots.register(Embedded, Factor)
+def _dot_embedded(f: Embedded, h: Factor) -> Tensor | None:
+    other = _cut(f, h)
+    return None if other is None else f.factor.dot(other)
+
+
+@grams.register(Embedded, Factor)
+def _gram_embedded(f: Embedded, h: Factor) -> Tensor | None:
+    other = f.factor if f is h else _cut(f, h)
+    return None if other is None else f.factor.gram(other)
+
+
+def _cut(f: Embedded, h: Factor) -> Factor | None:
+    """The slice of h that f fills, where it has a simple form."""
+    if isinstance(h, Dense):
+        return Dense(f.cut(h.values, 1))
+    if isinstance(h, Embedded) and h.index[0] == f.index[0]:
+        if h.index == f.index:
+            return h.factor
+        if h.index[2] <= f.index[1] or f.index[2] <= h.index[1]:  # disjoint
+            return Zero(h.batch, f.factor.shape, h.device, h.dtype)
+    return None

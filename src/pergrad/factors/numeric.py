@@ -44,6 +44,17 @@ def ordinary(*tensors: Tensor) -> bool:
     return True
 
 
+def squared(x: Tensor) -> Tensor:
+    """x², in the memory of x if it may be written, which nobody else may need."""
+    # not x.square(), which torch takes as a power
+    return x.mul_(x) if ordinary(x) else x * x
+
+
+def added(total: Tensor, term: Tensor) -> Tensor:
+    """`total` + `term`, in the memory of `total` if it may be written."""
+    return total.add_(term) if ordinary(total, term) else total + term
+
+
 def reading_waits(device: torch.device) -> bool:
     """Whether the CPU runs ahead of a device, so that to read a number is to wait until it is done.
 

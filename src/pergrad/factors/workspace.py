@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -67,22 +66,10 @@ class _Kept(threading.local):
 _kept = _Kept()
 
 
-@lru_cache(maxsize=1)
-def _returned_late() -> None:
-    """Once in a process: glibc keeps up to 64 MiB at the end of its heap from now on.
-
-    It adapts that to the largest block it has seen freed, up to 32 MiB; this is one, of addresses
-    alone. Programs that have freed a large tensor are in that state anyway; a perceptron with a
-    batch of 1,024 has not, and takes 500 pages from the system and gives them back in each step.
-    """
-    torch.UntypedStorage(HEAP_END_BYTES // 2 - 2**20, device="cpu")
-
-
 def pass_begins(device: torch.device, held: int) -> None:
     """A pass begins on this device, whose ops returned `held` bytes; see `lent`."""
     if held < CACHE_BYTES or device.type != "cpu" or not _kept.free:
         return
-    _returned_late()
     # With cotangents of the same size less stays in the heap's end, which is not given back. There
     # a block would only be in the way: what lies below it is used again, what it takes is not.
     if 2 * held >= HEAP_END_BYTES:

@@ -78,6 +78,15 @@ def along(shape: Sequence[int], dim: int, owners: Tensor) -> Layout:
     return compressed(shape, owners.reshape(view))
 
 
+def placed_along(owner: Tensor, dim: int, size: int, index: slice) -> Tensor:
+    """A map with NOBODY along `dim` but where `index` puts `owner`."""
+    shape = list(owner.shape)
+    shape[dim] = size
+    full = torch.full(shape, NOBODY, dtype=torch.int64, device="cpu")
+    full[(slice(None),) * dim + (index,)] = owner
+    return full
+
+
 def constant(shape: Sequence[int], example: int) -> Layout:
     """The whole tensor belongs to one example."""
     return Layout(

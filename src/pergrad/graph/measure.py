@@ -10,7 +10,7 @@ leaves no range) make this exact to the bit, in every dtype, so the seeds spell 
 the example, digit by digit. An element that comes back as anything else mixes examples.
 """
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from math import prod
 
 import torch
@@ -30,13 +30,67 @@ _UNSEEN = -3  # the element is not a number, so its owner cannot be read
 
 def measure(losses: Tensor, graph: Graph, slots: list[Slot]) -> Measured:
     """The layout of the cotangent at each slot, or None where examples meet in one element."""
-    examples = losses.shape[0]
+    examples = graph.batch
+    owners = owners_of(losses, graph, slots)
+    return {
+        slot: _layout(graph.shape(slot), _whole(graph.shape(slot), owner), examples)
+        for slot, owner in owners.items()
+    }
+
+
+def owners_of(losses: Tensor, graph: Graph, slots: list[Slot]) -> dict[Slot, Tensor]:
+    """Whose each element is: an example, NOBODY's, or of several examples."""
+    ones = torch.ones(graph.batch, dtype=torch.float64, device="cpu")
+    plain = _pass(losses, graph, slots, ones)
+    owners = _by_powers(losses, graph, plain)
+    # A Function whose backward is no linear map, or a number too small for its dtype, is no power
+    # of two times what it was, though no other example has a part in it.
+    doubtful = {slot: plain[slot] for slot, owner in owners.items() if (owner == _MANY).any()}
+    if doubtful:
+        for slot, owner in _by_masks(losses, graph, doubtful).items():
+            owners[slot] = torch.where(owners[slot] == _MANY, owner, owners[slot])
+    return owners
+
+
+def stand_beside(losses: Tensor, graph: Graph, slots: Iterable[Slot]) -> bool:
+    """Whether what all examples share is merely joined with them: inducing points, a support set.
+
+    Each example then has rows that no other loss depends on, and the shared rows are a block before
+    or after those. Where examples interact, their own rows depend on several losses.
+    """
+    owners = owners_of(losses, graph, list(slots))
+    return all(
+        _beside(_whole(graph.shape(slot), owner), graph.batch) for slot, owner in owners.items()
+    )
+
+
+def _beside(owner: Tensor, examples: int) -> bool:
+    for dim in range(owner.dim()):
+        if not owner.numel():
+            return False
+        rows = owner.movedim(dim, 0).reshape(owner.shape[dim], -1)
+        shared = (rows == _MANY).any(1)
+        count = int(shared.sum())
+        if not 0 < count < len(rows) or not (shared[:count].all() or shared[-count:].all()):
+            continue
+        rest = rows[~shared]
+        own = rest.amax(1)
+        alone = ((rest == own[:, None]) | (rest == NOBODY)).all()
+        if alone and own[own >= 0].unique().numel() == examples:
+            return True
+    return False
+
+
+def _by_powers(
+    losses: Tensor, graph: Graph, plain: Mapping[Slot, Tensor | None]
+) -> dict[Slot, Tensor]:
+    """Owners by seeds that spell the examples' numbers in powers of two, several digits at once."""
+    examples, slots = graph.batch, list(plain)
     narrow = _narrow(graph)
     base = 2 if narrow else 16
     digits = 1
     while base**digits < examples:
         digits += 1
-    plain = _pass(losses, graph, slots, torch.ones(examples, dtype=torch.float64, device="cpu"))
     owners = {slot: _start(value) for slot, value in plain.items()}
     numbers = torch.arange(examples, device="cpu")
     for place in range(digits):
@@ -61,10 +115,52 @@ def measure(losses: Tensor, graph: Graph, slots: list[Slot]) -> Measured:
         expected = choice[owner.clamp(0, max(examples - 1, 0))]
         owner[alive & ((owner >= examples) | (value != expected))] = _MANY
         owner[(owner == NOBODY) & _differs(plain[slot], seen[slot])] = _MANY
-    return {
-        slot: _layout(graph.shape(slot), _whole(graph.shape(slot), owner), examples)
-        for slot, owner in owners.items()
-    }
+    return owners
+
+
+def _by_masks(
+    losses: Tensor, graph: Graph, plain: Mapping[Slot, Tensor | None]
+) -> dict[Slot, Tensor]:
+    """Owners by seeds of one and zero: an element that follows one example is as it was where the
+    example is in, and zero where it is out, whatever a backward does with its numbers.
+    """
+    examples, slots = graph.batch, list(plain)
+    owners = {slot: _start(value) for slot, value in plain.items()}
+    numbers = torch.arange(examples, device="cpu")
+
+    def look(inside: Tensor, told: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        seen = _pass(losses, graph, slots, inside.double())
+        for slot, owner in owners.items():
+            before, after = plain[slot], seen[slot]
+            if before is None or after is None:
+                continue
+            zero = (_real(after) == 0).cpu()
+            owner[(owner == NOBODY) & ~zero] = _MANY
+            same = (_real(after) == _real(before)).cpu()
+            owner[(owner >= 0) & ~same & ~zero] = _MANY
+            told(owner, same, zero)
+
+    for place in range(max(1, (examples - 1).bit_length())):
+        bit = (numbers >> place) % 2
+
+        def set_bit(owner: Tensor, same: Tensor, zero: Tensor, bit: int = 1 << place) -> None:
+            owner[(owner >= 0) & same] += bit
+
+        def without(owner: Tensor, same: Tensor, zero: Tensor, bit: int = 1 << place) -> None:
+            owner[(owner >= 0) & (zero != ((owner & bit) > 0))] = _MANY
+
+        look(bit, set_bit)
+        look(1 - bit, without)
+    generator = torch.Generator().manual_seed(22)
+    for _ in range(2):
+        inside = torch.randint(0, 2, (examples,), generator=generator, device="cpu")
+
+        def agree(owner: Tensor, same: Tensor, zero: Tensor, inside: Tensor = inside) -> None:
+            expected = inside[owner.clamp(0, examples - 1)] > 0
+            owner[(owner >= 0) & ((owner >= examples) | (same != expected))] = _MANY
+
+        look(inside, agree)
+    return owners
 
 
 def _whole(shape: tuple[int, ...], owner: Tensor) -> Tensor:
@@ -99,8 +195,11 @@ def _start(value: Tensor | None) -> Tensor:
 
 
 def _parts(value: Tensor | None) -> Tensor | None:
-    """A complex number as two elements: its parts may follow different examples."""
-    if value is None or not value.is_complex():
+    """With all elements; a complex number as two: its parts may follow different examples."""
+    if value is None:
+        return None
+    value = value if value.layout is torch.strided else value.to_dense()
+    if not value.is_complex():
         return value
     return torch.view_as_real(value.resolve_conj())
 
@@ -132,6 +231,8 @@ def _differs(plain: Tensor | None, seen: Tensor | None) -> Tensor:
 
 
 def _layout(shape: tuple[int, ...], owner: Tensor, examples: int) -> Layout | None:
+    if owner.numel() == 0:
+        return constant(shape, NOBODY)
     if bool((owner == _MANY).any()):
         return None
     if owner.numel() != prod(shape):
@@ -178,7 +279,8 @@ def _pass(losses: Tensor, graph: Graph, slots: list[Slot], seeds: Tensor,
     def work() -> None:
         root, number = graph.root
         grads: dict[int, list[Tensor | None]] = {root: [None] * len(graph.metas(root))}
-        grads[root][number] = seeds.to(dtype=losses.dtype, device=losses.device)
+        seed = seeds if graph.starts is None else torch.ones(graph.shape(graph.root))
+        grads[root][number] = seed.to(dtype=losses.dtype, device=losses.device)
         for i in range(len(graph.nodes)):
             here = grads.pop(i, None)
             if here is None:
@@ -188,23 +290,31 @@ def _pass(losses: Tensor, graph: Graph, slots: list[Slot], seeds: Tensor,
                 if visit is None:
                     found[i, number] = _parts(value)
                 elif value is not None:
-                    visit((i, number), value)
+                    visit((i, number), value if value.layout is torch.strided else value.to_dense())
             if i not in above:
                 continue
             results = nodes.call(graph.nodes[i], here, last_read=True)
             del here
-            for value, (child, out) in zip(results, graph.edges[i], strict=True):
+            for k, (child, out) in enumerate(graph.edges[i]):
+                value = results[k]
                 if value is None or not (child in above or child in at_node):
                     continue
+                if graph.starts is not None and (i, k) in graph.starts:
+                    value = value * _by_owner(seeds, graph.starts[i, k]).to(value)
                 below = grads.setdefault(child, [None] * len(graph.metas(child)))
                 old = below[out]
                 below[out] = value if old is None else old + value
                 del value, old, below
             del results
 
-    with torch.no_grad():
+    with torch.no_grad(), nodes.selections_untouched(graph.nodes):
         nodes.inside_pass(losses, [graph.edge(slot) for slot in slots], work)
     return found
+
+
+def _by_owner(seeds: Tensor, layout: Layout) -> Tensor:
+    """The seed of each element's example."""
+    return torch.where(layout.owner < 0, 1.0, seeds[layout.owner.clamp_min(0)])
 
 
 def _above(graph: Graph, wanted: Container[int]) -> set[int]:
@@ -225,7 +335,7 @@ def verify(losses: Tensor, graph: Graph, layouts: Mapping[Slot, Layout]) -> None
     Raises:
         UnsupportedError: an element does not follow the example that it was derived to belong to.
     """
-    examples = losses.shape[0]
+    examples = graph.batch
     generator = torch.Generator().manual_seed(21)
     signs = torch.randint(0, 2, (examples,), generator=generator, device="cpu") * 2.0 - 1.0
     powers = torch.randint(0, 8, (examples,), generator=generator, device="cpu")
@@ -234,10 +344,12 @@ def verify(losses: Tensor, graph: Graph, layouts: Mapping[Slot, Layout]) -> None
     if wrong or narrow:
         # No room for powers. Signs that spell out the examples' numbers tell any two apart.
         numbers = torch.arange(examples, device="cpu")
-        wrong = []
-        for place in range((examples - 1).bit_length()):
-            signs = 1.0 - 2.0 * ((numbers >> place) % 2)
-            wrong += _unlike(losses, graph, layouts, signs)
+        digits = [(numbers >> place) % 2 for place in range((examples - 1).bit_length())]
+        wrong = [w for d in digits for w in _unlike(losses, graph, layouts, 1.0 - 2.0 * d)]
+        if wrong:
+            # A backward that is no linear map: leave examples out, and put them in.
+            masks = [(d == bit).double() for d in digits for bit in (0, 1)]
+            wrong = [w for mask in masks for w in _unlike(losses, graph, layouts, mask)]
     if wrong:
         below = graph.names_below(wrong[0][0], 1)
         raise UnsupportedError(
@@ -251,16 +363,23 @@ def _unlike(losses: Tensor, graph: Graph, layouts: Mapping[Slot, Layout], seeds:
     """The slots at which a pass with `seeds` is not the plain one times the owner's seed."""
     slots = list(layouts)
     prints: dict[Slot, float] = {}
-    _pass(losses, graph, slots, torch.ones(losses.shape[0], device="cpu"),
-          lambda slot, g: prints.__setitem__(slot, _fingerprint(g)))  # fmt: skip
     wrong: list[Slot] = []
+    masks = bool((seeds == 0).any())
+
+    def factor(slot: Slot, of: Tensor, like: Tensor) -> Tensor:
+        owner = layouts[slot].owner
+        return torch.where(owner < 0, 0.0, of[owner.clamp_min(0)]).to(like)
+
+    def first(slot: Slot, g: Tensor) -> None:
+        prints[slot] = _fingerprint(g, factor(slot, seeds, g) if masks else None)
+
+    _pass(losses, graph, slots, torch.ones(graph.batch, device="cpu"), first)
 
     def compare(slot: Slot, g: Tensor) -> None:
-        owner = layouts[slot].owner
-        back = torch.where(owner < 0, 0.0, 1.0 / seeds[owner.clamp_min(0)])
-        mine, first = _fingerprint(g, back.to(g)), prints.get(slot, 0.0)
+        mine = _fingerprint(g, None if masks else factor(slot, 1.0 / seeds, g))
+        before = prints.get(slot, 0.0)
         exact = g.device.type == "cpu"
-        if mine != first and (exact or abs(mine - first) > 1e-3 * max(abs(mine), abs(first))):
+        if mine != before and (exact or abs(mine - before) > 1e-3 * max(abs(mine), abs(before))):
             wrong.append(slot)
 
     _pass(losses, graph, slots, seeds, compare)

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from pergrad.errors import UsageError
-from pergrad.graph import chain
-from pergrad.graph.chain import Route
+from pergrad.graph import routes as ways_down
 from pergrad.graph.layout import Layout
-from pergrad.graph.measure import measure, verify
-from pergrad.graph.uses import Measured, Mix, Site, Uses, find_uses
+from pergrad.graph.measure import measure, stand_beside, verify
+from pergrad.graph.ops import traits
+from pergrad.graph.routes import Route
+from pergrad.graph.uses import Measure, Measured, Mix, Site, Uses, find_uses
 from pergrad.graph.walk import Graph, Key, Slot, walk
 
 
@@ -43,6 +44,7 @@ class Plan:
     key: Key
     verified: bool = False  # whether a measurement has agreed
     schedule: Any = None  # what the engine has worked out from it
+    beside: bool | None = None  # whether examples only seem to interact; unknown before it is asked
 
 
 _CACHE: OrderedDict[Key, Plan] = OrderedDict()
@@ -72,20 +74,19 @@ def plan_for(
         UnsupportedError: a re-entrant checkpoint, or a layout that does not hold.
     """
     graph = walk(losses, params)
-    batch = losses.shape[0]
-    key = graph.key(batch)
+    return graph, plan_of(graph, losses, check_layout)
+
+
+def plan_of(graph: Graph, losses: Tensor, check_layout: str = "once") -> Plan:
+    """What has to be done for a graph walked from `losses`; as `plan_for`."""
+    key = graph.key()
     plan = _CACHE.get(key)
     if plan is None:
         # That examples meet somewhere may be remembered: treating them so is exact in any case.
         # That they do not, found by measuring, holds for this batch only.
         mixed = _MIXED.get(key, frozenset())
 
-        def measured(graph: Graph, slots: list[Slot]) -> Measured:
-            if check_layout == "never":
-                raise UsageError(_never(graph, slots))
-            return measure(losses, graph, slots)
-
-        uses = find_uses(graph, batch, measured, mixed)
+        uses = find_uses(graph, graph.batch, _measurer(losses, check_layout), mixed)
         plan = _plan(graph, uses, key)
         if not uses.measured and not uses.read_data:
             _remember(_CACHE, key, plan)
@@ -94,7 +95,34 @@ def plan_for(
     else:
         _CACHE.move_to_end(plan.key)  # the very one in there: no comparison part by part
     _verify(losses, graph, plan, check_layout)
-    return graph, plan
+    return plan
+
+
+def interact(losses: Tensor, graph: Graph, plan: Plan, check_layout: str) -> bool:
+    """Whether examples meet in this graph, rather than stand beside what all of them share."""
+    if not plan.mixes or check_layout == "never":
+        return bool(plan.mixes)
+    if plan.beside is None:
+        plan.beside = stand_beside(losses, graph, {mix.child for mix in plan.mixes})
+    return not plan.beside
+
+
+def layouts_in(losses: Tensor, graph: Graph, check_layout: str) -> dict[Slot, Layout]:
+    """Whose the elements of a cotangent are, wherever in the graph examples are separate.
+
+    Raises:
+        UsageError: as in `plan_for`.
+    """
+    return find_uses(graph, graph.batch, _measurer(losses, check_layout)).layouts
+
+
+def _measurer(losses: Tensor, check_layout: str) -> Measure:
+    def measured(graph: Graph, slots: list[Slot]) -> Measured:
+        if check_layout == "never":
+            raise UsageError(_never(graph, slots))
+        return measure(losses, graph, slots)
+
+    return measured
 
 
 def _never(graph: Graph, slots: list[Slot]) -> str:
@@ -108,7 +136,7 @@ def _never(graph: Graph, slots: list[Slot]) -> str:
 
 
 def _verify(losses: Tensor, graph: Graph, plan: Plan, check_layout: str) -> None:
-    if check_layout == "never" or losses.shape[0] < 2:
+    if check_layout == "never" or graph.batch < 2:
         return
     if plan.verified and check_layout == "once":
         return
@@ -141,11 +169,11 @@ def _plan(graph: Graph, uses: Uses, key: Key) -> Plan:
         for k in site.slots:
             slot = graph.edges[site.node][k]
             end = End(slot, graph.shape(slot))
-            if graph.op(site.node) in ("bmm", "baddbmm") and len(end.shape) == 3:
-                expanded = chain.expanded_weight(graph, slot)
+            if traits(graph.op(site.node)).batched and len(end.shape) == 3:
+                expanded = ways_down.expanded_weight(graph, slot)
                 if expanded is not None:
                     end = End(expanded.slot, graph.shape(expanded.slot), expanded.lead,
                               expanded.shared)  # fmt: skip
             ends[site.node, k] = end
-    routes = {end.slot: chain.routes(graph, end.slot) for end in ends.values()}
+    routes = {end.slot: ways_down.routes(graph, end.slot) for end in ends.values()}
     return Plan(uses.sites, ends, uses.direct, routes, uses.mixes, uses.known_mixed, key)

@@ -12,9 +12,9 @@ from math import prod
 
 import torch
 
-from pergrad.graph.chain import expanded_weight
 from pergrad.graph.layout import Layout, along, merge
-from pergrad.graph.transfer import ELEMENTWISE, Op, Result, Why, transfer, understands
+from pergrad.graph.ops import Op, Reads, Result, Why, traits, transfer, understands
+from pergrad.graph.routes import expanded_weight
 from pergrad.graph.walk import Graph, Slot
 
 Measured = dict[Slot, Layout | None]  # None: several examples meet in one element
@@ -36,6 +36,7 @@ class Mix:
 
     parent: int  # the op that makes them
     child: Slot
+    sure: bool = True  # or whether it might as well be a table that all examples read
 
 
 @dataclass(slots=True)
@@ -48,6 +49,7 @@ class Uses:
     measured: bool  # whether a layout was measured: it then holds for this batch only
     read_data: bool  # whether an index tensor was read: likewise
     known_mixed: frozenset[Slot] = field(default_factory=frozenset)
+    layouts: dict[Slot, Layout] = field(default_factory=dict)  # wherever examples are separate
 
 
 def find_uses(
@@ -95,8 +97,10 @@ class _Spread:
     def run(self) -> None:
         graph = self.graph
         owners = torch.arange(self.examples, device="cpu")
-        start = along(graph.shape(graph.root), 0, owners)
-        self._arrived[graph.root] = [(-1, start)]
+        if graph.starts is None:
+            self._arrived[graph.root] = [(-1, along(graph.shape(graph.root), 0, owners))]
+        for (i, k), layout in (graph.starts or {}).items():
+            self._arrived.setdefault(graph.edges[i][k], []).append((-1, layout))
         for i in range(len(graph.nodes)):
             if graph.leads[i]:
                 self._visit(i)
@@ -122,10 +126,12 @@ class _Spread:
         op = self._op(i)
         results = transfer(op, layouts)
         self.read_data |= op.read_data
+        batched = traits(op.name).batched
         for (child, number), result in zip(graph.edges[i], results, strict=True):
-            if child < 0 or not graph.leads[child]:
+            # None: nobody's gradient, as below an output of DDP's that the losses do not use
+            if child < 0 or not graph.leads[child] or result is None:
                 continue
-            if op.name in ("bmm", "baddbmm") and isinstance(result, Layout):
+            if batched and isinstance(result, Layout):
                 expanded = expanded_weight(graph, (child, number))
                 if expanded is not None and any(expanded.shared):
                     # Stop here, not below the expand, where the engine would have formed one
@@ -140,7 +146,8 @@ class _Spread:
             inside = child >= 0 and graph.leads[child]
             shapes.append(graph.shape((child, number)) if inside else None)
             pure.append(inside and graph.pure[child])
-        return Op(graph.nodes[i], graph.op(i), [m.shape for m in graph.metas(i)], shapes, pure)
+        outs = [m.shape for m in graph.metas(i)]
+        return Op(graph.nodes[i], graph.op(i), outs, shapes, pure, self.examples)
 
     def _resolve(self, slot: Slot) -> _State:
         """The sum of what arrived at one output."""
@@ -178,11 +185,12 @@ class _Spread:
             found = self.measured[slot]
             if found is not None:
                 return found
-        meet = bool(layouts) and self._data[slot[0]]
-        if meet or Why.MIXING in kinds or (open_question and self._interacts(slot, rest)):
+        meet = (bool(layouts) and self._data[slot[0]]) or Why.MIXING in kinds
+        if meet or (open_question and self._interacts(slot, rest)):
             at_fault = [p for p, what in rest if what is Why.MIXING]
             at_fault = at_fault or [p for p, _ in rest] or [p for p, _ in arrived]
-            self.mixes.append(Mix(max(at_fault), slot))
+            above = max(at_fault)
+            self.mixes.append(Mix(slot[0] if above < 0 else above, slot, meet))
         return _MIXED
 
     def _interacts(self, slot: Slot, rest: list[tuple[int, Result | _Mixed]]) -> bool:
@@ -237,15 +245,13 @@ class _Spread:
             for slot in graph.targets
             if slot[0] not in self.below and isinstance(state := self.states.get(slot), Layout)
         }
-        return Uses(sites, direct, self.mixes, False, self.read_data)
-
-
-# Ops that read data through an input that needs no gradient; for all others (a mask, a scale)
-# such an input is taken for a constant.
-_READERS = {
-    "mm", "addmm", "bmm", "baddbmm", "convolution", "mv", "addmv", "linear", "grouped_mm",
-    "embedding_bag", "cdist", "cat", "stack", "trilinear",
-}  # fmt: skip
+        uses = Uses(sites, direct, self.mixes, False, self.read_data)
+        uses.layouts = {
+            slot: state
+            for slot, state in self.states.items()
+            if slot[0] not in self.below and isinstance(state, Layout)
+        }
+        return uses
 
 
 def _outgrows(graph: Graph, i: int) -> bool:
@@ -254,22 +260,23 @@ def _outgrows(graph: Graph, i: int) -> bool:
     return all(prod(shape) < prod(graph.shape((i, 0))) for shape in inputs)
 
 
+def _enters(graph: Graph, i: int) -> bool:
+    """Whether data enters at this very node."""
+    reads = traits(graph.op(i)).reads
+    if reads is Reads.UNKNOWN:
+        return not graph.pure[i]
+    if reads in (Reads.NOTHING, Reads.ALWAYS):
+        return reads is Reads.ALWAYS
+    missing = any(c < 0 or not graph.leads[c] for c, _ in graph.edges[i])
+    # x * w for a scale w of one number for each feature: x is data if it is larger than w
+    return missing and (reads is Reads.MISSING or _outgrows(graph, i))
+
+
 def _reads_data(graph: Graph) -> list[bool]:
     """Whether data, not parameters and constants alone, enters below each node."""
     found = [False] * len(graph.nodes)
     for i in range(len(graph.nodes) - 1, -1, -1):
         if not graph.leads[i]:
             continue
-        op = graph.op(i)
-        missing = any(c < 0 or not graph.leads[c] for c, _ in graph.edges[i])
-        opaque = not understands(op) and op not in ("weight_norm_interface", "accumulate_grad")
-        # x * w for a scale w of one number for each feature: x is data if it is larger than w
-        larger = op in ELEMENTWISE and missing and _outgrows(graph, i)
-        found[i] = (
-            larger
-            or op == "embedding"
-            or (op in _READERS and missing)
-            or (opaque and not graph.pure[i])
-            or any(found[c] for c in graph.children(i))
-        )
+        found[i] = _enters(graph, i) or any(found[c] for c in graph.children(i))
     return found

@@ -14,9 +14,12 @@ from torch.autograd.graph import GradientEdge
 
 from pergrad.errors import UnsupportedError
 from pergrad.graph import nodes
+from pergrad.graph.layout import Layout, regular_pattern
 from pergrad.graph.nodes import Meta
+from pergrad.graph.ops import traits
 
 Slot = tuple[int, int]  # (node index, output number)
+Edge = tuple[int, int]  # (node index, input number)
 
 
 class Key:
@@ -45,6 +48,10 @@ class Graph:
     targets: dict[Slot, str]  # where a requested parameter enters, and its name
     leads: list[bool]  # whether a requested parameter lies below the node
     pure: list[bool]  # whether nothing but requested parameters lies below the node
+    batch: int = 0  # how many examples there are
+    # Where examples begin to separate, if the root is a scalar: the edges into its last reductions,
+    # and the example of each element that goes in there. None: the root is a vector of losses.
+    starts: dict[Edge, Layout] | None = None
     _metas: dict[int, tuple[Meta, ...]] = field(default_factory=dict)
     _names: dict[int, str] = field(default_factory=dict)
 
@@ -76,6 +83,7 @@ class Graph:
         And whatever else is put into it.
         """
         outline = nodes.outline
+        more = (*more, self.batch, self._starts())
         rows: list[tuple[Any, ...]] = [
             (outline(node), below) if leads else below
             for node, below, leads in zip(self.nodes, self.edges, self.leads, strict=True)
@@ -95,7 +103,15 @@ class Graph:
     def form(self) -> tuple[Any, ...]:
         """As `key`, without sizes: ops and edges."""
         return (tuple(zip(map(self.op, range(len(self.nodes))), self.edges, strict=True)),
-                tuple(self.targets))  # fmt: skip
+                tuple(self.targets), tuple(self.starts or ()))  # fmt: skip
+
+    def _starts(self) -> tuple[Any, ...] | None:
+        """The starts, hashable."""
+        if self.starts is None:
+            return None
+        return tuple(
+            (edge, layout.owner.shape, _pattern(layout)) for edge, layout in self.starts.items()
+        )
 
     def names_below(self, index: int, limit: int = 3) -> list[str]:
         """The nearest parameters below a node: how its place is named to the user."""
@@ -113,6 +129,13 @@ class Graph:
                     seen.add(child)
                     queue.append(child)
         return found
+
+
+def _pattern(layout: Layout) -> tuple[int, ...]:
+    """Equal for equal owners in tensors of equal shape."""
+    owners = layout.owner.reshape(-1)
+    regular = regular_pattern(owners)
+    return tuple(owners.tolist()) if regular is None else regular
 
 
 def walk(losses: Tensor, params: Mapping[str, Tensor]) -> Graph:
@@ -141,7 +164,8 @@ def walk(losses: Tensor, params: Mapping[str, Tensor]) -> Graph:
     leads, pure = _classify(ordered, edges, targets)
     for node in nodes.in_python(ordered):
         _refuse(node)
-    return Graph(ordered, edges, (index[root.node], root.output_nr), targets, leads, pure)
+    batch = losses.shape[0] if losses.dim() else 0
+    return Graph(ordered, edges, (index[root.node], root.output_nr), targets, leads, pure, batch)
 
 
 def _refuse(node: Any) -> None:
@@ -227,10 +251,6 @@ def _find_targets(
     return targets
 
 
-# Their indices are data although they need no gradient: what they return is no longer a parameter.
-_LOOKUPS = {"embedding", "embedding_bag", "index", "index_select", "gather", "unsafe_index"}
-
-
 def _classify(
     ordered: list[Any], edges: list[tuple[tuple[int, int], ...]], targets: dict[Slot, str]
 ) -> tuple[list[bool], list[bool]]:
@@ -248,5 +268,5 @@ def _classify(
             else:
                 leads[i] = leads[i] or leads[child]
                 all_pure = all_pure and pure[child]
-        pure[i] = all_pure and nodes.op_name(ordered[i]) not in _LOOKUPS
+        pure[i] = all_pure and not traits(nodes.op_name(ordered[i])).looks_up
     return leads, pure

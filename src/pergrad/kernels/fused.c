@@ -120,17 +120,16 @@ static cut cut_of(i64 T, i64 most)
 
 /* `in` panels from i, multiplied by `jn` from j. */
 typedef struct {
-    i64 i, j, in, jn, before; /* before: tiles of the blocks before this one */
+    i64 i, j, in, jn;
 } place;
 
 static place place_of(cut c, i64 block)
 {
-    place p = {0, 0, c.size, c.size, 0};
+    place p = {0, 0, c.size, c.size};
     for (i64 i = 0, j = 0;; block--) {
         p.i = i * c.size, p.in = least(c.size, c.panels - p.i);
         p.j = j * c.size, p.jn = least(c.size, c.panels - p.j);
         if (!block) return p;
-        p.before += i == j ? p.in * (p.in + 1) / 2 : p.in * p.jn;
         if (++j == c.count) j = ++i;
     }
 }
@@ -262,8 +261,6 @@ typedef struct {
     side g, a;
     i64 examples, groups, T;
     i64 most;      /* panels in a block: as many are multiplied by as many others at a time */
-    real *kept;    /* a place for the tiles of all Grams of a, after each other; or none */
-    i64 formed;    /* whether they are there already */
     double *sums;  /* of each task: SUMS numbers */
     real *results; /* see `finish` */
     double limit;
@@ -296,16 +293,14 @@ static void serve_gram(const crew *job, i64 task, real *room, int first)
     const place at = place_of(c, task % pairs);
     const int half = at.i == at.j;
     vec *G = (vec *)(room + 2 * c.size * W * DEPTH), *A = G + c.size * c.size * W;
-    if (w->kept)
-        A = (vec *)(w->kept + (matrix * (c.panels * (c.panels + 1) / 2) + at.before) * W * W);
     ahead next = {0};
     const i64 then = task + w->crew.threads; /* most probably this thread's next */
     if (then < w->crew.tasks) {
         const place there = place_of(c, then % pairs);
         next = coming(of(w->g, then / pairs, w->groups), w->T, there.i, there.in, 0);
     }
-    block(g, w->T, at, room, G, w->formed ? next : coming(a, w->T, at.i, at.in, 0));
-    if (!w->formed) block(a, w->T, at, room, A, next);
+    block(g, w->T, at, room, G, coming(a, w->T, at.i, at.in, 0));
+    block(a, w->T, at, room, A, next);
     double *sums = w->sums + task * SUMS;
     for (int m = 0; m < SUMS; m++) sums[m] = 0;
     for (i64 u = 0; u < at.in; u++) {
@@ -489,13 +484,12 @@ static void serve_layer(const crew *job, i64 task, real *room, int first)
 
 /* ---- What is called from Python. No result depends on the number of threads. ----------------- */
 
-/* How many tasks there are for a Gram, numbers a thread needs room for, and numbers in its tiles. */
+/* How many tasks there are for a Gram, and numbers a thread needs room for. */
 void fused_sizes(i64 T, i64 most, i64 *sizes)
 {
     const cut c = cut_of(T, most);
     sizes[0] = c.count * (c.count + 1) / 2;
     sizes[1] = 2 * c.size * W * (DEPTH + c.size * W);
-    sizes[2] = c.panels * (c.panels + 1) / 2 * W * W;
 }
 
 /* Numbers a thread needs room for if T patches lie in a grid. */

@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pergrad.kernels.build import NoKernelError, library
+from pergrad.kernels.build import NoKernelError, library, refuse
 
 _SOURCE = Path(__file__).with_name("fused.c")
 _TYPES = {torch.float32: ("-DREAL=float", "-DSIZE=4"), torch.float64: ("-DREAL=double", "-DSIZE=8")}
+_FUNCTIONS = ("fused_sizes", "fused_norms", "fused_layer", "fused_shift_room")
+_TRIAL = "library.fused_sizes(*map(ctypes.c_int64, (37, 16)), (ctypes.c_int64 * 3)())"
 _SUMS = 5  # of a task: see fused.c
 # Panels of 16 rows that are multiplied with as many others at a time: what they need stays in the
 # second cache. If that makes few tasks, blocks are smaller, to keep all threads busy.
@@ -42,7 +44,7 @@ class _Crew(ctypes.Structure):
 
 class _Norms(ctypes.Structure):
     _fields_ = [("crew", _Crew), ("g", _Side), ("a", _Side),
-                *_fields(_INT, "examples groups T most"), ("kept", _POINTER), ("formed", _INT),
+                *_fields(_INT, "examples groups T most"),
                 *_fields(_POINTER, "sums results"), ("limit", ctypes.c_double),
                 *_fields(_INT, "doubtful doubtful_g doubtful_a S grid count"),
                 *_fields(_POINTER, "pixels corners offsets")]  # fmt: skip
@@ -60,7 +62,6 @@ class Cut(NamedTuple):
     most: int  # panels in a block
     tasks: int  # for each matrix
     room: int  # numbers that each thread needs room for
-    tiles: int  # numbers in the tiles of a Gram
 
 
 class Grid(NamedTuple):
@@ -86,8 +87,8 @@ class Fused:
     """The library for one dtype."""
 
     def __init__(self, dtype: torch.dtype) -> None:
-        found = library(_SOURCE, *_TYPES[dtype])
-        self.dtype = dtype
+        found = library(_SOURCE, *_TYPES[dtype], functions=_FUNCTIONS, trial=_TRIAL)
+        self.dtype, self.library = dtype, found
         self._sizes, self._norms, self._layer, self._shift_room = (
             found.fused_sizes, found.fused_norms, found.fused_layer, found.fused_shift_room,
         )  # fmt: skip
@@ -108,24 +109,19 @@ class Fused:
         )
 
     def _cut(self, matrices: int, T: int) -> Cut:
-        found = (_INT * 3)()
+        found = (_INT * 2)()
         for most in (_BLOCK, _BLOCK // 2):
             self._sizes(T, most, found)
             if matrices * found[0] >= _FEW:
                 break
         return Cut(most, *found)
 
-    def norms(
-        self, g: Tensor, a: Tensor, cut: Cut, room: Tensor, limit: float,
-        kept: Tensor | None = None, *, formed: bool = False,
-    ) -> Norms:  # fmt: skip
+    def norms(self, g: Tensor, a: Tensor, cut: Cut, room: Tensor, limit: float) -> Norms:
         """Norms of Gᵀ A for g (B, N, T, p) and a (B, N, T, d), summed over groups.
 
-        The room is for as many threads as are to work. The Grams of `a` are written to `kept`, or
-        read from there if they are `formed`.
+        The room is for as many threads as are to work.
         """
-        return self._served(g, a, cut.most, cut.tasks, cut.room, room, limit,
-                            None if kept is None else kept.data_ptr(), formed)  # fmt: skip
+        return self._served(g, a, cut.most, cut.tasks, cut.room, room, limit)
 
     def shift_room(self, T: int, places: int) -> int:
         """Numbers that each thread needs room for in `shift_norms`."""
@@ -139,20 +135,20 @@ class Fused:
         """
         each = self.shift_room(g.shape[2], grid.places)
         return self._served(
-            g, x, _BLOCK, 1, each, room, limit, None, 0, x.shape[2], grid.places,
+            g, x, _BLOCK, 1, each, room, limit, x.shape[2], grid.places,
             len(grid.offsets), *(where.data_ptr() for where in grid[1:]),
         )  # fmt: skip
 
     def _served(
         self, g: Tensor, a: Tensor, most: int, tasks: int, each: int, room: Tensor, limit: float,
-        kept: int | None, formed: int, *grid: int,
+        *grid: int,
     ) -> Norms:  # fmt: skip
         B, N, T, _ = g.shape
         sums = g.new_empty(B * N * tasks * _SUMS, dtype=torch.float64)
         results = g.new_empty(6, B, dtype=self.dtype)
         threads = min(room.numel() // each, B * N * tasks)
         crew = _Crew(B * N * tasks, threads, each, room.data_ptr())
-        job = _Norms(crew, _side(g), _side(a), B, N, T, most, kept, formed,
+        job = _Norms(crew, _side(g), _side(a), B, N, T, most,
                      sums.data_ptr(), results.data_ptr(), limit, 0, 0, 0, *grid)  # fmt: skip
         self._norms(ctypes.byref(job), self._parallel)
         return Norms(results, (job.doubtful, job.doubtful_g, job.doubtful_a))
@@ -221,8 +217,14 @@ def _fused(dtype: torch.dtype) -> Fused | str:
         return f"not in {dtype}"
     try:
         found = Fused(dtype)
-        _try(found)
     except NoKernelError as error:
+        return str(error)
+    except Exception as error:  # a library is never worth an error to who asks for norms
+        return f"what was compiled cannot be used: {type(error).__name__}: {error}"
+    try:
+        _try(found)
+    except Exception as error:
+        refuse(found.library, str(error))
         return str(error)
     return found
 

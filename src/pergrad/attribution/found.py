@@ -1,0 +1,231 @@
+"""Influences that have been computed, read from their folder.
+
+Owns: `Influence`: scores, the strongest examples of a query, tables, and how it prints.
+Does not know: how they were computed.
+"""
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pergrad.attribution.folder import Folder
+from pergrad.attribution.ranking import read_pairs
+from pergrad.errors import StoreError, UsageError
+from pergrad.extras import need
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+WHAT = "pergrad influence"
+
+
+class Influence:
+    """Scores of training examples for queries, in a folder that `pergrad.influence` has written.
+
+    Args:
+        folder: the folder.
+
+    Raises:
+        StoreError: there is no such folder, it is of something else, or it is not finished.
+        MissingExtraError: a package is missing; `pip install 'pergrad[attribution]'` brings it.
+
+        >>> import tempfile, torch, pergrad
+        >>> data = [(torch.ones(2), 1.0), (-torch.ones(2), 1.0)]
+        >>> job = pergrad.Job(torch.nn.Linear(2, 1), data, lambda m, b: (m(b[0])[:, 0] - b[1])**2)
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> _ = pergrad.influence(job, data[:1], folder.name + "/found")
+        >>> found = pergrad.Influence(folder.name + "/found")
+        >>> found.top(0, 2).column_names
+        ['rank', 'index', 'score']
+        >>> folder.cleanup()
+    """
+
+    def __init__(self, folder: str | PathLike[str]) -> None:
+        need("attribution", "numpy", "pyarrow", "filelock", "safetensors")
+        self._folder = Folder(folder, WHAT)
+        self.folder = self._folder.path
+        found = self._folder.manifest()
+        if found is None or not found.get("finished"):
+            state = "has no influences" if found is None else "is not finished"
+            raise StoreError(
+                f"{self.folder} {state}. Make the same call of pergrad.influence again: it goes "
+                "on where it stopped."
+            )
+        self.manifest: dict[str, Any] = found
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(queries, training examples)."""
+        return int(self.manifest["asked"]["examples"]), int(self.manifest["scored"]["examples"])
+
+    @property
+    def sign(self) -> str:
+        """What a positive score means."""
+        return str(self.manifest["sign"])
+
+    @property
+    def unit(self) -> str:
+        """What a score of 1 is."""
+        return str(self.manifest["unit"])
+
+    @property
+    def scores(self) -> Tensor:
+        """(Q, N), every pair.
+
+        Raises:
+            UsageError: only the strongest were kept.
+        """
+        if self.manifest["settings"]["top"] is not None:
+            raise UsageError(
+                f"Only the {self.manifest['settings']['top']} strongest examples of each query "
+                "were kept. Ask for every pair: pergrad.influence(..., top=None) into another "
+                "folder."
+            )
+        blocks = range(len(self.manifest["blocks"]))
+        return torch.from_numpy(
+            np.concatenate([read_pairs(self._folder, f"pairs{k}").T for k in blocks])
+        )
+
+    @property
+    def residuals(self) -> Tensor | None:
+        """(Q,): how far from solved each query is, |g - (H + damping) x| / |g|; None if nothing
+        was refined.
+        """
+        found = self.manifest.get("residuals")
+        return None if found is None else torch.tensor(found, dtype=torch.float64)
+
+    def top(self, query: int, n: int = 20) -> "pa.Table":
+        """The n examples with the highest scores for a query, highest first.
+
+        Columns: `rank`, `index`, `key` if the job has keys, `score`.
+
+        Raises:
+            UsageError: there is no such query, or so many were not kept.
+        """
+        return self._end(query, n, 1)
+
+    def bottom(self, query: int, n: int = 20) -> "pa.Table":
+        """The n examples with the lowest scores for a query, lowest first; as `top`."""
+        return self._end(query, n, -1)
+
+    def table(self) -> "pa.Table":
+        """All that was kept: `query`, `query_key`, `index`, `key`, `score`, by query, highest first.
+
+        Of the strongest, both ends of each query.
+        """  # noqa: E501
+        import pyarrow as pa
+
+        queries = self.shape[0]
+        columns: dict[str, list[Any]] = {"query": [], "index": [], "score": []}
+        for q in range(queries):
+            high, low = self._ends(q)
+            index, score = high
+            if low is not None:  # both ends, which overlap where few examples were asked
+                new = ~np.isin(low[0], index)
+                index = np.concatenate([index, low[0][new][::-1]])
+                score = np.concatenate([score, low[1][new][::-1]])
+            columns["query"].append(np.full(len(index), q))
+            columns["index"].append(index)
+            columns["score"].append(score)
+        arrays = {n: pa.array(np.concatenate(each)) for n, each in columns.items()}
+        for name, of, keys in (
+            ("query_key", "query", self._keys("askedkeys")),
+            ("key", "index", self._keys("keys")),
+        ):
+            if keys is not None:
+                arrays[name] = keys.take(arrays[of])
+        order = [n for n in ("query", "query_key", "index", "key", "score") if n in arrays]
+        return pa.table({n: arrays[n] for n in order}).replace_schema_metadata(self._told())
+
+    def _told(self) -> dict[str, str]:
+        return {"sign": self.sign, "unit": self.unit}
+
+    def _keys(self, kind: str) -> Any:
+        """The keys, a column; None without."""
+        import pyarrow.parquet as pq
+
+        files = self._folder.files(kind)
+        if not files:
+            return None
+        import pyarrow as pa
+
+        content = self._folder.read(files[-1][2])
+        return pq.read_table(pa.BufferReader(content))["key"].combine_chunks()
+
+    def _end(self, query: int, n: int, sign: int) -> "pa.Table":
+        import pyarrow as pa
+
+        queries, total = self.shape
+        if not isinstance(query, int) or not 0 <= query < queries:
+            raise UsageError(f"There is no query {query!r}: pass a number from 0 to {queries - 1}.")
+        if not isinstance(n, int) or n < 1:
+            raise UsageError(f"n is {n!r}; pass a positive number.")
+        kept = self.manifest["settings"]["top"]
+        if kept is not None and n > kept and kept < total:
+            raise UsageError(
+                f"Only the {kept} strongest examples of each query were kept, not {n}. Ask for "
+                f"more with pergrad.influence(..., top={n}) into another folder."
+            )
+        high, low = self._ends(query)
+        index, score = high
+        if sign < 0:
+            index, score = low if low is not None else _lowest(*high)
+        arrays = {
+            "rank": pa.array(np.arange(len(index[:n]))),
+            "index": pa.array(index[:n]),
+            "score": pa.array(score[:n]),
+        }
+        keys = self._keys("keys")
+        if keys is not None:
+            arrays["key"] = keys.take(arrays["index"])
+        order = [n for n in ("rank", "index", "key", "score") if n in arrays]
+        return pa.table({n: arrays[n] for n in order}).replace_schema_metadata(self._told())
+
+    def _ends(self, query: int) -> tuple[Any, Any]:
+        """(numbers, scores) highest first; and lowest first if only the ends were kept."""
+        if self.manifest["settings"]["top"] is None:
+            score = self._row(query)
+            order = np.argsort(-score, kind="stable")
+            return (order, score[order]), None
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        content = self._folder.read(self._folder.files("ranked")[-1][2])
+        row = pq.read_table(pa.BufferReader(content)).slice(query, 1).to_pydict()
+        return tuple(
+            (np.array(row[f"{end}_index"][0]), np.array(row[f"{end}_score"][0]))
+            for end in ("top", "bottom")
+        )  # type: ignore[return-value]
+
+    def _row(self, query: int) -> np.ndarray:
+        for k, (first, stop) in enumerate(self.manifest["blocks"]):
+            if first <= query < stop:
+                return read_pairs(self._folder, f"pairs{k}")[:, query - first]
+        raise AssertionError(query)
+
+    def __repr__(self) -> str:
+        queries, total = self.shape
+        settings = self.manifest["settings"]
+        lines = [
+            f"Influence ({settings['method']}) of {total:,} examples on {queries:,} queries, in "
+            f"{self.folder}",
+            f"positive: {self.sign}; unit: {self.unit}",
+        ]
+        if settings["damping"] is not None:
+            lines.append(f"damping {settings['damping']:g} x mean")
+        residuals = self.residuals
+        if residuals is not None:
+            lines.append(
+                f"{settings['refine']} steps of conjugate gradients; residuals "
+                f"{float(residuals.min()):.1e} to {float(residuals.max()):.1e}"
+            )
+        return "\n".join(lines)
+
+
+def _lowest(index: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest first, of equal ones the first examples'."""
+    order = np.lexsort((index, score))
+    return index[order], score[order]

@@ -1,0 +1,116 @@
+"""Influence by the empirical Fisher matrix, exactly, without forming it: a solve of size N.
+
+Owns: the Gram matrix of all training gradients, streamed, and the solve with it.
+Does not know: queries, or who reads the scores.
+
+With J the N gradients and C those of the queries, F = J'J / N:
+
+    (1/N) C (F + d)⁻¹ J' = C J' (J J' + N d)⁻¹
+
+The damping is a share of tr(J J') / N, which is the mean squared norm of a gradient, added to J J'.
+"""
+
+import io
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pergrad import api
+from pergrad.attribution.batches import Batch, Batches
+from pergrad.attribution.folder import Folder
+from pergrad.attribution.ranking import npy
+from pergrad.engine.run import PassOptions
+from pergrad.errors import UsageError
+from pergrad.factors.numeric import bytes_of
+from pergrad.factors.workspace import free_bytes
+from pergrad.matrix import GradientMatrix
+
+DAMPING = 0.5  # of the mean squared norm
+HELD_BYTES = 2**30  # of factors, between which and all others products are taken
+
+
+def check_size(examples: int) -> None:
+    """The matrix, its factorisation and the products fit into memory.
+
+    Raises:
+        UsageError: they do not.
+    """
+    needed, free = 3 * 8 * examples**2, free_bytes(None)
+    if free is not None and needed > free:
+        raise UsageError(
+            f'method="kernel" solves with a matrix of {examples:,} x {examples:,}, which takes '
+            f"{needed:,} bytes of memory where {free:,} are free. Use a curvature "
+            "(`curvature=pergrad.curvature(...)`) or fewer examples."
+        )
+
+
+def gram(folder: Folder, batches: Batches, options: PassOptions) -> Tensor:
+    """J J' (N, N), float64. Rows that the folder has are read."""
+    total = len(batches.job)
+    G = np.zeros((total, total))
+    begin = 0
+    for first, stop, path in folder.files("gram"):
+        G[first:stop, first:] = np.load(io.BytesIO(folder.read(path)), allow_pickle=False)
+        begin = stop
+    while begin < total:
+        held = _held(batches, begin, options)
+        stop = held[-1][0].rows.stop
+        rows = np.zeros((stop - begin, total - begin))
+        for batch in batches.over(range(begin, total)):
+            own = next((J for b, J in held if b.rows == batch.rows), None)
+            K = own if own is not None else _gradients(batches, batch, options)
+            for b, J in held:
+                products = (J @ K.T).cpu().double().numpy()
+                at = slice(b.rows.start - begin, b.rows.stop - begin)
+                rows[at, batch.rows.start - begin : batch.rows.stop - begin] = products
+        _check(rows, begin)
+        folder.add("gram", begin, stop, npy(rows), "npy")
+        G[begin:stop, begin:] = rows
+        begin = stop
+    upper = torch.from_numpy(G).triu()
+    return upper + upper.triu(1).mT
+
+
+def _check(rows: np.ndarray, begin: int) -> None:
+    bad = np.flatnonzero(~np.isfinite(rows.diagonal()))
+    if len(bad):
+        raise UsageError(
+            f"Example {begin + bad[0]} has a gradient that is not finite, and would spoil the "
+            "kernel of all. Take it out, or find out why (see `job.losses(job.model, batch)`)."
+        )
+
+
+def _held(batches: Batches, begin: int, options: PassOptions) -> list[tuple[Batch, GradientMatrix]]:
+    """The next batches' gradients, as many as may be held at once."""
+    held: list[tuple[Batch, GradientMatrix]] = []
+    taken = 0
+    for batch in batches.over(range(begin, len(batches.job))):
+        J = _gradients(batches, batch, options)
+        held.append((batch, J))
+        taken += bytes_of(J._unique_tensors())
+        if taken > HELD_BYTES:
+            break
+    return held
+
+
+def _gradients(batches: Batches, batch: Batch, options: PassOptions) -> GradientMatrix:
+    return api.gradients(batches.losses(batch), batches.params, **options)
+
+
+class Solve:
+    """C J' -> C J' (J J' + damping)⁻¹."""
+
+    def __init__(self, G: Tensor, damping: float) -> None:
+        self.added = damping * float(G.diagonal().mean())
+        if self.added == 0:
+            raise UsageError(
+                "All training gradients are 0: nothing has any influence. Check the losses."
+            )
+        self.factor, _ = torch.linalg.cholesky_ex(
+            G + self.added * torch.eye(len(G), dtype=G.dtype), check_errors=True
+        )
+
+    def __call__(self, products: Tensor) -> Tensor:
+        """(N, Q) from J C' (N, Q)."""
+        return torch.cholesky_solve(products.double(), self.factor)

@@ -1,0 +1,184 @@
+"""Uses of parameters, one after the other, become a factor for every parameter.
+
+Owns: `Pass`, the state of one backward pass: rule or fallback for each use, what waits for other
+uses, routes down to the parameters, and early release of what has been told.
+Does not know: torch's pass, options, what a caller makes of the factors.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+from torch import Tensor
+
+from pergrad.engine.schedule import Schedule, Use
+from pergrad.engine.user_state import Held
+from pergrad.errors import UnsupportedError
+from pergrad.factors import Embedded, Factor, Pulled, Sum, mapped
+from pergrad.graph import routes
+from pergrad.graph.layout import describe
+from pergrad.graph.ops import Step
+from pergrad.graph.plan import Plan
+from pergrad.graph.walk import Graph, Slot
+from pergrad.ops import Situation
+from pergrad.ops.fallback import direct, fallback
+
+Emit = Callable[[str, Factor], None]
+
+
+@dataclass(slots=True)
+class Record:
+    """How one operand was served, for `explain`."""
+
+    parameter: str
+    op: str
+    how: str
+    layout: str
+    factor: Factor | None
+
+
+@dataclass(slots=True)
+class Pass:
+    """The state of one backward pass."""
+
+    graph: Graph
+    plan: Plan
+    schedule: Schedule
+    batch: int
+    emit: Emit
+    create_graph: bool
+    records: list[Record] | None
+    waiting: dict[Slot, int] = field(default_factory=dict)  # uses that have not reported, by end
+    parts: dict[Slot, list[Held]] = field(default_factory=dict)
+    missing: dict[Slot, set[Slot]] = field(default_factory=dict)  # ends, by parameter
+    found: dict[Slot, list[Held]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.waiting = dict(self.schedule.waiting)
+        self.missing = {target: set(ends) for target, ends in self.schedule.missing.items()}
+
+    def serve(self, use: Use, cotangents: list[Tensor | None]) -> None:
+        """Factors of every operand of one use."""
+        site = use.site
+        alive = False  # else all is zero
+        for n, g in enumerate(cotangents):
+            if g is not None:
+                if g.layout is not torch.strided:
+                    cotangents[n] = g = g.to_dense()
+                alive = alive or g.numel() > 0
+        situation = Situation(
+            self.graph.nodes[site.node],
+            use.op,
+            self.batch,
+            cotangents,
+            site.layouts,
+            use.operands,
+        )
+        served = use.rule(situation) if use.rule is not None and alive else {}
+        if len(served) < len(site.slots):
+            rest = [k for k in site.slots if k not in served]
+            others: dict[int, Factor | None] = dict.fromkeys(rest)
+            if rest and alive:
+                others = fallback(situation, rest, wanted=use.calls_node)
+        for k in site.slots:
+            if k in served:
+                self._report(use, k, served[k], "rule", situation.told.get(k, use.op))
+            else:
+                # without an element no backward of the op is run: the rule's zeros
+                how = "fallback" if use.rule is None or alive else "rule"
+                self._report(use, k, others[k], how, situation.told.get(k, use.op))
+
+    def _report(self, use: Use, k: int, factor: Factor | None, how: str, op: str) -> None:
+        end = use.ends[k]
+        if self.records is not None:
+            if end in self.schedule.mixed:
+                how = "mixed"
+            layout = next(layout for layout in use.site.layouts if layout is not None)
+            for way in self.plan.routes[end]:
+                name = self.graph.targets[way.target]
+                self.records.append(Record(name, op, how, describe(layout), factor))
+        self.waiting[end] -= 1
+        alone = self.schedule.alone.get(end)
+        if alone is not None:
+            self.missing[alone.target].discard(end)
+            if factor is not None:
+                self.emit(self.graph.targets[alone.target], self._route(alone, factor))
+            return
+        if factor is not None:
+            # What the node saved is at hand now, and may be gone when the other uses have reported.
+            factor = factor if self.waiting[end] == 0 else factor.materialized()
+            self.parts.setdefault(end, []).append(Held(factor))
+        if self.waiting[end] == 0:
+            name = self.graph.targets[self.plan.routes[end][0].target]
+            self._descend(end, _total(name, self.parts.pop(end, [])))
+
+    def _descend(self, start: Slot, factor: Factor | None) -> None:
+        """From the operand down to each parameter below it."""
+        for way in self.plan.routes[start]:
+            if factor is not None:
+                part = self._route(way, factor)
+                if self.missing[way.target] != {start}:
+                    part = part.materialized()
+                self.found.setdefault(way.target, []).append(Held(part))
+            self._arrived(way.target, start)
+
+    def _route(self, way: routes.Route, factor: Factor) -> Factor:
+        if way.steps == ():
+            return factor
+        graph = self.graph
+        ways = routes.settled(graph, way)
+        if ways is None:
+            function = routes.pull(graph, way.start, way.target, create_graph=self.create_graph)
+            return Pulled(factor, function, graph.shape(way.target))
+        steps: list[Step] = []
+        for step in ways:
+            if step[0] == "embed":
+                _, wide, dim, start = step
+                size = list(wide)
+                inner = mapped(factor, tuple(steps)) if steps else factor
+                size[dim] = prod(inner.shape) // max(prod(wide) // max(wide[dim], 1), 1)
+                inner = mapped(inner, (("view", tuple(size)),))
+                factor, steps = Embedded(inner, wide, (dim, start, start + size[dim])), []
+            else:
+                steps.append(step)
+        return mapped(factor, tuple(steps)) if steps else factor
+
+    def serve_direct(self, target: Slot, g: Tensor | None) -> None:
+        """A parameter whose own gradient separates by example."""
+        layout = self.plan.direct[target]
+        if g is not None and g.layout is not torch.strided:
+            g = g.to_dense()
+        factor = None if g is None else direct(g, layout, self.batch)
+        if self.records is not None:
+            name = self.graph.targets[target]
+            self.records.append(Record(name, "leaf", "rule", describe(layout), factor))
+        if factor is not None:
+            self.found.setdefault(target, []).append(Held(factor))
+        self._arrived(target, target)
+
+    def _arrived(self, target: Slot, start: Slot) -> None:
+        self.missing[target].discard(start)
+        if not self.missing[target]:
+            name = self.graph.targets[target]
+            factor = _total(name, self.found.pop(target, []))
+            if factor is not None:
+                self.emit(name, factor)
+
+    def check_complete(self) -> None:
+        """No number without every use of every parameter in it."""
+        left = [target for target, starts in self.missing.items() if starts]
+        if left:
+            names = ", ".join(f"`{self.graph.targets[target]}`" for target in left[:5])
+            raise UnsupportedError(
+                f"The backward pass did not come by every use of {names}, so its gradients would "
+                "be incomplete and no number is returned. This is a defect of pergrad; please "
+                "report it with this model."
+            )
+
+
+def _total(name: str, parts: list[Held]) -> Factor | None:
+    if not parts:
+        return None
+    factors = [part.factor(name) for part in parts]
+    return factors[0] if len(factors) == 1 else Sum(factors)

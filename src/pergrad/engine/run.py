@@ -1,0 +1,362 @@
+"""One backward pass from the losses to a factor for every requested parameter.
+
+Owns: the order of things: plan, policy on interacting examples, hooks for the length of one pass,
+and which uses are served on its way or from what it returns.
+Does not know: how a use is served (`serving`), what a caller makes of the factors.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import ExitStack
+from contextvars import copy_context
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+import torch
+from torch import Tensor
+
+from pergrad.engine.hooked import arranged, hook_warning
+from pergrad.engine.loop import Ways, loop, most_at_once
+from pergrad.engine.mixing import below_meetings, refuse
+from pergrad.engine.pass_ import Emit, Pass, Record
+from pergrad.engine.places import owner_of
+from pergrad.engine.schedule import Schedule, Use, schedule_for
+from pergrad.engine.user_state import nothing_hidden, retained_untouched
+from pergrad.errors import (
+    FallbackWarning,
+    UnsupportedError,
+    UsageError,
+    users_line,
+)
+from pergrad.factors import Computed, Factor
+from pergrad.factors.workspace import limit, pass_begins
+from pergrad.graph import nodes
+from pergrad.graph.hooks import Hook
+from pergrad.graph.plan import Plan, plan_for
+from pergrad.graph.walk import Graph, Slot
+from pergrad.inputs import names_list
+from pergrad.ops.compiled import unread
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """The options that every verb takes."""
+
+    retain_graph: bool = False
+    create_graph: bool = False
+    on_mixing: Literal["raise", "exact"] = "raise"
+    check_layout: Literal["once", "always", "never"] = "once"
+    chunk_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.on_mixing not in ("raise", "exact"):
+            raise UsageError(f'on_mixing is "raise" or "exact", not {self.on_mixing!r}.')
+        if self.check_layout not in ("once", "always", "never"):
+            raise UsageError(
+                f'check_layout is "once", "always" or "never", not {self.check_layout!r}.'
+            )
+        size = self.chunk_bytes
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise UsageError(
+                f"chunk_bytes is {size!r}; pass a positive number of bytes, or None for a sensible "
+                "share of free memory."
+            )
+
+
+class PassOptions(TypedDict, total=False):
+    """Those options that a caller names where a pass is not his own: `Unpack[PassOptions]`."""
+
+    on_mixing: Literal["raise", "exact"]
+    check_layout: Literal["once", "always", "never"]
+    chunk_bytes: int | None
+
+
+class OptionsGiven(PassOptions, total=False):
+    """Those options that a caller names, for signatures: `**options: Unpack[OptionsGiven]`."""
+
+    retain_graph: bool
+    create_graph: bool
+
+
+def run(
+    losses: Tensor,
+    params: Mapping[str, Tensor],
+    options: Options,
+    emit: Emit,
+    *,
+    records: list[Record] | None = None,
+    finish: Callable[[], None] | None = None,
+    adding: bool = False,
+) -> None:
+    """Call `emit(name, factor)` once for every parameter that the losses reach.
+
+    With `adding` it may be called more often, with some of the examples each time. And `finish`
+    after the last one, where nothing is recorded unless create_graph is asked for.
+    """
+    with (
+        retained_untouched() as attached,
+        nothing_hidden(params),
+        nodes.hooks_aside(params) as hooks,
+        ExitStack() as stack,
+    ):
+        emit = _through(hooks, params, emit)
+        own: list[int] = []  # the number of our pass
+        graph, plan = plan_for(losses, params, options.check_layout)
+        if not graph.targets:
+            raise UsageError(_none_reached(params))
+        hooked = arranged(
+            losses, graph, plan, attached, own,
+            create_graph=options.create_graph, check_layout=options.check_layout,
+        )  # fmt: skip
+        looped = _looped(losses, graph, plan, options, hooked.looped, exact=records is None)
+        if looped:
+            _policy(losses, graph, plan, options)
+            used = not set(graph.targets.values()) <= set(looped)
+            if any(map(nodes.is_compiled, graph.nodes)) and not options.create_graph:
+                stack.enter_context(nodes.compiled_regions_kept())
+            at_hand = options.chunk_bytes or limit(losses.device)
+            on_cpu = losses.device.type == "cpu"
+            one = options.create_graph or attached.hooks or hooks or nodes.in_python(graph.nodes)
+            loop(
+                losses, {name: params[name] for name in looped}, emit,
+                Ways(
+                    create_graph=options.create_graph,
+                    free=not (used or options.retain_graph or options.create_graph),
+                    most=options.chunk_bytes or 4 * at_hand,
+                    many=1 if one else most_at_once(graph, at_hand, cpu=on_cpu),
+                    in_parts=adding and not hooks and not options.create_graph,
+                ),
+            )  # fmt: skip
+            if records is not None:
+                records += [Record(n, "hook", "fallback", "one example", None) for n in looped]
+            if not used:
+                if finish is not None:
+                    finish()
+                return
+            rest = {name: p for name, p in params.items() if name not in looped}
+            graph, plan = plan_for(losses, rest, options.check_layout)
+        schedule = schedule_for(graph, plan)
+        pass_begins(losses.device, schedule.held)
+        if options.create_graph and any(map(nodes.is_compiled, graph.nodes)):
+            raise UnsupportedError(
+                "The losses go through a region compiled by torch.compile, which has no second "
+                "derivative, and create_graph=True asks for one. Compute the losses under "
+                '`with torch.compiler.set_stance("force_eager"):`.'
+            )
+        if schedule.compiled:
+            stack.enter_context(nodes.compiled_regions_kept())
+        _policy(losses, graph, plan, options)
+        _warn(schedule, graph, plan, losses.shape[0])
+        state = Pass(
+            graph,
+            plan,
+            schedule,
+            losses.shape[0],
+            emit,
+            options.create_graph,
+            records,
+        )
+        with hooked.in_force():
+            if options.create_graph:
+                _at_once(losses, state, own)
+            else:
+                _streaming(losses, state, options, own, hooked.executed)
+            state.check_complete()
+            if finish is not None:
+                with torch.set_grad_enabled(options.create_graph):
+                    finish()
+
+
+def _none_reached(params: Mapping[str, Tensor]) -> str:
+    return (
+        f"The losses reach none of the parameters ({names_list(list(params), 3)}), so every "
+        "gradient would be zero. Are these the parameters of the model that computed the losses, "
+        "rather than those of a copy or of an average of it (EMA)? Pass the very tensors that took "
+        "part in the forward pass; nothing below a `detach()` or `torch.no_grad()` is reached."
+    )
+
+
+def _looped(
+    losses: Tensor,
+    graph: Graph,
+    plan: Plan,
+    options: Options,
+    hooks: Mapping[str, Hook],
+    *,
+    exact: bool,
+) -> list[str]:
+    """The parameters for which the loop over the examples is run, with a warning if hooks ask."""
+    if hooks:
+        warnings.warn(hook_warning(hooks, graph.batch), FallbackWarning, stacklevel=users_line())
+    names = dict.fromkeys(hooks)
+    if exact and options.on_mixing == "exact" and plan.mixes:
+        # No warning: the price is the option's own.
+        names |= dict.fromkeys(below_meetings(losses, graph, plan, options.check_layout))
+    return list(names)
+
+
+def _through(
+    hooks: Mapping[str, list[Callable[..., Tensor | None]]],
+    params: Mapping[str, Tensor],
+    emit: Emit,
+) -> Emit:
+    """Pass each example's gradient through the user's tensor hooks on the parameter, as a loop of
+    `torch.autograd.grad` would: such a hook may mask or scale it.
+    """
+
+    def hooked(name: str, factor: Factor) -> None:
+        chain_ = hooks.get(name)
+        if chain_:
+            dtype, inner = params[name].dtype, factor
+
+            def rows(index: Tensor) -> Tensor:
+                found = []
+                for row in inner.select(index.to(inner.device)).dense().to(dtype):
+                    for hook in chain_:
+                        changed = hook(row)
+                        row = row if changed is None else changed
+                    found.append(row)
+                return torch.stack(found)
+
+            factor = Computed(factor.batch, factor.shape, rows, factor._zeros(0))
+        emit(name, factor)
+
+    return hooked if hooks else emit
+
+
+def _policy(losses: Tensor, graph: Graph, plan: Plan, options: Options) -> None:
+    if plan.mixes and options.on_mixing == "raise":
+        refuse(losses, graph, plan, options.check_layout)
+
+
+def _warn(schedule: Schedule, graph: Graph, plan: Plan, batch: int) -> None:
+    for use in schedule.uses:
+        if nodes.is_compiled(graph.nodes[use.site.node]):
+            _warn_unread(use, graph, plan, batch)
+            continue
+        if use.rule is not None:
+            continue
+        name = use.op
+        warnings.warn(
+            f"pergrad has no rule for the op `{name}` (at {owner_of(use.unruled)}). Its "
+            f"gradients are exact all the same, by one backward of that op for each of the {batch} "
+            f"examples: about {batch} times the cost of the op's own backward.",
+            FallbackWarning,
+            stacklevel=users_line(),
+        )
+
+
+def _warn_unread(use: Use, graph: Graph, plan: Plan, batch: int) -> None:
+    """Of parameters that a compiled region uses in a way that could not be read."""
+    reasons = unread(graph.nodes[use.site.node], use.site, batch)
+    if not reasons:
+        return
+    names = [graph.targets[way.target] for slot in reasons for way in plan.routes[use.ends[slot]]]
+    warnings.warn(
+        f"pergrad cannot read how the region `{use.op}` compiled by torch.compile uses "
+        f"{names_list(list(dict.fromkeys(names)), 3)}: {next(iter(reasons.values()))}. These "
+        f"gradients are exact all the same, by one backward of the region for each of the {batch} "
+        f"examples: about {batch} times its cost. Compute the losses under "
+        '`with torch.compiler.set_stance("force_eager"):` to have all layers served by rules.',
+        FallbackWarning,
+        stacklevel=users_line(),
+    )
+
+
+def _streaming(
+    losses: Tensor, state: Pass, options: Options, own: list[int], executed: Collection[int]
+) -> None:
+    """Serve each use while the pass is at it; its cotangent is gone afterwards."""
+    graph, plan = state.graph, state.plan
+    requests = state.schedule.requests_for(graph, plan, executed)
+    wanted = requests.wanted
+    handles = []
+    # For each GPU hooks run in a thread of torch's, which knows nothing of the caller's budget.
+    caller, one_at_a_time = threading.get_ident(), threading.RLock()
+
+    def hook_for(use: Use) -> Callable[[tuple[Tensor | None, ...]], None]:
+        context = copy_context()
+
+        def hook(cotangents: tuple[Tensor | None, ...]) -> None:
+            # Others may come by: vector-Jacobian products of ours, a pass that a user's hook runs.
+            if nodes.pass_number() not in own:
+                return
+            with one_at_a_time:
+                # not recorded by torch: this pass has no create_graph
+                if threading.get_ident() == caller:
+                    state.serve(use, list(cotangents))
+                else:
+                    context.run(state.serve, use, list(cotangents))
+
+        return hook
+
+    try:
+        for use in requests.streamed:
+            handles.append(nodes.before(graph.nodes[use.site.node], hook_for(use)))
+        if not wanted:
+            return
+        keep = options.retain_graph or requests.keep
+        checkpointed = requests is not state.schedule.requests
+        again = graph.nodes if checkpointed and options.retain_graph else ()
+        with nodes.selections_untouched(again):
+            grads = _gradients(losses, graph, wanted, retain_graph=keep, number=own)
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.no_grad():
+        by_slot = dict(zip(wanted, grads, strict=True))
+        del grads
+        for use in requests.returned:
+            slots = [(use.site.node, n) for n in range(len(use.site.layouts))]
+            cotangents = [
+                by_slot.get(s) if s in plan.direct else by_slot.pop(s, None) for s in slots
+            ]
+            state.serve(use, cotangents)
+            del cotangents
+        for target in plan.direct:
+            state.serve_direct(target, by_slot.pop(target, None))
+
+
+def _gradients(
+    losses: Tensor,
+    graph: Graph,
+    wanted: Iterable[Slot],
+    *,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    number: list[int] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """torch's backward pass from losses seeded with ones; its number goes to the list."""
+    with torch.enable_grad():
+        # A sum, not a vector of ones as grad_outputs: that would make torch import sympy, 35 MB.
+        total = losses.sum()
+    if number is not None:
+        assert total.grad_fn is not None
+        # nobody else has this node, and the pass begins with it
+        nodes.before(total.grad_fn, lambda _: number.append(nodes.pass_number()))
+    with nodes.in_our_words():
+        return torch.autograd.grad(
+            total, [graph.edge(slot) for slot in wanted], allow_unused=True,
+            retain_graph=retain_graph, create_graph=create_graph,
+        )  # fmt: skip
+
+
+def _at_once(losses: Tensor, state: Pass, own: list[int]) -> None:
+    """As `_streaming`, differentiably: every cotangent is asked for and kept."""
+    graph, plan = state.graph, state.plan
+    wanted: dict[Slot, None] = dict.fromkeys(plan.direct)
+    for site in plan.sites:
+        for n, layout in enumerate(site.layouts):
+            if layout is not None:
+                wanted[site.node, n] = None
+    if not wanted:
+        return
+    with torch.enable_grad():
+        grads = _gradients(losses, graph, wanted, create_graph=True, number=own)
+        by_slot = dict(zip(wanted, grads, strict=True))
+        for use in state.schedule.uses:
+            node, count = use.site.node, len(use.site.layouts)
+            state.serve(use, [by_slot.get((node, n)) for n in range(count)])
+        for target in plan.direct:
+            state.serve_direct(target, by_slot[target])

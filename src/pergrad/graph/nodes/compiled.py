@@ -1,0 +1,170 @@
+"""The backward graph of a region compiled by torch.compile, read and run.
+
+Owns: where torch keeps the graph, what the region hands to it, and which of its results is whose.
+Does not know: what the ops in the graph do, parameters.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from pergrad.graph.nodes.calls import raw_call
+from pergrad.graph.nodes.reading import Node
+
+
+@contextmanager
+def compiled_regions_kept() -> Iterator[None]:
+    """A compiled region may be asked for a graph to be retained: its buffers are not given away."""
+    import torch._functorch.config as config
+
+    with config.patch(donated_buffer=False):
+        yield
+
+
+def region_class(node: Node) -> Any:
+    """What torch has made of the region: alive as long as the compiled function is."""
+    return node._forward_cls
+
+
+def region_graph(node: Node) -> fx.GraphModule | str:
+    """The backward of the region as a graph of aten ops; or why there is none."""
+    held: Any = getattr(region_class(node), "_lazy_backward_info", None)
+    graph = getattr(held, "bw_module", None)
+    if graph is None and hasattr(held, "bw_module_fn"):
+        try:
+            graph = held.bw_module_fn()
+        except Exception as error:  # whatever goes wrong in torch's cache
+            return f"torch's cache does not give its backward graph ({type(error).__name__})"
+    if not isinstance(graph, fx.GraphModule):
+        return "torch keeps no backward graph of it"
+    if not hasattr(region_class(node), "_backward_impl"):
+        return f"torch {torch.__version__} runs compiled regions otherwise than pergrad knows"
+    return graph
+
+
+def made_by_inductor(node: Node) -> bool:
+    """Whether the region's code was made by inductor, torch.compile's default backend."""
+    function, seen = getattr(region_class(node), "compiled_fw", None), 0
+    while function is not None and seen < 8:
+        if type(function).__module__.startswith("torch._inductor"):
+            return True
+        function, seen = getattr(function, "__wrapped__", None), seen + 1
+    return False
+
+
+_PATCHED = threading.RLock()
+
+
+@contextmanager
+def _backward_replaced(node: Node, function: Callable[[Any, list[Any]], Any]) -> Iterator[None]:
+    """Within this block and thread, the node's backward runs `function` on what it would run on."""
+    cls = region_class(node)
+    here = threading.get_ident()
+
+    def instead(ctx: Any, arguments: list[Any]) -> Any:
+        if ctx is not node or threading.get_ident() != here:
+            return before.__func__(ctx, arguments)
+        return function(ctx, arguments)
+
+    with _PATCHED:
+        before = cls.__dict__["_backward_impl"]
+        cls._backward_impl = staticmethod(instead)
+        try:
+            yield
+        finally:
+            cls._backward_impl = before
+
+
+class _Result:
+    """Stands for one result of the graph."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+
+def region_arguments(
+    node: Node, cotangents: Sequence[Tensor | None], count: int = 0
+) -> tuple[list[Any], list[int | None]]:
+    """What the graph is run on for these cotangents; and, for each edge, the result that is its.
+
+    `count`: how many results the graph has; without it, none is asked for.
+    """
+    taken: list[Any] = []
+
+    def take(_: Any, arguments: list[Any]) -> Any:
+        taken.extend(arguments)
+        if not count:
+            raise _Enough
+        return tuple(_Result(n) for n in range(count))
+
+    with _backward_replaced(node, take):
+        try:
+            results: Sequence[Any] = raw_call(node, cotangents)
+        except _Enough:
+            results = ()
+    return taken, [r.number if isinstance(r, _Result) else None for r in results]
+
+
+class _Enough(Exception):
+    """Nothing but the arguments was wanted."""
+
+
+class _Recording(fx.Interpreter):
+    """Keeps what every node returned."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module, garbage_collect_values=False)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n] = result = super().run_node(n)
+        return result
+
+
+def shapes_within(module: fx.GraphModule, arguments: Sequence[Any]) -> dict[fx.Node, Any]:
+    """What every node of the graph returns for such arguments: tensors without numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    recording = _Recording(module)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
+        recording.run(*fakes)
+    return recording.values
+
+
+def with_reshapes(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy that takes tensors as they lie: inductor decides how, and knows that views hold."""
+    graph = fx.Graph()
+    result = graph.graph_copy(module.graph, {})
+    graph.output(result)
+    for node in graph.nodes:
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.ops.aten.reshape.default
+    return fx.GraphModule(module, graph)
+
+
+def arguments_by_name(call: fx.Node) -> dict[str, Any]:
+    """The arguments of an op in the graph, as its schema calls them, without those left out."""
+    if not isinstance(call.target, torch._ops.OpOverload):
+        return dict(call.kwargs)
+    names = [argument.name for argument in call.target._schema.arguments]
+    return dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
+
+
+def changes_something(target: Any) -> bool:
+    """Whether an op of the graph writes to its arguments, or draws random numbers."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+
+
+class Stand:
+    """Stands for a node of another op: what that op would have saved, by name."""
+
+    def __init__(self, **saved: Any) -> None:
+        for field, value in saved.items():
+            setattr(self, "_saved_" + field, value)

@@ -1,0 +1,49 @@
+"""One rule per op family: a use of parameters and its cotangent -> factors.
+
+Owns: what the per-example gradient of each operand looks like.
+Does not know: how uses are found, what is computed from factors.
+"""
+
+from pkgutil import iter_modules
+
+# Each fills the table of ops as it is imported.
+from pergrad.ops import (  # noqa: F401
+    attention,
+    bilinear,
+    compiled,
+    convolution,
+    double_backward,
+    elementwise,
+    experts,
+    fallback,
+    indexing,
+    joining,
+    lookup,
+    matmul,
+    normalisation,
+    outer_product,
+    pooling,
+    recurrent,
+    reductions,
+    views,
+)
+from pergrad.ops.registry import (
+    Operand,
+    Rule,
+    Served,
+    Situation,
+    calls_node,
+    check_imported,
+    rule_for,
+)
+
+__all__ = [
+    "Operand",
+    "Rule",
+    "Served",
+    "Situation",
+    "calls_node",
+    "rule_for",
+]
+
+check_imported([module.name for module in iter_modules(__path__)], globals())

@@ -1,0 +1,134 @@
+"""The table from ops to rules, and what a rule is handed.
+
+Owns: `Situation` (one use of parameters together with its cotangents) and the registry.
+Does not know: how the graph was walked, what the factors are used for.
+
+A rule is one pure function per op family. It returns, for each operand (by slot number) that it
+serves, the factor of the operand's per-example gradient; None where that gradient is zero. An
+operand it does not mention goes to the fallback.
+"""
+
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pergrad.errors import UsageError
+from pergrad.factors import Factor
+from pergrad.graph import nodes
+from pergrad.graph.layout import Layout
+from pergrad.graph.ops import check_declared, declared, once
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """The parameter side of one input of an op.
+
+    `lead` and `shared` describe a weight that was expanded along the batch dimensions of a
+    batched product: the sizes of those dimensions, and which of them are copies.
+    """
+
+    shape: tuple[int, ...]
+    lead: tuple[int, ...] = ()
+    shared: tuple[bool, ...] = ()
+
+
+@dataclass(slots=True)
+class Situation:
+    """One op at which parameters meet examples, with the cotangents at its outputs."""
+
+    node: Any
+    name: str
+    batch: int
+    cotangents: list[Tensor | None]
+    layouts: tuple[Layout | None, ...]
+    operands: dict[int, Operand]  # by slot
+    told: dict[int, str] = field(default_factory=dict)  # what `explain` says in the op's place
+
+    @property
+    def g(self) -> Tensor:
+        """The cotangent at the only output that has one."""
+        g = self.cotangents[0]
+        assert g is not None
+        return g
+
+    @property
+    def layout(self) -> Layout:
+        """Its layout."""
+        layout = self.layouts[0]
+        assert layout is not None
+        return layout
+
+    def saved(self, field: str, *, dense: bool = True) -> Any:
+        """A tensor that the op saved; None if it saved none. Sparse ones as they are, or dense."""
+        check_declared(self.name, field)
+        return nodes.saved(self.node, field, dense=dense)
+
+    def attr(self, field: str) -> Any:
+        """A number that the op saved."""
+        check_declared(self.name, field)
+        return nodes.attribute(self.node, field)
+
+    def tracing(self) -> bool:
+        """Whether the result will be differentiated again (create_graph=True)."""
+        return torch.is_grad_enabled()
+
+
+Served = dict[int, Factor | None]
+Rule = Callable[[Situation], Served]
+
+_RULES: dict[str, Rule] = {}
+_CALLS_NODE: set[str] = set()
+
+
+def rule(*names: str, calls_node: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for the named ops; `calls_node` if it runs the node's own backward.
+
+    Complex cotangents go to the fallback: torch's own backward knows when to conjugate, and when
+    to take the real part.
+    """
+
+    def add(function: Rule) -> Rule:
+        @wraps(function)
+        def real_only(use: Situation) -> Served:
+            for g in use.cotangents:
+                if g is not None and g.is_complex():
+                    return {}
+            return function(use)
+
+        for name in names:
+            declared(name)
+            once(name, "gradients", _RULES.get(name))
+            _RULES[name] = real_only
+            if calls_node:
+                _CALLS_NODE.add(name)
+        return function
+
+    return add
+
+
+def rule_for(name: str) -> Rule | None:
+    """The rule that serves an op, if any."""
+    return _RULES.get(name)
+
+
+def calls_node(name: str) -> bool:
+    """Whether serving the op runs the node's own backward (a rule that does, or the fallback)."""
+    return name not in _RULES or name in _CALLS_NODE
+
+
+def check_imported(files: Iterable[str], imported: Container[str]) -> None:
+    """Refuse to go on without a family: its ops would be served by the fallback, slowly.
+
+    Raises:
+        UsageError: a file of pergrad/ops that `pergrad.ops` does not import.
+    """
+    for name in files:
+        if name not in imported:
+            raise UsageError(
+                f"The file `pergrad/ops/{name}.py` is imported by nobody, so nothing is known of "
+                f"its ops. Add `{name}` to the imports in pergrad/ops/__init__.py."
+            )

@@ -1,0 +1,225 @@
+"""Rows of a tensor, grouped by example.
+
+Owns: the step from a layout to arrays with a leading example dimension, which factors want.
+Does not know: ops.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pergrad.factors import Dense, Factor, Outer, Placed, Rows, Sum
+from pergrad.factors.numeric import result_dtype
+from pergrad.graph.layout import NOBODY, Layout, regular_pattern, smear
+
+
+class Bucket(NamedTuple):
+    """Examples with about equally many rows, padded to the same number of positions."""
+
+    examples: Tensor | None  # their numbers, ascending; None: all examples in order
+    rows: Tensor | None  # (examples, positions) row numbers, -1 where padded
+    outer: int
+    inner: int
+
+
+class Partition:
+    """R rows, each of one example (or of none), as arrays (examples, positions, ...)."""
+
+    def __init__(self, owners: Tensor, batch: int) -> None:
+        self.batch = batch
+        pattern = regular_pattern(owners) if owners.numel() else None
+        if pattern is not None and int(owners.max()) + 1 == batch:
+            self.buckets = [Bucket(None, None, *pattern)]
+        else:
+            self.buckets = list(_buckets(owners))
+        first = self.buckets[0] if len(self.buckets) == 1 else None
+        # the rows of an example lie one after the other, or the examples take turns
+        self.foldable = first is not None and first.rows is None and 1 in (first.outer, first.inner)
+
+    def fold(self, rows: Tensor, *groups: int) -> Tensor:
+        """(R, p) -> (B, *groups, T, p), the same memory; if foldable. Groups are of size 1."""
+        outer, inner = self.buckets[0].outer, self.buckets[0].inner
+        if outer == 1:
+            return rows.reshape(self.batch, *groups, inner, rows.shape[1])
+        return rows.reshape(outer, self.batch, *groups, rows.shape[1]).movedim(0, -2)
+
+    def gather(self, rows: Tensor, bucket: Bucket, fill: float = 0) -> Tensor:
+        """(R, *rest) -> (n, positions, *rest) for the examples of one bucket."""
+        rest = rows.shape[1:]
+        if bucket.rows is None:
+            shaped = rows.reshape(bucket.outer, self.batch, bucket.inner, *rest)
+            if bucket.outer == 1:
+                return shaped[0]
+            return shaped.transpose(0, 1).reshape(self.batch, bucket.outer * bucket.inner, *rest)
+        index = bucket.rows.to(rows.device)
+        taken = rows[index.clamp_min(0)]
+        if bool((bucket.rows < 0).any()):
+            present = (index >= 0).reshape(*index.shape, *[1] * len(rest))
+            # where, not a product: padding must not carry another row's nan
+            taken = torch.where(present, taken, torch.full((), fill, dtype=taken.dtype,
+                                                           device=taken.device))  # fmt: skip
+        return taken
+
+    def place(self, factors: Sequence[Factor]) -> Factor:
+        """One factor for all examples from one per bucket."""
+        placed = [
+            factor if bucket.examples is None else Placed(factor, bucket.examples, self.batch)
+            for factor, bucket in zip(factors, self.buckets, strict=True)
+        ]
+        return placed[0] if len(placed) == 1 else Sum(placed)
+
+
+def _buckets(owners: Tensor) -> list[Bucket]:
+    """Examples of similar row counts together: padding at most doubles the work."""
+    rows = (owners != NOBODY).nonzero().reshape(-1)
+    order = rows[torch.argsort(owners[rows], stable=True)]
+    examples, counts = torch.unique_consecutive(owners[order], return_counts=True)
+    starts = counts.cumsum(0) - counts
+    size_class = torch.ceil(torch.log2(counts.double())).long()
+    buckets = []
+    for size in size_class.unique().tolist():
+        members = (size_class == size).nonzero().reshape(-1)
+        longest = int(counts[members].max())
+        steps = torch.arange(longest, device="cpu")
+        inside = steps < counts[members, None]
+        index = (starts[members, None] + steps).clamp_max(order.numel() - 1)
+        buckets.append(Bucket(examples[members], torch.where(inside, order[index], -1), 1, 1))
+    return buckets
+
+
+@lru_cache(maxsize=256)
+def _partition(layout: Layout, dims: tuple[int, ...], batch: int) -> Partition | None:
+    """Rows that run over `dims` of the tensor, in that order; None if a row has several owners."""
+    owners = row_owners(layout, dims)
+    return None if owners is None else Partition(owners, batch)
+
+
+def row_owners(layout: Layout, dims: Sequence[int]) -> Tensor | None:
+    """(R,): the owner of each row that runs over `dims`; None if a row has several."""
+    rest = [d for d in range(len(layout.shape)) if d not in dims]
+    # Where nobody's gradient arrives the cotangent is zero, so the row's lone owner may have it.
+    whole = smear(layout, rest)
+    if whole is None:
+        return None
+    owner = whole.owner.permute(*dims, *rest).reshape([whole.owner.shape[d] for d in dims])
+    return owner.expand([layout.shape[d] for d in dims]).reshape(-1)
+
+
+def partition(layout: Layout, dims: Sequence[int], batch: int) -> Partition | None:
+    """Cached by layout: a plan's layouts are the same objects at every call."""
+    return _partition(layout, tuple(dims), batch)
+
+
+def outer(g: Tensor, a: Tensor, groups: Partition, shape: Sequence[int]) -> Factor | None:
+    """`Outer` from (R, N, p) and (R, N, d) rows, by example; None if no row has an owner."""
+    factors = []
+    for bucket in groups.buckets:
+        left = groups.gather(g, bucket).transpose(1, 2)  # (n, N, T, p)
+        right = groups.gather(a, bucket).transpose(1, 2)
+        factors.append(Outer(left, right, shape=tuple(shape)))
+    return groups.place(factors) if factors else None
+
+
+def outer_by_group(
+    g: Tensor, a: Tensor, owners: Tensor, groups: Tensor, count: int, batch: int,
+    shape: Sequence[int],
+) -> Factor:  # fmt: skip
+    """`Outer` from (R, p) and (R, d) rows, each of one example and of one of `count` groups.
+
+    The rows of an example and group may lie anywhere; a group of -1 belongs to none.
+    """
+    owners, groups = owners.to(g.device), groups.to(g.device)
+    inside = ((owners >= 0) & (groups >= 0)).nonzero()[:, 0]
+    keys = owners[inside] * count + groups[inside]
+    order = torch.argsort(keys, stable=True)
+    keys, rows = keys[order], inside[order]
+    counts = torch.bincount(keys, minlength=batch * count)
+    place = torch.arange(len(keys), device=g.device) - (counts.cumsum(0) - counts)[keys]
+    longest = int(counts.max()) if len(keys) else 0
+
+    def lay(values: Tensor) -> Tensor:
+        padded = values.new_zeros(batch * count, longest, values.shape[1])
+        padded = padded.index_put((keys, place), values[rows])
+        return padded.reshape(batch, count, longest, values.shape[1])
+
+    return Outer(lay(g), lay(a), shape=tuple(shape))
+
+
+def rows_by_id(
+    ids: Tensor, g: Tensor, groups: Partition, shape: Sequence[int], *, sparse: bool = False
+) -> Factor | None:
+    """`Rows` from (R,) ids and (R, *rest) gradients, grouped by example."""
+    factors = []
+    for bucket in groups.buckets:
+        own = groups.gather(ids, bucket, fill=-1)
+        factors.append(Rows(own, groups.gather(g, bucket), tuple(shape), sparse=sparse))
+    return groups.place(factors) if factors else None
+
+
+def reduced(values: Tensor, layout: Layout, shape: Sequence[int], batch: int) -> Dense:
+    """Sum a gradient over everything but the example and the operand's own dimensions.
+
+    `values` has the op's output shape; the operand was broadcast from `shape`.
+    """
+    shape = tuple(shape)
+    lead = values.dim() - len(shape)
+    summed = [d for d in range(values.dim())
+              if d < lead or (shape[d - lead] == 1 and values.shape[d] != 1)]  # fmt: skip
+    layout = smear(layout, [d for d in range(values.dim()) if d not in summed]) or layout
+    varying = list(layout.varying)
+    dtype = result_dtype(values)
+    if len(varying) == 1 and varying[0] in summed:
+        pattern = regular(layout, batch)
+        if pattern is not None:  # rows in a regular order: one plain sum, no scattering
+            outer, inner = pattern
+            (dim,) = varying
+            sizes = values.shape
+            folded = values.reshape(*sizes[:dim], outer, batch, inner, *sizes[dim + 1 :])
+            drop = [d if d < dim else d + 2 for d in summed if d != dim] + [dim, dim + 2]
+            drop = [d for d in drop if folded.shape[d] != 1]
+            total = folded.sum(drop, keepdim=True, dtype=dtype) if drop else folded.to(dtype)
+            return Dense(total.movedim(dim + 1, 0).reshape(batch, *shape))
+    plain = [d for d in summed if d not in varying]
+    if plain:
+        values = values.sum(plain, keepdim=True, dtype=dtype)
+    own = [d for d in varying if d not in summed]  # one position of the operand, several owners
+    order = [d for d in varying if d in summed] + own
+    rest = [d for d in range(values.dim()) if d not in varying]
+    counts = [values.shape[d] for d in own]
+    cells = prod(counts)
+    owners = layout.owner.permute((*order, *rest)).reshape(-1, cells)
+    keys = torch.where(owners < 0, -1, owners * cells + torch.arange(cells, device="cpu")).reshape(
+        -1
+    )
+    rows = values.to(dtype).permute((*order, *rest))  # no dimension at all for a scalar
+    rows = rows.reshape(len(keys), *rows.shape[len(order) :])
+    total = by_owner(rows, keys, batch * cells).reshape(batch, *counts, *rows.shape[1:])
+    dims = own + rest
+    return Dense(
+        total.permute(0, *[1 + dims.index(d) for d in sorted(dims)]).reshape(batch, *shape)
+    )
+
+
+@lru_cache(maxsize=256)
+def regular(layout: Layout, batch: int) -> tuple[int, int] | None:
+    """(outer, inner) of a layout along one dimension, if every example has its regular share."""
+    owners = layout.owner.reshape(-1)
+    pattern = regular_pattern(owners)
+    return pattern if pattern is not None and int(owners.max()) + 1 == batch else None
+
+
+def in_order(layout: Layout, batch: int) -> bool:
+    """Whether index i along the first dimension is example i, all of them there."""
+    return layout.shape[0] == batch and regular(layout, batch) == (1, 1)
+
+
+def by_owner(rows: Tensor, owners: Tensor, batch: int) -> Tensor:
+    """(R, *rest) -> (batch, *rest): the sum of each example's rows."""
+    owners = owners.to(rows.device)
+    # Row `batch` collects what belongs to nobody.
+    total = rows.new_zeros(batch + 1, *rows.shape[1:])
+    return total.index_add(0, torch.where(owners < 0, batch, owners), rows)[:batch]

@@ -1,0 +1,292 @@
+"""From a scalar loss down to the places where its examples still lie apart.
+
+A training loop has one number: a mean over rows, divided by something, plus something else. This
+file walks from that number down through sums and factors to the ops that reduced rows to it.
+
+Owns: `take_apart`, the terms of a scalar, each with its factor and, where the op saved what it was
+made from, its rows' values; and `start_layout`, the example of each element of a term.
+Does not know: parameters' gradients, plans, measurements.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pergrad.errors import UnsupportedError, UsageError
+from pergrad.graph.layout import Layout, along, compressed
+from pergrad.graph.ops import attribute, saved
+from pergrad.graph.walk import Edge, Graph, Slot
+
+_MEAN, _SUM = 1, 2  # how torch numbers reductions
+
+
+@dataclass(slots=True)
+class Term:
+    """One summand of a scalar: a reduction over rows, and what it is multiplied by."""
+
+    node: int
+    op: str
+    inputs: tuple[int, ...]  # the inputs of the op in which examples lie apart
+    factor: Tensor | float
+    shape: tuple[int, ...]  # of these inputs
+    values: Callable[[], Tensor] | None  # each element's or row's share, if the op saved enough
+    counted: Callable[[], Tensor] | None = None  # which rows count, if the op leaves some out
+    mean: bool = False  # whether the op itself divides by what it counts
+
+
+@dataclass(slots=True)
+class Trunk:
+    """What a scalar is the sum of."""
+
+    terms: list[Term] = field(default_factory=list)
+    others: list[int] = field(default_factory=list)  # nodes that no rule here takes apart
+    constant: bool = False  # whether something without a gradient was added
+
+
+def take_apart(graph: Graph) -> Trunk:
+    """The terms of the scalar at the graph's root."""
+    trunk = Trunk()
+    _descend(graph, graph.root[0], graph.root[1], 1.0, trunk)
+    return trunk
+
+
+def _descend(graph: Graph, i: int, number: int, factor: Tensor | float, trunk: Trunk) -> None:
+    """Add what lies below one scalar, times a factor, to the trunk."""
+    op, node, below = graph.op(i), graph.nodes[i], graph.edges[i]
+    live = [k for k, (child, _) in enumerate(below) if child >= 0]
+    if op in _SAME:
+        _descend(graph, *below[0], factor, trunk)
+    elif op in _SINKS:
+        _descend(graph, *below[number], factor, trunk)
+    elif op == "neg":
+        _descend(graph, *below[0], -factor, trunk)
+    elif op in ("add", "sub"):
+        trunk.constant |= len(live) < 2
+        alpha = attribute(op, node, "alpha")
+        for k in live:
+            sign = 1.0 if k == 0 else (alpha if op == "add" else -alpha)
+            _descend(graph, *below[k], factor * sign, trunk)
+    elif op in ("mul", "div") and (other := _constant(graph, i, live)) is not None:
+        _descend(graph, *below[live[0]], factor * (other if op == "mul" else 1 / other), trunk)
+    elif op in _REDUCTIONS and not graph.shape((i, number)):
+        _reduced(graph, i, factor, trunk)
+    elif op in _LOSSES and attribute(op, node, "reduction") in (_MEAN, _SUM):
+        shape = graph.shape(below[live[0]]) if live else ()
+        values, nll = _LOSSES[op], op.startswith("nll")
+        trunk.terms.append(
+            Term(
+                i, op, tuple(live), factor, shape, lambda: values(op, node),
+                partial(_not_ignored, op, node) if nll else None,
+                attribute(op, node, "reduction") == _MEAN,
+            )
+        )  # fmt: skip
+    else:
+        trunk.others.append(i)
+
+
+_SAME = {
+    "to_copy", "clone", "alias", "view", "reshape_alias", "unsafe_view", "squeeze", "unsqueeze",
+    "lift_fresh", "expand",
+}  # fmt: skip
+_SINKS = {"_DDPSink", "RegisterPostBackwardFunction"}
+_REDUCTIONS = {"sum", "mean", "sum_dim", "mean_dim"}
+_STACKS = {"stack", "cat"}
+
+
+def _constant(graph: Graph, i: int, live: list[int]) -> Any:
+    """The number by which an op multiplies or divides a scalar; None if that has a gradient."""
+    node, op = graph.nodes[i], graph.op(i)
+    if len(live) != 1 or (op == "div" and live[0] == 1):
+        return None
+    name = "other" if live[0] == 0 else "self"
+    value = saved(op, node, name)  # a tensor, or a number
+    if isinstance(value, Tensor):
+        # a Python number stands there in its own dtype: 1 / 3 would be a float32
+        return value.detach().reshape(()).double() if value.numel() == 1 else None
+    return value
+
+
+def _reduced(graph: Graph, i: int, factor: Tensor | float, trunk: Trunk) -> None:
+    """A sum or mean down to a scalar: of scalars put side by side, or of rows."""
+    child, number = graph.edges[i][0]
+    shape = graph.shape((child, number))
+    mean = graph.op(i).startswith("mean")
+    count: int = prod(shape)
+    factor = factor / count if mean and count else factor
+    inside = graph.edges[child]
+    scalars = all(c < 0 or all(s == 1 for s in graph.shape((c, n))) for c, n in inside)
+    if not shape:
+        _descend(graph, child, number, factor, trunk)
+    elif graph.op(child) in _STACKS and scalars and len(inside) == count:
+        trunk.constant |= any(c < 0 for c, _ in inside)
+        for c, n in inside:
+            if c >= 0:
+                _descend(graph, c, n, factor, trunk)
+    else:
+        counted = _unmasked(graph, (child, number), shape)
+        trunk.terms.append(Term(i, graph.op(i), (0,), factor, shape, None, counted))
+
+
+def _unmasked(graph: Graph, slot: Slot, shape: tuple[int, ...]) -> Callable[[], Tensor] | None:
+    """Which elements of what is reduced a mask leaves in; None if there is no mask."""
+    child, number = slot
+    while child >= 0 and graph.shape((child, number)) == shape:
+        op, node, below = graph.op(child), graph.nodes[child], graph.edges[child]
+        live = [k for k, (c, _) in enumerate(below) if c >= 0]
+        if op == "masked_fill" and live == [0]:
+            mask = saved(op, node, "mask")
+            return lambda: mask.logical_not().expand(shape)
+        if op not in {"mul", "div", "neg", *_SAME} or len(live) != 1:
+            return None
+        if op == "mul":
+            other = saved(op, node, "other" if live[0] == 0 else "self")
+            if isinstance(other, Tensor) and other.numel() > 1:
+                return lambda: (other != 0).expand(shape)
+        child, number = below[live[0]]
+    return None
+
+
+# --- What an op saved, once more without the reduction --------------------------------------------
+
+
+def _nll(op: str, node: Any) -> Tensor:
+    """(R,) or (R, H, W): minus the log-probability of each row's class."""
+    values = F.nll_loss(
+        saved(op, node, "self"), saved(op, node, "target"), saved(op, node, "weight"),
+        ignore_index=attribute(op, node, "ignore_index"), reduction="none",
+    )  # fmt: skip
+    if attribute(op, node, "reduction") == _MEAN:
+        return values / saved(op, node, "total_weight")
+    return values
+
+
+def _not_ignored(op: str, node: Any) -> Tensor:
+    """(R,) or (R, H, W): whether the row's label is one."""
+    return saved(op, node, "target") != attribute(op, node, "ignore_index")
+
+
+def _of_two(
+    function: Callable[..., Tensor], *numbers: str, tensors: tuple[str, ...] = ()
+) -> Callable[[str, Any], Tensor]:
+    """A loss of an input and a target, and of further numbers and tensors, by their names."""
+
+    def values(op: str, node: Any) -> Tensor:
+        more = {name: attribute(op, node, name) for name in numbers}
+        more |= {name: saved(op, node, name) for name in tensors}
+        pair = saved(op, node, "self"), saved(op, node, "target")
+        found = function(*pair, reduction="none", **more)
+        mean = attribute(op, node, "reduction") == _MEAN  # over all elements
+        return found / max(1, found.numel()) if mean else found
+
+    return values
+
+
+_LOSSES: dict[str, Callable[[str, Any], Tensor]] = {
+    "nll_loss": _nll,
+    "nll_loss2d": _nll,
+    "mse_loss": _of_two(F.mse_loss),
+    "smooth_l1_loss": _of_two(F.smooth_l1_loss, "beta"),
+    "huber_loss": _of_two(F.huber_loss, "delta"),
+    "binary_cross_entropy": _of_two(F.binary_cross_entropy, tensors=("weight",)),
+    "binary_cross_entropy_with_logits": _of_two(
+        F.binary_cross_entropy_with_logits, tensors=("weight", "pos_weight")
+    ),
+    "soft_margin_loss": _of_two(F.soft_margin_loss),
+    "multi_margin_loss": _of_two(F.multi_margin_loss, "p", "margin", tensors=("weight",)),
+    "multilabel_margin_loss": _of_two(F.multilabel_margin_loss),
+}
+
+
+# --- Whose rows -----------------------------------------------------------------------------------
+
+
+def start_layout(graph: Graph, term: Term, examples: int, batch_dim: int) -> Layout:
+    """The example of each element of what a term reduces.
+
+    Raises:
+        UsageError: the rows are no multiple of the examples.
+    """
+    shape = term.shape
+    if not shape:
+        raise UnsupportedError(
+            f"The loss comes from `{term.op}` of a single number, in which no examples lie apart. "
+            "Give pergrad.reading the losses (B,) in its place."
+        )
+    numbers = torch.arange(examples, device="cpu")
+    dims = len(shape)
+    flat = term.op == "nll_loss"  # (R, classes), whatever the rows were before
+    if not -dims <= batch_dim < dims and not flat and dims > 1:
+        raise UsageError(f"batch_dim is {batch_dim}, but `{term.op}` reduces a tensor {shape}.")
+    if batch_dim and not flat and dims > 1 and shape[batch_dim] == examples:
+        return along(shape, batch_dim % dims, numbers)
+    rows = shape[0]
+    chosen = selected_rows(graph, term, examples) if batch_dim == 0 else None
+    if chosen is not None:
+        return compressed(shape, chosen.reshape(-1, *[1] * (dims - 1)))
+    if examples == 0 or rows % examples:
+        raise UsageError(
+            f"The loss `{term.op}` is made of {rows} rows, which {examples} examples do not divide."
+            " Pass the number of examples of this very batch as `examples`, or the losses (B,), for"
+            " instance `pergrad.per_example(values, ids=...)` for packed sequences."
+        )
+    each = rows // examples
+    owners = numbers.repeat(each) if batch_dim else numbers.repeat_interleave(each)
+    return along(shape, 0, owners)
+
+
+# Between the rows of a loss and the place where they were picked: row by row.
+_ROWWISE = {
+    "log_softmax", "softmax", "to_copy", "clone", "alias", "neg", "exp", "log", "sigmoid",
+    "log_sigmoid_forward", "tanh", "relu", "gelu", "silu", "native_layer_norm", "addmm",
+    "softplus", "abs", "pow", "view_as_alias", "logsumexp", "gather",
+}  # fmt: skip
+
+
+def selected_rows(graph: Graph, term: Term, examples: int) -> Tensor | None:
+    """The example of each row, if a mask or an index picked the rows; None if none did.
+
+    `logits[labels != -100]` leaves as many rows to an example as it has labels.
+    """
+    at = graph.edges[term.node][term.inputs[0]]
+    while at[0] >= 0:
+        op, below = graph.op(at[0]), graph.edges[at[0]]
+        if op == "index":
+            return _picked(graph, at[0], examples)
+        live = [slot for slot in below if slot[0] >= 0 and not graph.pure[slot[0]]]
+        same = len(live) == 1 and graph.shape(live[0])[:1] == graph.shape(at)[:1]
+        if op not in _ROWWISE or not same:
+            return None
+        at = live[0]
+    return None
+
+
+def _picked(graph: Graph, i: int, examples: int) -> Tensor | None:
+    (source,) = graph.edges[i]
+    shape = graph.shape(source)
+    indices = list(saved(graph.op(i), graph.nodes[i], "indices"))
+    if not indices or indices[0] is None or examples == 0 or not shape or shape[0] % examples:
+        return None
+    numbers = torch.arange(examples, device="cpu").repeat_interleave(shape[0] // examples)
+    dims = 0  # dimensions that are indexed: a mask takes several
+    for index in indices:
+        dims += 0 if index is None else index.dim() if index.dtype == torch.bool else 1
+    if any(index is None for index in indices):
+        return None
+    owners = numbers.reshape(-1, *[1] * (dims - 1)).expand(shape[:dims])
+    picked = owners[tuple(index.cpu() for index in indices)]
+    return picked if picked.dim() == 1 else None
+
+
+def start_edges(terms: list[Term], layouts: list[Layout]) -> dict[Edge, Layout]:
+    """Where to begin: for each term, each of the inputs in which examples lie apart."""
+    return {
+        (term.node, k): layout
+        for term, layout in zip(terms, layouts, strict=True)
+        for k in term.inputs
+    }

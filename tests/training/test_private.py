@@ -1,0 +1,314 @@
+"""Private training: the bound on each example, the noise, what Opacus does, and what is refused."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import naive
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import pergrad
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, n: int = 60, dtype: torch.dtype = torch.float64) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(n, 4, generator=generator, dtype=torch.float64).to(dtype)
+        self.y = torch.randint(3, (n,), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.x[i], self.y[i]
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+
+
+def losses(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+def made(model: nn.Module, data: Any, **more: Any) -> pergrad.Private:
+    optimizer = more.pop("optimizer", None) or torch.optim.SGD(model.parameters(), lr=0.5)
+    settings = {"clip": 0.3, "noise": 0.7, "rate": 0.2, "most": 32} | more
+    settings.setdefault("generator", torch.Generator().manual_seed(5))
+    return pergrad.Private(model, optimizer, data=data, **settings)
+
+
+def trained(epochs: int = 3, dtype: torch.dtype = torch.float64, **more: Any) -> list[Tensor]:
+    model = network(dtype)
+    private = made(model, Rows(dtype=dtype), **more)
+    for _ in range(epochs):
+        for batch in private:
+            private.backward(losses(model, batch))
+    assert private.steps == 5 * epochs
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_step_is_the_loops(dtype: torch.dtype) -> None:
+    data, model = Rows(dtype=dtype), network(dtype)
+    private = made(model, data, most=5)
+    want = [p.detach().clone() for p in model.parameters()]
+    generator = torch.Generator().manual_seed(5)
+    epoch = iter(private)
+    plain = network(dtype)
+    for step in range(2):
+        rows = (torch.rand(60, generator=generator) < 0.2).nonzero().flatten()
+        for _ in range(-(-len(rows) // 5)):
+            private.backward(losses(model, next(epoch)))
+        assert private.steps == step + 1
+        for p, value in zip(plain.parameters(), want, strict=True):
+            p.data.copy_(value)
+        grads = naive.loop_grads(losses(plain, (data.x[rows], data.y[rows])), plain)
+        weights = (0.3 / naive.norms(grads)).clamp(max=1)
+        for k, (name, p) in enumerate(plain.named_parameters()):
+            total = torch.einsum("b,b...->...", weights.to(grads[name].dtype), grads[name])
+            noise = torch.normal(0.0, 0.7 * 0.3, p.shape, generator=generator, dtype=dtype)
+            want[k] = (want[k] - 0.5 * (total + noise) / 12).to(dtype)
+        for p, value in zip(model.parameters(), want, strict=True):
+            close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {}
+            torch.testing.assert_close(p.detach(), value, **close)
+
+
+def test_physical_batches_are_logical_ones() -> None:
+    whole = trained(most=60)
+    for most in (1, 7):
+        for a, b in zip(whole, trained(most=most), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_a_step_without_examples() -> None:
+    data = Rows(2)
+    model = network()
+    private = made(model, data, rate=0.02)
+    seen = sum(len(batch[1]) for batch in counted(private, model))
+    assert private.steps == 50
+    assert seen < 10  # most steps had none, and all were taken
+    still = network()
+    assert not torch.equal(model[0].weight, still[0].weight)
+
+
+def counted(private: pergrad.Private, model: nn.Module) -> Any:
+    for batch in private:
+        private.backward(losses(model, batch))
+        yield batch
+
+
+def _sequence() -> nn.Module:
+    return nn.Sequential(nn.Unflatten(1, (2, 2)), nn.LSTM(2, 3, batch_first=True), _Last())
+
+
+class _Last(nn.Module):
+    def forward(self, found: Any) -> Tensor:
+        return found[0][:, -1]
+
+
+class _Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outer(torch.tanh(self.inner(torch.tanh(self.inner(x)))))
+
+
+class _Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.out = nn.MultiheadAttention(2, 1, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.reshape(-1, 2, 2)
+        return self.out(self.heads(x, x, x)[0].flatten(1))
+
+
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: nn.Linear(4, 3),
+    "two layers": network,
+    "layer norm": lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)),
+    "group norm": lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.Linear(4, 3)),
+    "convolution": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten()
+    ),
+    "lstm": _sequence,
+    "tied": _Tied,
+    "attention": _Attention,
+    "gelu": lambda: nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)),
+    "no bias": lambda: nn.Linear(4, 3, bias=False),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_one_example_moves_the_sum_by_clip_at_most(name: str, dtype: torch.dtype) -> None:
+    """Without noise and with the identity for an optimizer, over random batches."""
+    torch.manual_seed(0)
+    model = ARCHITECTURES[name]().to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.finfo(dtype).eps
+
+    def total(x: Tensor, y: Tensor) -> Tensor:
+        data = list(zip(x, y, strict=True))
+        state = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        private = pergrad.Private(model, optimizer, 0.1, 0.0, data, 1.0, 3)
+        for batch in private:
+            private.backward(losses(model, batch))
+        moved = [(a - p.detach()).flatten() for a, p in zip(state, model.parameters(), strict=True)]
+        for p, a in zip(model.parameters(), state, strict=True):
+            p.data.copy_(a)
+        return torch.cat(moved).double() * len(data)
+
+    for _ in range(6):
+        size = int(torch.randint(2, 6, (1,), generator=generator))
+        scale = 10 ** float(torch.rand(1, generator=generator) * 4 - 2)
+        x = scale * torch.randn(size, 4, generator=generator, dtype=torch.float64).to(dtype)
+        y = torch.randint(3, (size,), generator=generator)
+        moved = (total(x, y) - total(x[1:], y[1:])).norm()
+        assert moved <= 0.1 + 100 * eps * (1 + size)  # the weights' own rounding
+
+
+@pytest.mark.integrations
+@pytest.mark.parametrize("accountant", ["rdp", "prv"])
+def test_opacus(accountant: str) -> None:
+    """45 Poisson steps: the same weights, and the same epsilon to the digit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from opacus import GradSampleModule
+        from opacus.accountants import create_accountant
+        from opacus.optimizers import DPOptimizer
+        from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+
+        data, plain = Rows(dtype=torch.float32), network(torch.float32)
+        generator = torch.Generator().manual_seed(5)
+        wrapped = GradSampleModule(plain)
+        theirs = DPOptimizer(
+            torch.optim.SGD(wrapped.parameters(), lr=0.5), noise_multiplier=0.7, max_grad_norm=0.3,
+            expected_batch_size=12, generator=generator,
+        )  # fmt: skip
+        account = create_accountant(accountant)
+        for _ in range(9):
+            sampler = UniformWithReplacementSampler(
+                num_samples=60, sample_rate=0.2, generator=generator
+            )
+            for rows in sampler:
+                assert rows
+                theirs.zero_grad()
+                F.cross_entropy(wrapped(data.x[rows]), data.y[rows]).backward()
+                theirs.step()
+                account.step(noise_multiplier=0.7, sample_rate=0.2)
+        model = network(torch.float32)
+        private = made(model, data, accountant=accountant, most=8)
+        for _ in range(9):
+            for batch in private:
+                private.backward(losses(model, batch))
+        assert private.steps == 45
+        for a, b in zip(plain.parameters(), model.parameters(), strict=True):
+            assert float((a - b).norm() / a.norm()) < 1e-6
+        assert private.epsilon(1e-5) == account.get_epsilon(delta=1e-5)
+
+
+def test_epsilon_at_the_ends() -> None:
+    private = made(network(), Rows(), noise=0.0)
+    assert private.epsilon(1e-5) == 0
+    private.steps = 3
+    assert private.epsilon(1e-5) == float("inf")
+    with pytest.raises(pergrad.UsageError, match="as 1e-5"):
+        private.epsilon(2.0)
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"clip": 0.0}, "pass a positive number"),
+        ({"clip": pergrad.clip(quantile=0.5)}, "gives no privacy"),
+        ({"noise": -1.0}, "as 1.1"),
+        ({"rate": 1.5}, "such as 64 / len"),
+        ({"most": 0}, "at least 1"),
+        ({"accountant": "gdp"}, '"prv" or "rdp"'),
+        ({"data": []}, "not a DataLoader"),
+        ({"data": iter([1])}, "not a DataLoader"),
+    ],
+)
+def test_arguments(more: dict[str, Any], match: str) -> None:
+    with pytest.raises(pergrad.UsageError, match=match):
+        made(network(), more.pop("data", Rows()), **more)
+
+
+def test_optimizers_of_other_parameters() -> None:
+    model, other = network(), network()
+    with pytest.raises(pergrad.UsageError, match=r"lacks the parameter `2.weight`(.|\n)*freeze"):
+        made(model, Rows(), optimizer=torch.optim.SGD(model[0].parameters(), lr=1.0))
+    both = [*model.parameters(), *other.parameters()]
+    with pytest.raises(pergrad.UsageError, match="this model's parameters alone"):
+        made(model, Rows(), optimizer=torch.optim.SGD(both, lr=1.0))
+    with pytest.raises(pergrad.UsageError, match="no trainable parameter"):
+        made(model.requires_grad_(False), Rows())
+
+
+def test_what_would_not_be_private_is_refused() -> None:
+    model = network()
+    before = [p.detach().clone() for p in model.parameters()]
+    private = made(model, Rows())
+    with pytest.raises(pergrad.UsageError, match="once in `for batch in private:`"):
+        private.backward(losses(model, (private.data.x, private.data.y)))
+    batches = iter(private)
+    batch = next(batches)
+    with pytest.raises(pergrad.UsageError, match=r"one loss for each(.|\n)*none"):
+        private.backward(losses(model, batch).mean())
+    with pytest.raises(pergrad.UsageError, match=r"Leave `optimizer.step\(\)` out"):
+        private.optimizer.step()
+    losses(model, batch).sum().backward()
+    with pytest.raises(pergrad.UsageError, match=r"set \.grad to None"):
+        private.backward(losses(model, batch))
+    model.zero_grad()
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(pergrad.UsageError, match=r"`0.weight` was frozen(.|\n)*new Private"):
+        private.backward(losses(model, batch))
+    model[0].weight.requires_grad_(True)
+    with pytest.raises(pergrad.UsageError, match=r"is not finite(.|\n)*clamp"):
+        private.backward(losses(model, batch) * torch.tensor(float("nan")))
+    assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(pergrad.UsageError, match="once for every batch"):
+        next(batches)
+    for a, p in zip(before, model.parameters(), strict=True):
+        assert torch.equal(a, p)
+
+
+def test_batch_norm_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)).double()
+    private = made(model, Rows())
+    with pytest.raises(pergrad.MixedExamplesError):
+        private.backward(losses(model, next(iter(private))))
+    model.eval()
+    private.backward(losses(model, next(iter(private))))
+
+
+def test_a_new_private_goes_on() -> None:
+    """With other parameters frozen, and the steps of the old one."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    old = made(model, Rows(), optimizer=optimizer)
+    model[0].requires_grad_(False)
+    new = made(model, Rows(), optimizer=optimizer)
+    new.steps = old.steps + 7
+    for batch in new:
+        new.backward(losses(model, batch))
+    assert new.steps == 12
+    with pytest.raises(pergrad.UsageError, match="was told to step"):
+        optimizer.step()
+
+
+def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(pergrad.UnsupportedError, match="small `most`"):
+        made(network(), Rows())

@@ -1,0 +1,128 @@
+"""Reading on two ranks: each its own examples, and weights the same to the bit as without."""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import naive
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from helpers import assert_agrees
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import pergrad
+
+
+class Block(nn.Module):
+    """A residual perceptron that reads its own weight twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner, self.outer = nn.LayerNorm(6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(torch.tanh(self.inner(torch.tanh(self.inner(self.norm(x))))))
+
+
+class Model(nn.Module):
+    """Returns its loss and its scores, as models of transformers do."""
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 6)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(6, 11)
+        self.recompute = recompute
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.table(ids)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+        scores = self.head(x)
+        return F.cross_entropy(scores[:, :-1].flatten(0, 1), ids[:, 1:].flatten()), scores
+
+
+def built(recompute: bool, dtype: torch.dtype) -> Model:
+    torch.manual_seed(0)
+    return Model(recompute).to(dtype)
+
+
+def losses_of(scores: Tensor, ids: Tensor) -> Tensor:
+    each = F.cross_entropy(scores[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    return each.sum(1) / each.numel()
+
+
+def train(
+    wrap: Callable[[Model], nn.Module], rank: int, given: str, recompute: bool, dtype: torch.dtype
+) -> list[Tensor]:
+    """Three steps of two micro-batches; what is read is held against the loop on a plain copy."""
+    model = built(recompute, dtype)
+    wrapped = wrap(model)
+    optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(rank)
+    plain = built(False, dtype)
+    for step in range(3):
+        optimizer.zero_grad()
+        for _ in range(2):
+            ids = torch.randint(11, (3 + rank, 5), generator=generator)
+            loss, scores = wrapped(ids)
+            losses = losses_of(scores, ids)
+            if given == "nothing":
+                loss.backward()
+                continue
+            whole = given == "losses"
+            with pergrad.reading(losses if whole else loss, wrapped, len(ids)) as read:
+                (losses.sum() if whole else loss).backward()
+            if step == 0:  # the plain copy has the same weights as yet
+                want = naive.norms(naive.loop_grads(losses_of(plain(ids)[1], ids), plain))
+                tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+                assert_agrees(read.norms, want, want, tolerance, given)
+            assert read.norms.isfinite().all(), read.how
+        optimizer.step()
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
+            for p in wrapped.parameters()]  # fmt: skip
+
+
+def shard(model: Model, **options: bool) -> nn.Module:
+    for block in model.blocks:
+        fully_shard(block, **options)
+    return fully_shard(model, **options)
+
+
+def _enter(rank: int, wrap: Callable, recompute: bool, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/meet")
+    try:
+        for dtype in (torch.float64, torch.float32):
+            plain = train(wrap, rank, "nothing", recompute, dtype)
+            watched = train(wrap, rank, "scalar", recompute, dtype)
+            assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+            train(wrap, rank, "losses", recompute, dtype)
+        dist.barrier()
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+    # gloo's threads sometimes abort a process that takes them down in order, with or without us
+    os._exit(0)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "recompute"),
+    [
+        (DistributedDataParallel, False),
+        (partial(DistributedDataParallel, find_unused_parameters=True), False),
+        (partial(DistributedDataParallel, gradient_as_bucket_view=True), True),
+        (shard, False),
+        (partial(shard, reshard_after_forward=True), True),
+    ],
+    ids=["ddp", "ddp unused", "ddp views checkpointed", "fsdp2", "fsdp2 checkpointed"],
+)
+def test_two_ranks(wrap: Callable, recompute: bool, tmp_path: Path) -> None:
+    mp.spawn(_enter, (wrap, recompute, str(tmp_path)), nprocs=2)
