@@ -108,6 +108,7 @@ class Worker:
             "examples": len(self.step),
             "parameters": sum(p.numel() for p in self.step.params().values()),
             "threads": torch.get_num_threads(),
+            "package": getattr(sys.modules.get("pergrad"), "__file__", None),
         }
 
     def _batch(self, examples: int | None) -> tuple[Tensor, ...]:
@@ -126,13 +127,14 @@ class Worker:
 
     def turn(self, repeats: int, warm: int, examples: int | None = None) -> Answer:
         """Several repetitions; those to get warm again are not timed."""
-        batch, found = self._batch(examples), []
+        batch, found, processor = self._batch(examples), [], []
         for n in range(warm + repeats):
-            start = time.perf_counter()
+            start, used = time.perf_counter(), time.process_time()
             self.run(batch)
             if n >= warm:
                 found.append(time.perf_counter() - start)
-        return {"all": found}
+                processor.append(time.process_time() - used)
+        return {"all": found, "processor": processor}
 
     def batch(self, index: int, save: str | None = None) -> Answer:
         """One of the batches of different lengths: the first time, and again."""
@@ -140,13 +142,13 @@ class Worker:
         if self.own:
             self._save(self.run(batch), save)
             return {}
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         result = self.run(batch)
-        middle = time.perf_counter()
+        middle, processor = time.perf_counter(), time.process_time() - used
         self.run(batch)
         end = time.perf_counter()
         self._save(result, save)
-        return {"first": middle - start, "again": end - middle}
+        return {"first": middle - start, "again": end - middle, "processor": processor}
 
     def multiply_adds(self) -> Answer:
         """Of the matrix products of a plain step, and of those that pergrad puts in the place of

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 
 import harness
 import pergrad
-from pergrad.scores.local import Local
-from pergrad.scores.on_ray import OnRay
-from pergrad.scores.scorer import prepared
-from pergrad.scores.work import Settings, Work
+from pergrad.scans.runners.local import Local
+from pergrad.scans.runners.ray import OnRay
+from pergrad.scans.scorer import prepared
+from pergrad.scans.work import Settings, Work
 
 MORE_MS = 2.0
 SIZES = {"small": (32, 64, 256), "larger": (256, 1024, 1024)}  # inputs, width, batch size

@@ -5,6 +5,7 @@ Does not know: what is asked.
 """
 
 import json
+import os
 import selectors
 import subprocess
 import sys
@@ -22,9 +23,14 @@ class FailedError(Exception):
 
 
 class Process:
-    """One contestant on one workload. Asking after a failure raises that failure again."""
+    """One contestant on one workload. Asking after a failure raises that failure again.
 
-    def __init__(self, workload: str, contestant: str, *, tiny: bool = False) -> None:
+    `source` is a folder to import packages from before those that are installed.
+    """
+
+    def __init__(
+        self, workload: str, contestant: str, *, tiny: bool = False, source: Path | None = None
+    ) -> None:
         # A file, open as long as self: some libraries print more than a pipe that nobody reads
         # can hold.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -35,6 +41,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
+            env=None if source is None else {**os.environ, "PYTHONPATH": str(source)},
         )
         self._selector = selectors.DefaultSelector()
         assert self._child.stdout is not None

@@ -18,8 +18,8 @@ from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
 import harness
-from pergrad.report import write_report
-from pergrad.report.preview import Preview
+from pergrad.scans.report import write
+from pergrad.scans.report.preview import Preview
 
 CLAIM_BYTES, CLAIM_BYTES_LARGE = 8_000_000, 15_000_000
 CLAIM_SECONDS = 2.0
@@ -80,7 +80,7 @@ def main() -> None:
         for n, claim in ((1_797, CLAIM_BYTES), (args.large, CLAIM_BYTES_LARGE)):
             table, previews = scores(n)
             start = time.perf_counter()
-            path = write_report(table, {}, previews, Path(folder) / f"{n}.html")
+            path = write(table, {}, previews, Path(folder) / f"{n}.html")
             page = {
                 "examples": n,
                 "claim_bytes": claim,

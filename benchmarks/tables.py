@@ -1,4 +1,4 @@
-"""Write the tables of benchmarks/README.md and README.md from benchmarks/results.
+"""Write the tables of README.md, docs/costs.md and benchmarks/README.md from benchmarks/results.
 
 python benchmarks/tables.py            # write, and fail if a claim of README.md does not hold
 python benchmarks/tables.py --check    # only say whether the files are up to date
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import front
 import harness
 import targets
 import workloads
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 START, END = "<!-- costs: written by benchmarks/tables.py -->", "<!-- end of costs -->"
 Record = dict[str, Any]
 
-# The main README's columns beside pergrad's own.
+# Columns of docs/costs.md beside pergrad's own.
 PEERS = ("by_torch", "opacus", "backpack", "vmap", "loop")
 
 
@@ -122,7 +123,7 @@ def _cell(record: Record, name: str) -> str:
 
 
 def summary(records: dict[str, Record]) -> str:
-    """For README.md: one row per workload, the cost of each way as a share of a plain step."""
+    """For docs/costs.md: one row per workload, the cost of each way as a share of a plain step."""
     parts = []
     for task in workloads.TASKS:
         chosen = [r for r in records.values() if r["task"] == task]
@@ -286,12 +287,22 @@ def full(records: dict[str, Record], imported: Record | None, scaling: Record | 
     return "\n\n".join(parts)
 
 
-def _replaced(path: Path, text: str) -> str:
-    old = path.read_text()
-    if START not in old or END not in old:
-        raise SystemExit(f"{path} has no place for the table: {START} ... {END}")
-    before, rest = old.split(START, 1)
-    return f"{before}{START}\n{text}\n{END}{rest.split(END, 1)[1]}"
+def _replaced(path: Path, text: str, start: str = START, end: str = END) -> str:
+    return _put(path, path.read_text(), text, start, end)
+
+
+def _put(path: Path, old: str, text: str, start: str = START, end: str = END) -> str:
+    if start not in old or end not in old:
+        raise SystemExit(f"{path} has no place for the table: {start} ... {end}")
+    before, rest = old.split(start, 1)
+    return f"{before}{start}\n{text}\n{end}{rest.split(end, 1)[1]}"
+
+
+def _first_page(records: dict[str, Record]) -> str:
+    """README.md with its two tables."""
+    path = ROOT / "README.md"
+    page = _replaced(path, front.costs(records))
+    return _put(path, page, front.uses(records), front.START, front.END)
 
 
 def missed(records: dict[str, Record], imported: Record | None, *, claim: bool) -> list[str]:
@@ -329,10 +340,10 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
     records, imported, scaling = read(), read_other("import_time"), read_other("scaling")
-    wanted = {
+    wanted = {ROOT / "README.md": _first_page(records)} | {
         path: _replaced(path, text)
         for path, text in (
-            (ROOT / "README.md", summary(records)),
+            (ROOT / "docs" / "costs.md", summary(records)),
             (ROOT / "benchmarks" / "README.md", full(records, imported, scaling)),
         )
     }

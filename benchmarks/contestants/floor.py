@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import pergrad
-from pergrad.serving import Pass
+from pergrad.engine.pass_ import Pass
 from workloads import Step
 
 

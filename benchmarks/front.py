@@ -1,0 +1,80 @@
+"""What README.md shows of the results: three costs, and for each use the figure that proves it.
+
+Owns: which of the measured numbers stand on the first page. Nothing there is written by hand.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from contestants import CONTESTANTS
+
+ROOT = Path(__file__).parents[1]
+Record = dict[str, Any]
+START, END = "<!-- uses: written by benchmarks/tables.py -->", "<!-- end of uses -->"
+
+# Rows and columns of the one table of costs.
+ROWS = {
+    "W2-gpt-T128": "norms, a GPT of width 768",
+    "W4-resnet": "norms, a ResNet-18",
+    "W8-clip-gpt": "a clipped step, the GPT",
+}
+PEERS = ("opacus", "vmap", "loop")
+
+
+def _ratio(record: Record, who: str) -> str:
+    row = record["contestants"][who]
+    return "fails" if row["failure"] else f"{row['ratio']['median']:.2f}"
+
+
+def costs(records: dict[str, Record]) -> str:
+    """Three rows, four columns; all others are in docs/costs.md."""
+    titles = ["pergrad", *(CONTESTANTS[peer].title for peer in PEERS)]
+    lines = [f"| time, a plain step = 1 | {' | '.join(titles)} |", f"| --- |{' ---: |' * 4}"]
+    for name, title in ROWS.items():
+        if name in records:
+            cells = [_ratio(records[name], who) for who in ("pergrad", *PEERS)]
+            lines.append(f"| {title} | **{cells[0]}** | {' | '.join(cells[1:])} |")
+    return "\n".join(lines)
+
+
+def _printed(pattern: str) -> tuple[str, ...]:
+    """Numbers that an example printed, from the page that has its output."""
+    match = re.search(pattern, (ROOT / "docs" / "examples.md").read_text())
+    assert match, f"docs/examples.md no longer has {pattern}"
+    return match.groups()
+
+
+def uses(records: dict[str, Record]) -> str:
+    """What people do with it, each with one figure and where it is from."""
+    said, found = _printed(r"the 600 most against: +said (\S+), found (\S+)")
+    by_norm, by_loss = _printed(r"by gradient norm: (\d+) of 90\n +by loss: +(\d+) of 90")
+    compared = json.loads((ROOT / "benchmarks" / "results" / "correctness.json").read_text())
+    cells = [c["kind"] for c in compared["cells"] if c["library"] == "pergrad"]
+    others = sum(c["kind"] == "wrong" for c in compared["cells"])
+    clip = _ratio(records["W8-clip-gpt"], "pergrad")
+    rows = [
+        (
+            "[find influential examples](docs/guides/influential.md)",
+            f"600 Fashion-MNIST pictures that inner products name: a step on them was said to "
+            f"change the held-out loss by {said}, and changed it by {found}",
+        ),
+        ("[clip each example](docs/guides/clip.md)", f"a clipped step at {clip} of a plain one"),
+        (
+            "[watch a run](docs/guides/watch.md)",
+            "whose examples made the spike, read in your own backward pass; `.grad` is the same "
+            "to the bit",
+        ),
+        (
+            "[trust it](docs/comparison.md)",
+            f"right in {cells.count('right')} of {len(cells)} hard models; other libraries return "
+            f"another number in {others} of {len(compared['cells']) - len(cells)} cells, "
+            "without an error",
+        ),
+        (
+            "[wrong labels](docs/examples.md)",
+            f"look at the **loss** first: it finds {by_loss} of 90, the norm {by_norm}",
+        ),
+    ]
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {what} | {proof} |" for what, proof in rows)])
