@@ -1,6 +1,8 @@
 """A scalar loss taken apart: sums by example against the same loss of each example alone."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 
 import naive
@@ -199,3 +201,13 @@ def test_a_single_number() -> None:
     w = nn.Parameter(torch.tensor(2.0))
     with pytest.raises(pergrad.UnsupportedError, match=r"single number(.|\n)*losses \(B,\)"):
         pergrad.parts(F.mse_loss(w, torch.tensor(1.0)), 1)
+
+
+def test_alone_in_a_process() -> None:
+    """Nothing else has to be called before."""
+    program = (
+        "import torch, pergrad; x = torch.ones(4, 2, requires_grad=True); "
+        "loss = torch.nn.functional.mse_loss(x, torch.full((4, 2), 3.0)) / 2; "
+        "assert float(pergrad.parts(loss).sum()) == 2"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import pergrad.ops  # noqa: F401 (what is read of an op is declared there)
 from pergrad.errors import UnsupportedError, UsageError
 from pergrad.graph.layout import Layout, along, compressed
 from pergrad.graph.ops import attribute, saved
@@ -236,10 +237,55 @@ def start_layout(graph: Graph, term: Term, examples: int, batch_dim: int) -> Lay
             " instance `pergrad.per_example(values, ids=...)` for packed sequences."
         )
     each = rows // examples
+    _check_whole(graph, term, examples, each, batch_dim)
     owners = numbers.repeat(each) if batch_dim else numbers.repeat_interleave(each)
     return along(shape, 0, owners)
 
 
+def _check_whole(graph: Graph, term: Term, examples: int, each: int, batch_dim: int) -> None:
+    """No example is a piece of a sequence, where the graph shows how rows were made of sequences.
+
+    Two texts of six tokens are twelve rows, which four examples divide, too: what is left of the
+    number of examples when the last batch is shorter.
+
+    Raises:
+        UsageError: it is.
+    """
+    shape = _before_flattening(graph, term)
+    if shape is None or each == 1:
+        return
+    dims = [size for size in shape if size != 1]
+    if dims and dims[-1 if batch_dim else 0] % examples:
+        raise UsageError(
+            f"The loss `{term.op}` is made of {term.shape[0]} rows, which were {shape} before they "
+            f"were flattened, and {examples} examples do not divide its dimension "
+            f"{'of the batch' if batch_dim else 0}: they would be pieces of sequences. Pass the "
+            "number of examples of this very batch as `examples` (the last one may be shorter), or "
+            "the losses (B,)."
+        )
+
+
+def _before_flattening(graph: Graph, term: Term) -> tuple[int, ...] | None:
+    """The dimensions that became the rows of a loss, if the graph shows it."""
+    rows = term.shape[0]
+    at = graph.edges[term.node][term.inputs[0]]
+    while at[0] >= 0:
+        op, below = graph.op(at[0]), graph.edges[at[0]]
+        live = [slot for slot in below if slot[0] >= 0 and not graph.pure[slot[0]]]
+        if len(live) != 1:
+            return None
+        shape = graph.shape(live[0])
+        if op in _FLATTENS and shape[:1] != (rows,):
+            kept = len(graph.shape(at)) - 1
+            lead = shape[: len(shape) - kept]
+            return lead if prod(lead) == rows else None
+        if op not in _ROWWISE | _FLATTENS or shape[:1] != (rows,):
+            return None
+        at = live[0]
+    return None
+
+
+_FLATTENS = {"view", "reshape_alias", "unsafe_view", "view_as_alias"}
 # Between the rows of a loss and the place where they were picked: row by row.
 _ROWWISE = {
     "log_softmax", "softmax", "to_copy", "clone", "alias", "neg", "exp", "log", "sigmoid",

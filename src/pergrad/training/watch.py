@@ -6,6 +6,7 @@ Does not know: how norms are read (`reader`), what is made of them (`recorder`).
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -370,6 +371,7 @@ class Block:
         watch = self._watch
         assert watch is not None
         piece = piece_of(read, self._loss, watch.groups)
+        _check_scale(read, piece)
         count = len(piece.norm)
         given = self._keys() if callable(self._keys) else self._keys
         if given is not None:
@@ -419,6 +421,20 @@ def piece_of(read: Reading, loss: Tensor, groups: str | None) -> Piece:
         scale = torch.where(tokens == 0, 0.0, 1 / (unit * tokens)).abs()
         by_group = {name: squares.sqrt() * scale for name, squares in by_group.items()}
     return Piece(own, tokens, weight, norm, None, by_group, total)
+
+
+def _check_scale(read: Reading, piece: Piece) -> None:
+    """A GradScaler whose scale is too large says nothing about examples.
+
+    Raises:
+        UsageError: a finite loss was multiplied by something, and gradients are not finite.
+    """
+    scale = float(read.weights.abs().max()) if len(piece.norm) else 0.0
+    if scale > 1 and isfinite(piece.total) and not bool(piece.norm.isfinite().all()):
+        raise UsageError(
+            f"Gradients are not finite, though the loss is, which was multiplied by {scale:.6g}. A "
+            "GradScaler skips such a step and takes a smaller scale; without one, multiply by less."
+        )
 
 
 def _plain(values: Tensor) -> Tensor:
