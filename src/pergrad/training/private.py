@@ -70,7 +70,7 @@ class Private:
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> private = pergrad.Private(model, optimizer, data=torch.randn(40, 2), rate=0.25)
         >>> for x in private:
-        ...     private.backward(model(x).square().squeeze(1))
+        ...     _ = private.backward(model(x).square().squeeze(1))
         >>> private.steps
         4
     """
