@@ -180,6 +180,57 @@ def test_a_batched_pass_that_is_wrong_is_not_believed(monkeypatch: pytest.Monkey
     assert_agrees(got, norms, norms)
 
 
+@pytest.mark.parametrize(("size", "believed"), [(1e-17, True), (1e-12, False)])
+@pytest.mark.parametrize("noisy", ["batched", "plain"])
+def test_rounding_is_not_compared(
+    size: float, believed: bool, noisy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One parameter holds nothing but noise of this size beside the others, in one of two ways."""
+    losses, model = _made(dense_batch_norms)
+    bias = model[0].bias  # before a batch norm: its gradient is 0
+    norms = naive.norms(naive.loop_grads(losses(), model))
+    real, batched, plain = torch.autograd.grad, [], []
+
+    def changed(outputs: Any, inputs: Any, seeds: Any = None, **more: Any) -> Any:
+        grads = list(real(outputs, inputs, seeds, **more))
+        k = next((k for k, p in enumerate(inputs) if p is bias), None)
+        many = bool(more.get("is_grads_batched"))
+        if k is not None:
+            (batched if many else plain).append(len(inputs))
+            noise = size * float(norms.max()) if many == (noisy == "batched") else 0.0
+            grads[k] = torch.full_like(grads[k], noise)
+        return tuple(grads)
+
+    monkeypatch.setattr(torch.autograd, "grad", changed)
+    got = pergrad.norms(losses(), model, on_mixing="exact", check_layout="never")
+    assert_agrees(got, norms, norms, 1e-9)
+    assert len(batched) == 1
+    assert (len(plain) == 2) == believed  # else the loop goes on with one loss at a time
+
+
+@pytest.mark.parametrize("wrong", [1e-3, float("nan"), float("inf")])
+def test_a_wrong_value_beside_rounding_is_not_believed(
+    wrong: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain way to a bias before a batch norm gives rounding, the batched one more."""
+    losses, model = _made(dense_batch_norms)
+    norms = naive.norms(naive.loop_grads(losses(), model))
+    real, batched = torch.autograd.grad, []
+
+    def changed(outputs: Any, inputs: Any, seeds: Any = None, **more: Any) -> Any:
+        grads = list(real(outputs, inputs, seeds, **more))
+        if more.get("is_grads_batched"):
+            batched.append(len(grads))
+            k = next(k for k, p in enumerate(inputs) if p is model[0].bias)
+            grads[k] = torch.full_like(grads[k], wrong)
+        return tuple(grads)
+
+    monkeypatch.setattr(torch.autograd, "grad", changed)
+    got = pergrad.norms(losses(), model, on_mixing="exact")
+    assert batched
+    assert_agrees(got, norms, norms)
+
+
 def test_users_code_sees_no_batched_tensor() -> None:
     """A hook and a Function are called once for each loss, with that loss's gradient."""
     losses, model = _made(dense_batch_norms)
