@@ -589,7 +589,20 @@ def test_calibrate_says_what_it_found_and_where_it_is(
 
 
 @pytest.mark.parametrize(
-    "name", ["", "scan", "top", "report", "watch", "explain", "demo", "calibrate"]
+    "name",
+    [
+        "",
+        "scan",
+        "top",
+        "report",
+        "watch",
+        "curvature",
+        "influence",
+        "evaluate",
+        "explain",
+        "demo",
+        "calibrate",
+    ],
 )
 def test_help_is_in_the_documentation(pergrad_: Run, name: str) -> None:
     words = [*name.split(), "--help"]

@@ -36,6 +36,7 @@ from pergrad.attribution.folder import (
     tensors_to_bytes,
 )
 from pergrad.attribution.likelihood import outputs_of, resolve_labels
+from pergrad.attribution.progress import tell
 from pergrad.engine.run import PassOptions
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
@@ -44,6 +45,7 @@ from pergrad.scans.model_state import prepared
 
 WHAT = "pergrad curvature"
 SECONDS_BETWEEN_STATES = 20.0
+PASSES = ("covariances", "eigenvalues")
 KINDS = ("kfac", "ekfac", "shampoo", "diagonal")
 
 
@@ -277,6 +279,7 @@ class _Run:
                 with J._working(), torch.no_grad():
                     self._add(stage, sums, J, batch)
             self._keep(stage, batch.rows.stop, sums)
+            tell(PASSES[stage], batch.rows.stop, self.total)
         return sums
 
     def _add(self, stage: int, sums: dict[str, Tensor], J: Any, batch: Batch) -> None:

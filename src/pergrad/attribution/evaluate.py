@@ -20,6 +20,7 @@ from pergrad.attribution.batches import Batch, Batches, batches_of, check_job
 from pergrad.attribution.evaluation import Evaluation, ceiling, lds
 from pergrad.attribution.folder import Folder, differences
 from pergrad.attribution.found import Influence
+from pergrad.attribution.progress import tell
 from pergrad.attribution.ranking import npy
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
@@ -213,6 +214,7 @@ def _outputs(
                 "ignore the examples that it is given. Train on those alone."
             )
         folder.add("outputs", k, k + 1, npy(values), "npy")
+        tell("retrained models", k + 1, seeds * len(members))
     return found
 
 

@@ -30,6 +30,7 @@ from pergrad.attribution.fit import Fit
 from pergrad.attribution.folder import Folder, differences, tensors_from_bytes, tensors_to_bytes
 from pergrad.attribution.found import WHAT, Influence
 from pergrad.attribution.gauss_newton import Curvature, Refining, lengths
+from pergrad.attribution.progress import tell
 from pergrad.attribution.queries import Queries, queries_of
 from pergrad.engine.run import PassOptions
 from pergrad.errors import StoreError, UsageError
@@ -371,6 +372,7 @@ class _Run:
                     self._check(found, batch)
                     scores[batch.rows.start - first : batch.rows.stop - first] += rate * found
             keeper.add((self.scale * scores).to(self.dtype).numpy())
+            tell(f"queries {rows.start} to {rows.stop - 1}", stretch.stop, self.total)
         keeper.flush()
 
     def _gradients(self, batch: Batch) -> GradientMatrix:
@@ -452,6 +454,7 @@ class _Run:
             self.folder.add(kind, now.steps, len(now.rz), content, "safetensors")
             for _, _, path in files:
                 path.unlink(missing_ok=True)
+            tell("refining steps", now.steps, self.what.refine)
 
     # --- the kernel ------------------------------------------------------------------------------
 

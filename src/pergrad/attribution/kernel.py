@@ -19,6 +19,7 @@ from torch import Tensor
 from pergrad import api
 from pergrad.attribution.batches import Batch, Batches
 from pergrad.attribution.folder import Folder
+from pergrad.attribution.progress import tell
 from pergrad.attribution.ranking import npy
 from pergrad.engine.run import PassOptions
 from pergrad.errors import UsageError
@@ -68,6 +69,7 @@ def gram(folder: Folder, batches: Batches, options: PassOptions) -> Tensor:
         folder.add("gram", begin, stop, npy(rows), "npy")
         G[begin:stop, begin:] = rows
         begin = stop
+        tell("rows of the kernel", stop, total)
     upper = torch.from_numpy(G).triu()
     return upper + upper.triu(1).mT
 

@@ -1,4 +1,4 @@
-"""The command line: `pergrad scan, top, report, watch, explain, demo, calibrate`.
+"""The command line: `pergrad scan, top, report, watch, influence, ...`.
 
 Owns: the commands, their options and help, their exit codes, and what is printed where.
 Does not know: how scoring, the store or the report work; each command is one call of the library.
@@ -10,8 +10,8 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, fields
 from enum import StrEnum
 from inspect import Parameter, signature
@@ -21,13 +21,21 @@ from typing import Annotated, Any, Literal, get_args
 import typer
 
 import pergrad
-from pergrad.command import printing, runs
-from pergrad.errors import PergradError
+from pergrad.command import attributing, left, printing, runs
+from pergrad.command.common import (
+    ERROR,
+    FINE,
+    INCOMPLETE,
+    AsJson,
+    JobName,
+    again,
+    program,
+    resumable,
+)
+from pergrad.errors import UsageError
 from pergrad.scans import options
 from pergrad.scans.rows import as_table
 from pergrad.training.run_folder import is_run
-
-FINE, ERROR, USAGE, INCOMPLETE, INTERRUPTED = 0, 1, 2, 3, 130
 
 HELP = """
 Gradient norms and inner products of every example of a data set: score, store, look.
@@ -46,6 +54,8 @@ First steps:
     pergrad top scores                              the examples with the largest norms
     pergrad report scores                           one HTML page to look at
     pergrad watch run --open                        a training run's page, rewritten as it goes on
+    pergrad influence train.py:job --queries train.py:test --out found
+                                                    which training examples drive these predictions?
 
 \b
 Exit codes:
@@ -84,21 +94,13 @@ class Precision(StrEnum):
     float64 = "float64"
 
 
-JobName = Annotated[
-    str,
-    typer.Argument(
-        metavar="JOB",
-        help="path/to/file.py:function (loading it runs that file) or package.module:function.",
-        show_default=False,
-    ),
-]
 Folder = Annotated[
     Path,
     typer.Argument(
-        metavar="DIR", help="A folder of `pergrad scan --out DIR`, or of pergrad.Watch(DIR)."
+        metavar="DIR",
+        help="A folder of `pergrad scan --out DIR`, of pergrad.Watch(DIR), or of influences.",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -210,12 +212,12 @@ def scan(
             return pergrad.MeanGradient(validation_data)
     """
     asked = _asked(given)
-    with _resumable(out):
+    with resumable(lambda: _kept(out)):
         from pergrad.command import jobs
 
         chosen_job = jobs.job(job)
         asked["against"] = jobs.references(asked["against"] or [], chosen_job, asked)
-        scores = pergrad.scan(chosen_job, out, **asked, source=job, command=_again())
+        scores = pergrad.scan(chosen_job, out, **asked, source=job, command=again())
     if os.environ.get("RANK", "0") != "0" and asked["engine"] == "torchrun":
         return  # the first rank says it for all
     counts = {name.replace(" ", "_"): n for name, n in scores.manifest["counts"].items()}
@@ -255,17 +257,28 @@ def top(
     failed: Annotated[
         bool, typer.Option("--failed", help="Instead: the examples that failed, and why.")
     ] = False,
+    query: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Of influences: for which query. [default: 0]",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """The examples with the largest norms, losses, or whatever else was stored.
 
     \b
-    Of a training run, those that stood out most often.
+    Of a training run, those that stood out most often. Of influences, those that help a query most,
+    or with --smallest those that harm it most.
 
     \b
     Examples:
         pergrad top scores
         pergrad top run
+        pergrad top found --query 3
         pergrad top scores -n 100 --by loss
         pergrad top scores --columns key,loss
         pergrad top scores --by dot:valid --smallest --json | jq '.[].index'
@@ -276,6 +289,13 @@ def top(
         rows = runs.top(folder, count, by or "outlier", given)
         typer.echo(printing.as_json(rows) if as_json else as_table(rows, None, ["key"]))
         return
+    if left.is_influence(folder):
+        given = {"by": by, "failed": failed, "columns": columns}
+        rows = attributing.top(folder, query or 0, count, smallest, given)
+        typer.echo(printing.as_json(rows) if as_json else as_table(rows, None, ["rank"]))
+        return
+    if query is not None:
+        raise UsageError(f"{folder} has no influences, which --query is for. Leave out --query.")
     scores = pergrad.open_scores(folder)
     total = scores.manifest["scored"]["examples"]
     if not scores.complete:
@@ -319,6 +339,8 @@ def report(
 
 
 app.command()(runs.watch)
+for _command in (attributing.curvature, attributing.influence, attributing.evaluate):
+    app.command()(_command)
 
 
 @app.command()
@@ -444,46 +466,20 @@ def _batch_size(text: str) -> int | Literal["auto"]:
     return int(text)
 
 
-@contextmanager
-def _resumable(out: Path) -> Iterator[None]:
-    """On Ctrl-C, say what is kept and how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"\nInterrupted. {_kept(out)} To resume, say:\n  {_again()}", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-
-
 def _kept(out: Path) -> str:
-    try:
-        scores = pergrad.open_scores(out)
-    except PergradError:
-        return "Nothing is stored yet."
+    scores = pergrad.open_scores(out)
     total = scores.manifest["scored"]["examples"]
     return f"{len(scores):,} of {total:,} examples are scored and kept in {out}."
-
-
-def _again() -> str:
-    """The command line that started this process; said again, it resumes."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return f"torchrun (as before) -m pergrad {shlex.join(sys.argv[1:])}"
-    return f"{_program()} {shlex.join(word for word in sys.argv[1:] if word != '--no-resume')}"
 
 
 def run(arguments: list[str]) -> int:
     """Parse and run; the exit code. Errors of pergrad pass through."""
     command = typer.main.get_command(app)
     try:
-        command(args=arguments, prog_name=_program())
+        command(args=arguments, prog_name=program())
     except SystemExit as stop:
         if isinstance(stop.code, str):  # sys.exit("message") in a job's file
             typer.echo(stop.code, err=True)
             return ERROR
         return int(stop.code or FINE)
     return FINE
-
-
-def _program() -> str:
-    """What this process was started as: `pergrad`, or `python -m pergrad`."""
-    started = Path(sys.argv[0])
-    return "python -m pergrad" if started.name == "__main__.py" else started.stem

@@ -77,3 +77,26 @@ def bar(
     with shown:
         task = shown.add_task("scan", total=total, completed=total - todo, before=total - todo)
         yield lambda count: shown.advance(task, count)
+
+
+@contextmanager
+def passes(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each pass over the data that is told of, by name, done and total."""
+    shown = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
+        TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+        console=console, refresh_per_second=2,
+    )  # fmt: skip
+    tasks: dict[str, Any] = {}
+
+    def told(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = shown.add_task(what, total=total)
+            shown.start()  # the first time; before there is nothing to show
+        shown.update(tasks[what], completed=done)
+
+    try:
+        yield told
+    finally:
+        if tasks:
+            shown.stop()

@@ -1,0 +1,285 @@
+"""`pergrad curvature`, `influence`, `evaluate` and `top` of influences, against the library."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import pergrad
+from pergrad.command import main
+
+ROOT = Path(__file__).parents[2]
+
+JOB = """
+import os, sys, time, torch, pergrad
+from pathlib import Path
+from pergrad.attribution import curvature, ranking
+
+class Data:
+    def __init__(self, waits=False):
+        self.waits = waits
+    def __len__(self):
+        return 24
+    def __getitem__(self, i):
+        if i == 17 and self.waits:
+            Path(os.environ["WAIT"]).touch()    # says that it waits
+            time.sleep(600)                     # until the signal comes
+        generator = torch.Generator().manual_seed(i)
+        return torch.randn(3, generator=generator), i % 2
+
+def losses(model, batch):
+    return torch.nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+def job():
+    waits = bool(os.environ.get("WAIT")) and "evaluate" not in sys.argv
+    if waits:                                   # keep what is done after every batch
+        curvature.SECONDS_BETWEEN_STATES = ranking.SECONDS_BETWEEN_FILES = 0
+    torch.manual_seed(0)
+    return pergrad.Job(torch.nn.Linear(3, 2), Data(waits), losses, outputs=lambda m, b: m(b[0]))
+
+def test(job):
+    return [job.data[i] for i in range(3)]
+
+def margin(job):
+    def margins(model, batch):
+        out = model(batch[0])
+        return out[:, 0] - out[:, 1]
+    return pergrad.Job(job.model, test(job), margins)
+
+def nothing(job):
+    pass
+
+CALLED = []
+
+def train(indices, seed):
+    CALLED.append(indices)
+    if len(CALLED) == 9 and os.environ.get("WAIT"):
+        Path(os.environ["WAIT"]).touch()
+        time.sleep(600)
+    torch.manual_seed(seed)
+    model = torch.nn.Linear(3, 2)
+    x, y = torch.utils.data.default_collate([Data()[i] for i in indices])
+    with torch.no_grad():
+        model.weight.copy_(torch.stack([(x * (y == k)[:, None]).mean(0) for k in range(2)]))
+    return model
+"""
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def search_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name, module in list(sys.modules.items()):
+        if str(tmp_path) in (getattr(module, "__file__", None) or ""):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "attributed_job.py"
+    path.write_text(JOB)
+    return path
+
+
+@pytest.fixture
+def pergrad_(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pergrad", *map(str, arguments)])
+        code = main()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_from_a_curvature_to_the_strongest(pergrad_: Run, file: Path, tmp_path: Path) -> None:
+    job, test, fit = f"{file}:job", f"{file}:test", tmp_path / "a fit"
+    code, said, _ = pergrad_("curvature", job, "-o", fit, "--kind", "kfac", "--labels", 2, "--json")
+    about = json.loads(said)
+    assert (code, about["kind"], about["labels"], about["examples"]) == (0, "kfac", 2, 24)
+    assert about["blocks"][0]["parameters"] == ["weight", "bias"]
+    code, said, told = pergrad_("curvature", job, "-o", fit, "--kind", "kfac", "--labels", 2)
+    assert code == 0
+    assert f"pergrad influence {job} --curvature '{fit}'" in said
+
+    out = tmp_path / "found"
+    words = ["influence", job, "--queries", test, "-o", out, "--curvature", fit]
+    code, said, told = pergrad_(*words, "--refine", 2, "--damping", 0.3, "--json")
+    assert code == 0, told
+    assert "queries 0 to 2" in told
+    assert "refining steps" in told
+    about = json.loads(said)
+    assert (about["queries"], about["examples"], about["refine"]) == (3, 24, 2)
+    assert about["damping"] == 0.3
+    assert len(about["residuals"]) == 3
+    assert about["sign"] == "the example helps: it lowers the query's loss"
+
+    import attributed_job
+
+    task = attributed_job.job()
+    own = pergrad.curvature(task, tmp_path / "own", kind="kfac", labels=2)
+    want = pergrad.influence(
+        task, attributed_job.test(task), tmp_path / "want", curvature=own, refine=2, damping=0.3
+    )
+    found = pergrad.Influence(out)
+    torch.testing.assert_close(found.scores, want.scores, rtol=1e-5, atol=1e-7)
+
+    code, said, _ = pergrad_("top", out, "--query", 1, "-n", 2, "--json")
+    assert code == 0
+    assert json.loads(said) == want.top(1, 2).to_pylist() == found.top(1, 2).to_pylist()
+    code, said, _ = pergrad_("top", out, "--smallest", "-n", 2, "--json")
+    assert json.loads(said) == found.bottom(0, 2).to_pylist()
+    code, said, _ = pergrad_("top", out)
+    assert re.match(r"rank +index +score", said)
+
+
+def test_a_measurement_over_checkpoints(pergrad_: Run, file: Path, tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "1.pt")
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "2.pt")
+    out = tmp_path / "found"
+    points = ["--checkpoint", tmp_path / "1.pt", "--checkpoint", tmp_path / "2.pt"]
+    words = ["influence", f"{file}:job", "--queries", f"{file}:margin", *points, "--top", 5]
+    code, said, _ = pergrad_(*words, "-o", out, "--rate", 1, "--rate", 0.5, "--cosine", "-q")
+    assert code == 0
+    assert f"To look at them:\n  pergrad top {out} --query 0" in said
+    found = pergrad.Influence(out)
+    assert found.sign == "the example raises the measurement"
+    assert found.manifest["settings"]["rates"] == [1.0, 0.5]
+    assert found.manifest["settings"]["method"] == "cosines"
+    code, said, _ = pergrad_("top", out, "--json")  # as many as there are
+    assert len(json.loads(said)) == 5
+
+
+def test_less_reads_adams_state(pergrad_: Run, file: Path, tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "adam.pt")
+    words = ["influence", f"{file}:job", "--queries", f"{file}:test", "-o", tmp_path / "found"]
+    code, said, _ = pergrad_(*words, "--adam", tmp_path / "adam.pt", "--json")
+    assert (code, json.loads(said)["method"]) == (0, "less")
+    (tmp_path / "bad.pt").write_bytes(b"no")
+    code, _, told = pergrad_(*words, "--adam", tmp_path / "bad.pt")
+    assert code == 1
+    assert re.search(r"--adam .*bad.pt cannot be read.*torch.save\(optimizer.state_dict\(\)", told)
+
+
+def test_evaluate_compares_folders(pergrad_: Run, file: Path, tmp_path: Path) -> None:
+    words = ["influence", f"{file}:job", "--queries", f"{file}:test", "-q"]
+    assert pergrad_(*words, "-o", tmp_path / "dots")[0] == 0
+    assert pergrad_(*words, "-o", tmp_path / "k", "--method", "kernel")[0] == 0
+    words = ["evaluate", f"{file}:job", "--queries", f"{file}:test", "--train", f"{file}:train",
+             "--out", tmp_path / "retrained", "--subsets", 20, "--seeds", 1]  # fmt: skip
+    both = ["--found", tmp_path / "dots", "--found", f"exact={tmp_path / 'k'}"]
+    code, said, told = pergrad_(*words, *both, "--json")
+    assert code == 0, told
+    assert "retrained models" in told
+    found = json.loads(said)
+    assert set(found["scores"]) == {"dots", "exact", "random", "last layer's neighbours"}
+    assert (found["subsets"], found["queries"], found["ceiling"]) == (20, 3, None)
+    assert found["scores"]["exact"].keys() == {"lds", "low", "high"}
+    assert found["best"] in found["scores"]
+    code, said, _ = pergrad_(*words, *both)
+    assert code == 0
+    assert "20 subsets with a share of 0.5" in said
+    code, _, told = pergrad_(*words, "--found", tmp_path / "k", "--found", f"k={tmp_path / 'k'}")
+    assert code == 1
+    assert re.search(r"Two folders of --found have the name k. Say --found NAME=DIR", told)
+
+
+def test_bad_input_is_one_clear_line(pergrad_: Run, file: Path, tmp_path: Path) -> None:
+    job, test, out = f"{file}:job", f"{file}:test", tmp_path / "found"
+    words = ["influence", job, "-o", out, "--queries"]
+
+    def refused(*arguments: object) -> str:
+        code, said, told = pergrad_(*arguments)
+        assert (code, said) == (1, "")
+        assert told.startswith("error: ")
+        assert len(told.splitlines()) == 1
+        return told
+
+    told = refused(*words, test, "--curvature", tmp_path / "fit")
+    assert re.search(r"There is no curvature in .*fit.*pergrad curvature JOB --out .*fit", told)
+    assert "lack a `return`" in refused(*words, f"{file}:nothing")
+    told = refused(*words, test, "--method", "kernel", "--cosine")
+    assert "Leave out one of them" in told
+    assert not (out / "manifest.json").exists()
+    code, _, told = pergrad_("curvature", job, "-o", tmp_path / "fit", "--labels", "some")
+    assert code == 2
+    assert "neither all, given nor a whole number" in told
+    assert pergrad_(*words, test, "-q")[0] == 0
+    assert "Leave out --by" in refused("top", out, "--by", "loss")
+    assert pergrad_("scan", job, "-o", tmp_path / "scores", "-q")[0] == 0
+    assert "Leave out --query" in refused("top", tmp_path / "scores", "--query", 1)
+    told = refused("top", out, "--query", 3)
+    assert "pass a number from 0 to 2" in told
+
+
+# Ctrl-C
+
+
+def interrupted(mark: Path, *arguments: object) -> tuple[str, list[str]]:
+    """Run until the job waits, press Ctrl-C: what was said, and the command that goes on."""
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pergrad", *map(str, arguments)], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={**environment, "WAIT": str(mark)},
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not mark.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, told
+    assert said == ""
+    assert "Traceback" not in told
+    match = re.search(r"Interrupted. (.*) To resume, say:\n  python -m pergrad (.*)\n", told)
+    assert match is not None, told
+    return match[1], shlex.split(match[2])
+
+
+def test_ctrl_c_of_a_curvature(pergrad_: Run, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "fit"
+    words = ["curvature", f"{file}:job", "--batch-size", 4, "--out"]
+    kept, again = interrupted(tmp_path / "waits", *words, out)
+    assert kept == "16 of 24 examples of the covariances are kept."
+    assert pergrad_(*again)[0] == 0
+    assert pergrad_(*words, tmp_path / "whole")[0] == 0
+    one, other = (next(p.glob("fit-*")).read_bytes() for p in (out, tmp_path / "whole"))
+    assert one == other
+
+
+def test_ctrl_c_of_influences(pergrad_: Run, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "found"
+    words = ["influence", f"{file}:job", "--queries", f"{file}:test", "--batch-size", 4, "--out"]
+    kept, again = interrupted(tmp_path / "waits", *words, out)
+    assert kept == f"16 of 24 scores of examples are kept in {out}."
+    assert pergrad_(*again)[0] == 0
+    assert pergrad_(*words, tmp_path / "whole")[0] == 0
+    assert pergrad.Influence(out).scores.equal(pergrad.Influence(tmp_path / "whole").scores)
+
+
+def test_ctrl_c_of_an_evaluation(pergrad_: Run, file: Path, tmp_path: Path) -> None:
+    asked = [f"{file}:job", "--queries", f"{file}:test"]
+    assert pergrad_("influence", *asked, "-o", tmp_path / "found", "-q")[0] == 0
+    words = ["evaluate", *asked, "--train", f"{file}:train", "--found", tmp_path / "found",
+             "--subsets", 20, "--seeds", 1, "--out"]  # fmt: skip
+    kept, again = interrupted(tmp_path / "waits", *words, tmp_path / "one")
+    assert kept == "8 of 20 retrained models are measured and kept."
+    results = [pergrad_(*each, "--json")[1] for each in (again, [*words, tmp_path / "two"])]
+    assert json.loads(results[0])["scores"] == json.loads(results[1])["scores"]
