@@ -1,10 +1,11 @@
 """Influences that have been computed, read from their folder.
 
-Owns: `Influence`: scores, the strongest examples of a query, tables, and how it prints.
+Owns: `Influence`: scores, the strongest examples of a query, tables, the report, how it prints.
 Does not know: how they were computed.
 """
 
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from pergrad.attribution.folder import Folder
-from pergrad.attribution.ranking import read_pairs
+from pergrad.attribution.ranking import read_pairs, strongest
+from pergrad.attribution.shown import EACH_END, QUERIES, read_table, recall
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 WHAT = "pergrad influence"
+
+Found = tuple[np.ndarray, np.ndarray]  # numbers of examples, their scores
 
 
 class Influence:
@@ -145,15 +149,8 @@ class Influence:
 
     def _keys(self, kind: str) -> Any:
         """The keys, a column; None without."""
-        import pyarrow.parquet as pq
-
-        files = self._folder.files(kind)
-        if not files:
-            return None
-        import pyarrow as pa
-
-        content = self._folder.read(files[-1][2])
-        return pq.read_table(pa.BufferReader(content))["key"].combine_chunks()
+        table = read_table(self._folder, kind)
+        return None if table is None else table["key"].combine_chunks()
 
     def _end(self, query: int, n: int, sign: int) -> "pa.Table":
         import pyarrow as pa
@@ -190,15 +187,67 @@ class Influence:
             score = self._row(query)
             order = np.argsort(-score, kind="stable")
             return (order, score[order]), None
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        content = self._folder.read(self._folder.files("ranked")[-1][2])
-        row = pq.read_table(pa.BufferReader(content)).slice(query, 1).to_pydict()
+        row = read_table(self._folder, "ranked").slice(query, 1).to_pydict()
         return tuple(
             (np.array(row[f"{end}_index"][0]), np.array(row[f"{end}_score"][0]))
             for end in ("top", "bottom")
         )  # type: ignore[return-value]
+
+    def ends(self, n: int) -> list[tuple[Found, Found]]:
+        """For each query the n highest scores, highest first, and the n lowest, lowest first.
+
+        Each as numbers of examples and scores. Of all queries at once, in one pass over the files;
+        where only the strongest were kept, no more than these.
+        """
+        if self.manifest["settings"]["top"] is None:
+            both = []
+            for k in range(len(self.manifest["blocks"])):
+                high, low = strongest(self._folder, f"pairs{k}", n)
+                both += [((i, s), (j, t)) for s, i, t, j in zip(*high, *low, strict=True)]
+            return both
+        rows = read_table(self._folder, "ranked").to_pylist()
+
+        def end(row: Any, side: str) -> Found:
+            return np.array(row[f"{side}_index"][:n]), np.array(row[f"{side}_score"][:n])
+
+        return [(end(row, "top"), end(row, "bottom")) for row in rows]
+
+    def report(
+        self, path: str | PathLike[str] = "influence.html", *, title: str | None = None
+    ) -> Path:
+        """Write one HTML page: each query, and the examples that help and harm it most.
+
+        With the pictures and texts that `Job(show=)` and `influence(show=)` gave. It needs no
+        network, nor the model or the data.
+
+        Args:
+            path: the page's file; one that is there is replaced.
+            title: the page's title; by default it names the model's class.
+
+        Returns:
+            The page's path.
+
+        Raises:
+            UsageError: the file cannot be written.
+            StoreError: a file of the folder is damaged.
+            MissingExtraError: a package is missing; `pip install 'pergrad[report]'` brings it.
+        """
+        need("report", "numpy", "pyarrow", "bokeh", "jinja2", "PIL")
+        from pergrad.attribution.report import page
+        from pergrad.scans.report import shell
+
+        previews = {side: recall(self._folder, kind)
+                    for side, kind in (("asked", "askedshown"), ("scored", "shown"))}  # fmt: skip
+        keys = {
+            side: self._names(kind) for side, kind in (("asked", "askedkeys"), ("scored", "keys"))
+        }
+        ends = self.ends(EACH_END)[:QUERIES]
+        text = page.html(self.manifest, self.folder, ends, keys, previews, title=title)
+        return shell.save(text, Path(path))
+
+    def _names(self, kind: str) -> list[str] | None:
+        keys = self._keys(kind)
+        return None if keys is None else keys.to_pylist()
 
     def _row(self, query: int) -> np.ndarray:
         for k, (first, stop) in enumerate(self.manifest["blocks"]):

@@ -4,7 +4,7 @@ Owns: `influence`: passes over the training set, going on after a stop, its fold
 Does not know: what its arguments may be (`asking`), how files are read again (`found`).
 
     manifest.json            what was asked of what, sign, unit; residuals when it is finished
-    keys-…, askedkeys-…      the names of the examples and of the queries
+    keys-…, shown-…          names and previews, see `shown`
     solved{k}-…              (H + damping)⁻¹ times the gradients of query block k, until it is done
     refining{k}-{step}-…     conjugate gradients half-way
     gram-…                   rows of the kernel
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pergrad import api
-from pergrad.attribution import kernel, ranking
+from pergrad.attribution import kernel, ranking, shown
 from pergrad.attribution.asking import Asked, asked
 from pergrad.attribution.batches import Batch, Batches, check_evaluating, check_job, described
 from pergrad.attribution.checkpoints import of_its_own, step_cosines, weights_kept
@@ -38,7 +38,6 @@ from pergrad.extras import need
 from pergrad.factors.numeric import bytes_of
 from pergrad.factors.workspace import chunks, free_bytes, limit
 from pergrad.matrix import GradientMatrix
-from pergrad.scans import manifest
 from pergrad.scans.job import Job
 from pergrad.scans.scorer import prepared
 
@@ -60,6 +59,7 @@ def influence(
     method: Literal["kernel"] | None = None,
     top: int | None = None,
     damping: float | None = None,
+    show: Callable[[int], Any] | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     mode: Literal["eval", "as is"] = "eval",
@@ -101,6 +101,8 @@ def influence(
         damping: a share of each block's mean curvature. Default: that of the curvature, which is
             1 with refining unless it was given another than .1; for the kernel .5 of the mean
             squared norm.
+        show: how a person sees query i of a data set in a report, as in `Job(show=)`; a Job of
+            queries has its own.
         batch_size: how many examples go through the model at once; by default what memory allows.
             Scores do not depend on it.
         seed: of random numbers drawn while an example is fetched.
@@ -147,7 +149,7 @@ def influence(
         for each in jobs:
             check_evaluating(each)
         batches = Batches(job, 1, seed)
-        about = queries_of(job, queries, batch_size, seed, options)
+        about = queries_of(job, queries, show, batch_size, seed, options)
         if what.fit is not None:
             what.check_weights(job)
             what.check_weights(about.batches.job)
@@ -156,7 +158,9 @@ def influence(
         if what.checkpoints:
             stack.enter_context(weights_kept(list(models.values())))
         run.finish(mode)
-    return Influence(out)
+        found = Influence(out)
+        shown.remember(folder, found, job, about.batches.job)
+    return found
 
 
 class _Run:
@@ -188,8 +192,8 @@ class _Run:
                 return
             about["blocks"] = old["blocks"]
         else:
-            self._keys("keys", self.batches.job)
-            self._keys("askedkeys", self.queries.batches.job)
+            shown.keep_keys(self.folder, "keys", self.batches.job)
+            shown.keep_keys(self.folder, "askedkeys", self.queries.batches.job)
             about["blocks"] = self._blocks()
             self.folder.save_manifest({**about, "finished": False})
         blocks = [range(*block) for block in about["blocks"]]
@@ -249,29 +253,6 @@ class _Run:
                 f"The influences in {self.folder.path} are of something else: {'; '.join(differ)}. "
                 "Nothing was changed. Give these another folder, or bring back what was."
             )
-
-    def _keys(self, kind: str, job: Job) -> None:
-        if job.key is None:
-            return
-        import pyarrow as pa
-
-        keys = [manifest.key_of(job, i) for i in range(len(job))]
-        seen: dict[str, int] = {}
-        for i, name in enumerate(keys):
-            if seen.setdefault(name, i) != i:
-                raise UsageError(
-                    f"The examples {seen[name]} and {i} have the same key, {name!r}, so a table of "
-                    "scores could not tell them apart. Give `key` a name for each example."
-                )
-        self._parquet(kind, len(keys), pa.table({"key": pa.array(keys, pa.string())}))
-
-    def _parquet(self, kind: str, count: int, table: Any) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        self.folder.add(kind, 0, count, sink.getvalue().to_pybytes(), "parquet")
 
     def _blocks(self) -> list[list[int]]:
         """Queries that are held together."""
@@ -489,4 +470,4 @@ class _Run:
                 columns.setdefault(f"{end}_index", []).extend(index)
                 columns.setdefault(f"{end}_score", []).extend(scores)
         table = pa.table({"query": pa.array(range(len(self.queries))), **columns})
-        self._parquet("ranked", len(self.queries), table)
+        shown.keep_table(self.folder, "ranked", len(self.queries), table)

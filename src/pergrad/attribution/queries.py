@@ -60,7 +60,7 @@ class Queries:
 
 
 def queries_of(
-    job: Job, queries: Any, batch_size: int | None, seed: int, options: PassOptions
+    job: Job, queries: Any, show: Any, batch_size: int | None, seed: int, options: PassOptions
 ) -> Queries:
     """A data set of queries under the job's losses, or a Job with its own.
 
@@ -68,6 +68,11 @@ def queries_of(
         UsageError: there are none, or their parameters are not the job's.
     """
     if isinstance(queries, Job):
+        if show is not None:
+            raise UsageError(
+                "show is for queries given as a data set, and these are a Job: pass it there, as "
+                "Job(show=...)."
+            )
         own = Batches(queries, 1).params
         names = Batches(job, 1).params
         differ = [n for n in {**own, **names} if n not in own or n not in names
@@ -80,5 +85,5 @@ def queries_of(
         return Queries(batches_of(queries, batch_size, seed), -1, options)
     if hasattr(queries, "__len__") and len(queries) == 0:
         raise UsageError("There are no queries: `queries` is empty. Pass at least one example.")
-    asked = replace(job, data=queries, key=None, show=None)
+    asked = replace(job, data=queries, key=None, show=show)
     return Queries(batches_of(asked, batch_size, seed), 1, options)

@@ -81,6 +81,19 @@ def read_pairs(folder: Folder, kind: str) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def strongest(folder: Folder, kind: str, top: int) -> "tuple[Ranked, Ranked]":
+    """Of every pair the highest and the lowest scores of each query, a file at a time."""
+    high = low = None
+    for first, stop, path in folder.files(kind):
+        scores = np.load(io.BytesIO(folder.read(path)), allow_pickle=False).T
+        new = scores, np.broadcast_to(np.arange(first, stop), scores.shape)
+        none = new[0][:, :0], new[1][:, :0]
+        high, low = ends(high or none, new, top, 1), ends(low or none, new, top, -1)
+    assert high is not None
+    assert low is not None
+    return high, low
+
+
 class Ends:
     """The highest and the lowest scores of each query; of equal ones the first examples'."""
 

@@ -325,15 +325,20 @@ def report(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write one HTML page about scores or a training run; it needs no network.
+    """Write one HTML page about scores, influences or a training run; it needs no network.
 
     \b
     Examples:
         pergrad report scores
         pergrad report run
+        pergrad report found
         pergrad report scores --out scores.html --title "Training data, May"
     """
-    opened = pergrad.open_watch(folder) if is_run(folder) else pergrad.open_scores(folder)
+    opened: Any
+    if left.is_influence(folder):
+        opened = pergrad.Influence(folder)
+    else:
+        opened = pergrad.open_watch(folder) if is_run(folder) else pergrad.open_scores(folder)
     page = opened.report(out or folder / "report.html", title=title)
     typer.echo(printing.as_json({"report": str(page)}) if as_json else str(page))
 

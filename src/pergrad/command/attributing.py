@@ -227,7 +227,8 @@ def influence(
             )  # fmt: skip
     if not as_json:
         name = shlex.quote(str(out))
-        typer.echo(f"{found!r}\n\nTo look at them:\n  pergrad top {name} --query 0")
+        words = f"pergrad top {name} --query 0\n  pergrad report {name}"
+        typer.echo(f"{found!r}\n\nTo look at them:\n  {words}")
         return
     residuals = found.residuals
     typer.echo(printing.as_json({
