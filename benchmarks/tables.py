@@ -274,9 +274,12 @@ def full(records: dict[str, Record], imported: Record | None, scaling: Record | 
     if imported:
         parts.append(
             "### Import\n\n"
-            f"`import pergrad` adds {imported['pergrad_seconds']['median']:.3f} s to "
-            "`import torch` "
-            f"(claim: at most {imported['claims']['seconds']} s).\n\n{_machine(imported)}."
+            f"`import pergrad` and the first use of a verb add "
+            f"{imported['pergrad_seconds']['median']:.3f} s to `import torch` "
+            f"(claim: at most {imported['claims']['seconds']} s); `import pergrad` alone "
+            f"{imported['pergrad_without_verbs_seconds']['median']:.4f} s. `pergrad top` takes "
+            f"{imported['top_processor_seconds']['median']:.2f} s of processor time "
+            f"(claim: at most {imported['claims']['top_seconds']} s).\n\n{_machine(imported)}."
         )
     scanned = read_other("scan")
     if scanned:

@@ -196,7 +196,8 @@ def test_matrices_that_were_pickled_before_the_table_load():
     for J, dense in pickle.loads(path.read_bytes()).values():
         norms = naive.norms(dense)
         for name, rows in J.dense().items():
-            assert torch.equal(rows, dense[name]), name
+            # not to the bit: another CPU than that of the file may sum in another order
+            assert_agrees(rows, dense[name], float(norms.max()), what=name)
         assert_agrees(J.norms(), norms, norms)
         rows = naive.flat(dense)
         assert_agrees(J.gram(), rows @ rows.mT, norms[:, None] * norms)

@@ -520,6 +520,7 @@ def test_a_compiled_model(small) -> None:
         values.mean().backward()
     refused(read, pergrad.UnsupportedError, r"torch\.compile(.|\n)*force_eager")
     assert model[0].weight.grad is not None
+    torch.compiler.reset()
 
 
 class Hides(torch.autograd.Function):

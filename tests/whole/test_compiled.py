@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import pergrad
+from pergrad.graph import nodes
 
 # Of torch's own while it compiles.
 pytestmark = [
@@ -25,6 +26,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6}
 @pytest.fixture(autouse=True)
 def _forgotten() -> Iterator[None]:
     torch.manual_seed(0)
+    torch.compiler.reset()
     yield
     torch.compiler.reset()
 
@@ -247,6 +249,75 @@ def test_what_does_not_grow_with_the_cotangents_is_not_read() -> None:
     with pytest.warns(pergrad.FallbackWarning, match="does not hold"):
         norms = pergrad.norms(values, model)
     torch.testing.assert_close(norms, truth)
+
+
+FLAT = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
+
+
+class _Reused(nn.Module):
+    """Its backward, compiled for one run, writes over what it saved."""
+
+    def __init__(self, *, read: bool) -> None:
+        super().__init__()
+        self.one, self.two, self.read = nn.Linear(8, 6), nn.Linear(6, 3), read
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        x = x if self.read else x.cumsum(1)  # pergrad does not follow examples through a flip
+        return self.two(x).sigmoid() * 2
+
+
+@pytest.mark.parametrize(
+    ("looped", "read", "dynamic"),
+    [(False, True, None), (False, False, True), (True, True, None), (True, False, True)],
+)
+def test_a_region_whose_backward_was_compiled_to_run_once(
+    looped: bool, read: bool, dynamic: bool | None
+) -> None:
+    """By a plain step before. It runs again and again, and then in the user's own pass."""
+    model: nn.Module = _Reused(read=read)
+    model = nn.Sequential(model, nn.BatchNorm1d(3)) if looped else model
+
+    def values(call: Callable[[Tensor], Tensor]) -> Tensor:
+        return call(FLAT).square().sum(1)
+
+    truth = naive.norms(naive.loop_grads(values(model), model))
+    compiled = torch.compile(model, dynamic=dynamic)
+    values(compiled).sum().backward()
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    kept = values(compiled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pergrad.FallbackWarning)
+        for _ in range(2):
+            norms = pergrad.norms(kept, model, retain_graph=True, on_mixing="exact")
+            assert_agrees(norms, truth, truth, 5e-6)
+    kept.sum().backward()
+    for name, p in model.named_parameters():
+        assert torch.equal(p.grad, before[name]), name
+
+
+def test_losses_whose_backward_was_compiled_to_run_once() -> None:
+    """The region has no parameters, and lies between the losses and what has to be measured."""
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
+    each = torch.compile(lambda x: (x.cumsum(1).sigmoid() * 2).square().sum(1))
+    truth = naive.norms(naive.loop_grads(each(model(FLAT)), model))
+    torch.compiler.reset()
+    each(model(FLAT)).sum().backward()
+    kept = each(model(FLAT))
+    for _ in range(2):
+        assert_agrees(pergrad.norms(kept, model, retain_graph=True), truth, truth, 5e-6)
+
+
+def test_a_torch_that_runs_regions_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = made("perceptron", torch.float64)
+    values = losses(torch.compile(model, backend="aot_eager"), data)
+    node = values.grad_fn
+    while not nodes.is_compiled(node):
+        node = node.next_functions[0][0]
+    monkeypatch.delattr(nodes.region_class(node), "metadata")
+    with pytest.raises(pergrad.UnsupportedError, match=r"set_stance\(\"force_eager\"\)"):
+        pergrad.norms(values, model)
 
 
 def test_a_freed_region() -> None:

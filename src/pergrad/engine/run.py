@@ -113,8 +113,8 @@ def run(
         if looped:
             _policy(losses, graph, plan, options)
             used = not set(graph.targets.values()) <= set(looped)
-            if any(map(nodes.is_compiled, graph.nodes)) and not options.create_graph:
-                stack.enter_context(nodes.compiled_regions_kept())
+            if not options.create_graph:
+                stack.enter_context(nodes.compiled_regions_kept(graph.nodes))
             at_hand = options.chunk_bytes or limit(losses.device)
             on_cpu = losses.device.type == "cpu"
             one = options.create_graph or attached.hooks or hooks or nodes.in_python(graph.nodes)
@@ -144,8 +144,8 @@ def run(
                 "derivative, and create_graph=True asks for one. Compute the losses under "
                 '`with torch.compiler.set_stance("force_eager"):`.'
             )
-        if schedule.compiled:
-            stack.enter_context(nodes.compiled_regions_kept())
+        if not looped:
+            stack.enter_context(nodes.compiled_regions_kept(graph.nodes))
         _policy(losses, graph, plan, options)
         _warn(schedule, graph, plan, losses.shape[0])
         state = Pass(

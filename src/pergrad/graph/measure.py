@@ -307,7 +307,11 @@ def _pass(losses: Tensor, graph: Graph, slots: list[Slot], seeds: Tensor,
                 del value, old, below
             del results
 
-    with torch.no_grad(), nodes.selections_untouched(graph.nodes):
+    with (
+        torch.no_grad(),
+        nodes.selections_untouched(graph.nodes),
+        nodes.compiled_regions_kept(graph.nodes),
+    ):
         nodes.inside_pass(losses, [graph.edge(slot) for slot in slots], work)
     return found
 

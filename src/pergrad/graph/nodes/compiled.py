@@ -5,24 +5,17 @@ Does not know: what the ops in the graph do, parameters.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, fx
 
+from pergrad.errors import UnsupportedError
 from pergrad.graph.nodes.calls import raw_call
-from pergrad.graph.nodes.reading import Node
-
-
-@contextmanager
-def compiled_regions_kept() -> Iterator[None]:
-    """A compiled region may be asked for a graph to be retained: its buffers are not given away."""
-    import torch._functorch.config as config
-
-    with config.patch(donated_buffer=False):
-        yield
+from pergrad.graph.nodes.reading import Node, is_compiled, op_name
 
 
 def region_class(node: Node) -> Any:
@@ -77,6 +70,65 @@ def _backward_replaced(node: Node, function: Callable[[Any, list[Any]], Any]) ->
             yield
         finally:
             cls._backward_impl = before
+
+
+_KEPT: WeakKeyDictionary[type, int] = WeakKeyDictionary()  # how many passes want a region kept
+
+
+@contextmanager
+def compiled_regions_kept(nodes: Iterable[Node]) -> Iterator[None]:
+    """Within this block the compiled ones of `nodes` may run again and again.
+
+    Code that torch compiled for a backward that runs once writes over tensors that the region has
+    saved, and torch's guard against a second run looks at a setting, not at the code. So such
+    tensors are copied before each run.
+    """
+    import torch._functorch.config as config
+
+    classes = {region_class(node): node for node in nodes if is_compiled(node)}
+    if not classes:
+        yield
+        return
+    for cls, node in classes.items():
+        # not hasattr: every Function inherits another `metadata`
+        if not {"_backward_impl", "metadata"} <= set(vars(cls)):
+            raise UnsupportedError(
+                f"torch {torch.__version__} runs the region `{op_name(node)}` compiled by "
+                "torch.compile otherwise than pergrad knows, and it would run more than once. "
+                'Compute the losses under `with torch.compiler.set_stance("force_eager"):`.'
+            )
+    with ExitStack() as stack:
+        for cls in classes:
+            stack.enter_context(_saved_kept(cls))
+        stack.enter_context(config.patch(donated_buffer=False))
+        yield
+
+
+@contextmanager
+def _saved_kept(cls: Any) -> Iterator[None]:
+    """Within this block the region's backward runs on copies of what it may write over."""
+    with _PATCHED:
+        before = cls.__dict__["_backward_impl"]
+        count = _KEPT[cls] = _KEPT.get(cls, 0) + 1
+        if count == 1:
+
+            def instead(ctx: Any, arguments: list[Any]) -> Any:
+                given_away = cls.metadata.bw_donated_idxs or ()
+                kept = [
+                    a.clone() if i in given_away and isinstance(a, Tensor) else a
+                    for i, a in enumerate(arguments)
+                ]
+                return before.__func__(ctx, kept)
+
+            instead.kept = before  # type: ignore[attr-defined]
+            cls._backward_impl = staticmethod(instead)
+    try:
+        yield
+    finally:
+        with _PATCHED:
+            _KEPT[cls] -= 1
+            if not _KEPT[cls]:
+                cls._backward_impl = cls.__dict__["_backward_impl"].__func__.kept
 
 
 class _Result:
