@@ -331,7 +331,8 @@ def backward(
         losses: (B,), as in `norms`.
         params: as in `norms`.
         weights: None for ones, a tensor (B,), one number for all (1 / B if your loss is a mean), or
-            a function from the norms (B,) to weights (B,) such as `pergrad.clip(1.0)`.
+            a function from the norms (B,) to weights (B,) such as `pergrad.clip(1.0)`. Where a
+            function of yours gives 0 for a norm that is not finite, the example is left out.
         **options: retain_graph, on_mixing, check_layout, chunk_bytes, as in `norms`.
 
     Returns:
@@ -403,12 +404,16 @@ def backward(
             total.add(layer.value)
         norms_ = root(total.value).to(total.dtype)
         found: dict[str, Tensor] = {}
+        kept_rows: Tensor | None = None  # where some are left out, for 0 * NaN is NaN
         if clipper is not None:
             found = clipper.by_layer(
                 {name: root(t.value).to(t.dtype) for name, t in layers.items()}
             )
         elif callable(weights):
+            may_leave_out = not isinstance(weights, Clip)
             weights = inputs.check_weights(weights(norms_), losses)
+            if may_leave_out and bool((out := (weights == 0) & ~norms_.isfinite()).any()):
+                kept_rows = torch.nonzero(~out).flatten()
         rows = weights if isinstance(weights, Tensor) else torch.full_like(norms_, number)
         with torch.no_grad():  # what an op saved has a history
             # A hook may step in the backward pass, and so change what other factors hold.
@@ -417,6 +422,9 @@ def backward(
             for name in list(kept):
                 factor, own = kept.pop(name).factor(name), found.get(module_of(name), rows)
                 own = own.to(norms_.dtype).to(factor.device, factor.dtype)
+                if kept_rows is not None:
+                    index = kept_rows.to(factor.device)
+                    factor, own = factor.select(index), own[index]
                 sums[name] = factor.weighted_gradient(own)
                 if not steps:
                     accumulate(named[name], sums.pop(name))

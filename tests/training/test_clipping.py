@@ -125,3 +125,24 @@ def test_a_clip_prints_as_it_is_typed() -> None:
 def test_mean_is_yes_or_no() -> None:
     with pytest.raises(pergrad.UsageError, match=r"`mean` is 8; pass True for the mean"):
         pergrad.clip(1.0, mean=8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weight_zero_leaves_out_what_is_not_finite(dtype: torch.dtype) -> None:
+    model = nn.Linear(3, 2).to(dtype)
+    x = torch.randn(4, 3, dtype=dtype)
+    x[2] = float("nan")
+    others = torch.tensor([0, 1, 3])
+    pergrad.backward(
+        model(x).square().sum(1), model, weights=lambda norms: norms.isfinite().to(norms.dtype)
+    )
+    G = naive.loop_grads(model(x[others]).square().sum(1), model)
+    want = naive.weighted_sum(G, torch.ones(3, dtype=torch.float64))
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-6
+    for name, part in want.items():
+        assert_agrees(model.get_parameter(name).grad, part, naive.norms(G).sum(), tolerance, name)
+    model.zero_grad()
+    pergrad.backward(
+        model(x).square().sum(1), model, weights=torch.tensor([1.0, 1, 0, 1]).to(dtype)
+    )
+    assert model.weight.grad.isnan().all()  # as in a plain pass: only a function sees norms

@@ -1,10 +1,12 @@
 """Training with differential privacy: batches drawn at random, gradients clipped, noise added.
 
 Owns: `Private`: which examples a step is made of, the bound on each one's part, the noise, what may
-not happen between the passes of a step.
-Does not know: how norms and clipped sums come about (`api`), how epsilon is computed (Opacus).
+not happen between the passes of a step, and what a run goes on from.
+Does not know: how norms and clipped sums come about (`api`), how epsilon is computed (Opacus), how
+ranks talk (`private_ranks`).
 """
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf, isfinite
 from typing import Any
@@ -14,8 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from pergrad import api
-from pergrad.errors import UnsupportedError, UsageError
+from pergrad.errors import UsageError
 from pergrad.extras import need
+from pergrad.training.private_ranks import (
+    add_over_ranks,
+    begin_alike,
+    check_model,
+    rank_and_ranks,
+)
 
 _GUARDS: "WeakKeyDictionary[torch.optim.Optimizer, Any]" = WeakKeyDictionary()
 
@@ -36,6 +44,17 @@ class Private:
     last of them has gone backward. `Private` zeroes gradients and calls the optimizer itself. A
     step without any example is taken too, of noise alone, and is not seen in the loop.
 
+    An example whose gradient is not finite (a NaN in its row, an overflow) cannot be clipped. It is
+    left out, as if its gradient were 0, and the first one is said with a warning. What an example
+    adds is then still a function of that example and the weights alone, and its norm is 0 <= clip:
+    one example more or less moves the sum by at most `clip`, and the guarantee is the same.
+
+    On several ranks (torch.distributed) each rank has all the data and the same weights. All draw
+    the same step and take every n-th of its examples; sums are added over the ranks once a step,
+    then the noise, once, and every rank's optimizer takes the same step. A rank may have more
+    batches of a step than another, or none: the loop's body may wait for no other rank. The model
+    is not wrapped in DistributedDataParallel.
+
     What is claimed: the (epsilon, delta) of Opacus's accountant for these steps, where examples are
     added or removed. It rests on what pergrad cannot see: that each loss depends on its own example
     alone (no mean over the batch's tokens, no weight by what else is in the batch), that the data
@@ -53,14 +72,16 @@ class Private:
         accountant: "prv" (tight) or "rdp".
         collate: a list of examples -> batch; by default that of torch's DataLoader.
         generator: of batches and noise, on the CPU. With a seed a run can be repeated, and whoever
-            knows the seed knows the noise.
+            knows the seed knows the noise. On several ranks that of rank 0 counts.
 
     Attributes:
-        steps: how many have been taken. Set it, to go on with a run that was stopped.
+        steps: how many have been taken. Set it, to go on from another Private's.
+        left_out: how many times an example of this rank was left out, as not finite.
 
     Raises:
-        UsageError: an argument makes no sense, or the optimizer has other parameters.
-        UnsupportedError: several ranks.
+        UsageError: an argument makes no sense, the optimizer has other parameters, or ranks do not
+            begin alike.
+        UnsupportedError: the model is sharded, or wrapped for several ranks.
 
     Cost: a step as `pergrad.backward` with `clip`, and one random number for each parameter.
     Source: Abadi et al. 2016, arXiv:1607.00133.
@@ -90,18 +111,11 @@ class Private:
         generator: torch.Generator | None = None,
     ) -> None:
         _check_arguments(clip, noise, data, rate, most, accountant)
-        distributed = torch.distributed
-        running = distributed.is_available() and distributed.is_initialized()
-        if running and distributed.get_world_size() > 1:
-            raise UnsupportedError(
-                "Private trains on one rank, and this is a distributed run. Train on one device "
-                "with a small `most`: it bounds the memory, not the step."
-            )
         self.model, self.optimizer = model, optimizer
         self.clip, self.noise, self.rate, self.most = float(clip), float(noise), rate, most
         self.data, self.accountant = data, accountant
         self.expected = rate * len(data)  # examples of a step, fixed: the true number is private
-        self.steps = 0
+        self.steps = self.left_out = 0
         self._collate = torch.utils.data.default_collate if collate is None else collate
         if generator is None:
             generator = torch.Generator()
@@ -109,6 +123,14 @@ class Private:
         self._generator = generator
         self._params = {n: p for n, p in model.named_parameters() if p.requires_grad}
         _check_optimizer(self._params, optimizer)
+        check_model(model, self._params)
+        self._rank, self._ranks = rank_and_ranks()
+        if self._ranks > 1:
+            begin_alike(self._params, self._settings(), generator)
+        self._at = 0  # steps of the epoch at hand that have been taken
+        self._resumed = False  # whether the next loop goes on from there
+        self._before: Tensor | None = None  # the generator's state as the step at hand began
+        self._loop: object = None  # the `for` that runs
         self._sums: dict[str, Tensor] = {}
         self._waiting: int | None = None  # examples of the batch that has to go backward
         self._last = False
@@ -122,24 +144,34 @@ class Private:
         return max(1, round(1 / self.rate))
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches of one epoch."""
-        for _ in range(len(self)):
+        """The batches of one epoch, or of what is left of one that was saved."""
+        self._check_ranks()
+        self._loop = loop = object()
+        self._at, self._resumed = self._at if self._resumed else 0, False
+        while self._at < len(self):
+            self._before = self._generator.get_state()
             drawn = torch.rand(len(self.data), generator=self._generator) < self.rate
-            rows = drawn.nonzero().flatten().tolist()
+            rows = drawn.nonzero().flatten()[self._rank :: self._ranks].tolist()
             self._sums, self._waiting = {}, None  # of a step that was left before its end
             if not rows:
                 self._check_gradients()
                 self._step()
-            for start in range(0, len(rows), self.most):
-                chosen = rows[start : start + self.most]
+            for begin in range(0, len(rows), self.most):
+                chosen = rows[begin : begin + self.most]
                 batch = self._collate([self.data[i] for i in chosen])
-                self._waiting, self._last = len(chosen), start + self.most >= len(rows)
+                self._waiting, self._last = len(chosen), begin + self.most >= len(rows)
                 yield batch
+                if self._loop is not loop:
+                    raise UsageError(
+                        "Another loop over this Private began, or its state was loaded, while "
+                        "this one was under way. Leave this one first, with `break`."
+                    )
                 if self._waiting is not None:
                     raise UsageError(
                         "A batch has not gone backward. Call `private.backward(losses)` once for "
                         "every batch; one that is left out would change what the noise covers."
                     )
+        self._at = 0
 
     def backward(self, losses: Tensor) -> Tensor:
         """Clip and add up the batch's gradients; after a step's last batch, the optimizer steps.
@@ -148,12 +180,12 @@ class Private:
             losses: (B,), one for each example of the batch at hand, in any order.
 
         Returns:
-            (B,), the norms before clipping. They are not private.
+            (B,), the norms before clipping; not finite for what was left out. They are not
+            private.
 
         Raises:
             UsageError: another number of losses than of examples, a second pass for a batch,
-                gradients of another pass, parameters that were frozen or thawed meanwhile, or a
-                gradient that is not finite.
+                gradients of another pass, or parameters that were frozen or thawed meanwhile.
             MixedExamplesError, UnsupportedError: as in `norms`.
         """
         if self._waiting is None:
@@ -179,25 +211,39 @@ class Private:
         return norms
 
     def _weights(self, norms: Tensor) -> Tensor:
-        if not bool(norms.isfinite().all()):
-            bad = int((~norms.isfinite()).nonzero()[0])
-            raise UsageError(
-                f"The gradient of example {bad} of this batch is not finite, so its part cannot be "
-                "bounded. Nothing was trained on the step. Look at that example, or make its loss "
-                "finite (smaller inputs, a clamp, float32)."
-            )
+        finite = norms.isfinite()
+        if not bool(finite.all()):
+            self._say_left_out(norms)
         # rounded down: the bound has to hold, not only nearly
         weights = (self.clip / norms).clamp(max=1.0) * (1 - 4 * torch.finfo(norms.dtype).eps)
-        return torch.where(norms <= self.clip, torch.ones_like(norms), weights)
+        weights = torch.where(norms <= self.clip, torch.ones_like(norms), weights)
+        return torch.where(finite, weights, torch.zeros_like(norms))  # 0 leaves a row out
+
+    def _say_left_out(self, norms: Tensor) -> None:
+        bad = (~norms.isfinite()).nonzero().flatten()
+        if not self.left_out:
+            warnings.warn(
+                f"The gradient of example {int(bad[0])} of this batch is not finite, so it was left"
+                f" out of step {self.steps} (`left_out` counts such examples; this is said once). "
+                "The guarantee holds. To train on it, make its loss finite: smaller inputs, a "
+                "clamp, float32.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self.left_out += len(bad)
 
     def _step(self) -> None:
         """Noise, the optimizer's step, and nothing left of it."""
+        sums = self._sums
+        if self._ranks > 1:  # every rank, also one without examples
+            sums = {n: torch.zeros_like(p) + sums.get(n, 0) for n, p in self._params.items()}
+            add_over_ranks(sums.values())
         std = self.noise * self.clip
         for name, p in self._params.items():
             drawn = torch.normal(0.0, std, p.shape, generator=self._generator, dtype=p.dtype)
             total = drawn.to(p.device) if std else torch.zeros_like(p)
-            if name in self._sums:
-                total = self._sums[name] + total
+            if name in sums:
+                total = sums[name] + total
             p.grad = total / self.expected
         self._sums = {}
         self._ours = True
@@ -208,6 +254,8 @@ class Private:
             for p in self._params.values():
                 p.grad = None
         self.steps += 1
+        self._at += 1
+        self._before = None
 
     def _guard(self, *_: Any) -> None:
         if not self._ours:
@@ -230,6 +278,64 @@ class Private:
                     f"`{name}` has a .grad that no Private made: it is neither clipped nor "
                     "covered by noise. Leave other backward passes out, or set .grad to None."
                 )
+
+    def _check_ranks(self) -> None:
+        if rank_and_ranks() != (self._rank, self._ranks):
+            raise UsageError(
+                "torch.distributed was set up or taken down after this Private was made, which "
+                f"knows of {self._ranks} rank(s). Make it when the ranks have met."
+            )
+
+    def _settings(self) -> dict[str, float]:
+        """What noise and accounting rest on."""
+        return {"clip": self.clip, "noise": self.noise, "rate": self.rate, "data": len(self.data)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run goes on from, beside the model's and the optimizer's own state.
+
+            torch.save([model.state_dict(), optimizer.state_dict(), private.state_dict()], path)
+
+        Between two steps the resumed run is the same to the bit. In the middle of a step (one that
+        comes in several batches) the state is that of the step's beginning, which is drawn and
+        taken once more, and no sum without noise is stored.
+
+        Returns:
+            steps, the steps of the epoch at hand, left_out, the settings, and the generator's
+            state. Whoever has that knows the noise to come: keep it as secret as a seed.
+        """
+        state = self._generator.get_state() if self._before is None else self._before
+        return {
+            "steps": self.steps,
+            "epoch_steps": self._at,
+            "left_out": self.left_out,
+            "settings": self._settings(),
+            "generator": state,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken: the next loop is the rest of that epoch.
+
+        On several ranks, on each, with the state of any.
+
+        Raises:
+            UsageError: it is no such state, or of other settings.
+        """
+        names = ("steps", "epoch_steps", "left_out", "settings", "generator")
+        if not isinstance(state, Mapping) or any(name not in state for name in names):
+            raise UsageError("This is no state of a Private. Pass what `state_dict()` returned.")
+        now, was = self._settings(), state["settings"]
+        for name in now:
+            if now[name] != was.get(name):
+                raise UsageError(
+                    f"The state is of a Private with {name} {was.get(name)}, this one has "
+                    f"{now[name]}: the noise to come would be that of the other. Make it with the "
+                    "same settings, or a new one that draws its own noise, and set its `steps`."
+                )
+        self._generator.set_state(state["generator"].cpu())
+        self.steps, self.left_out = int(state["steps"]), int(state["left_out"])
+        self._at, self._resumed = int(state["epoch_steps"]), True
+        self._before = self._loop = None
+        self._sums, self._waiting = {}, None
 
     def epsilon(self, delta: float) -> float:
         """The epsilon of the steps so far, for a delta, by Opacus's accountant.
