@@ -1,5 +1,6 @@
 """FSDP2 (`fully_shard`) on two processes: each rank's own examples, nothing else changes."""
 
+import faulthandler
 import os
 import warnings
 from collections.abc import Callable
@@ -92,6 +93,7 @@ def grads_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _enter(rank: int, work: Callable[[int], None], folder: str) -> None:
+    faulthandler.enable()  # weights that FSDP has freed end the process when they are read
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/meet")
     try:
