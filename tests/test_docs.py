@@ -4,7 +4,7 @@ import dataclasses
 import re
 import tomllib
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -23,7 +23,17 @@ def blocks(page: Path) -> list[tuple[int, str]]:
     return [(text.count("\n", 0, m.start(1)), m.group(1)) for m in BLOCK.finditer(text)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+# Their examples need packages that only `make integrations` installs.
+OTHERS = {"hugging-face.md", "lightning.md", "private.md"}
+
+
+def marked(page: Path) -> Any:
+    theirs = [pytest.mark.integrations, pytest.mark.filterwarnings("ignore")]
+    marks = theirs if page.name in OTHERS else []
+    return pytest.param(page, id=page.name, marks=marks)
+
+
+@pytest.mark.parametrize("page", [marked(page) for page in PAGES])
 def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
