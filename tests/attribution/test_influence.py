@@ -110,6 +110,10 @@ def test_sums_over_checkpoints(name: str, cosine: bool, dtype: torch.dtype, tmp_
     torch.save(states[1], tmp_path / "1.pt")
     other = job(name, dtype).model
     other.load_state_dict(states[2])
+    if not cosine:
+        task.model.load_state_dict(states[2])
+        other = task.model.state_dict()  # the model's own memory, which others are put into
+        before = {n: t.clone() for n, t in other.items()}
     sources = [states[0], tmp_path / "1.pt", other]
     found = pergrad.influence(
         task, queries, tmp_path / "f", checkpoints=sources, rates=rates, cosine=cosine,

@@ -276,14 +276,22 @@ def test_scan_in_json(pergrad_: Run, file: Path, tmp_path: Path) -> None:
 
 def test_scan_passes_its_options_on(pergrad_: Run, file: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores"
+    torch.save(torch.nn.Linear(3, 2).state_dict(), tmp_path / "early.pt")
     code, _, _ = pergrad_(
         "scan", f"{file}:job", "-o", out, "--batch-size", 7, "--groups", "parameter", "--device",
         "cpu", "--mode", "as-is", "--against", f"few={file}:valid", "--against", f"{file}:several",
-        "--quiet",
+        "--quiet", "--checkpoints", tmp_path / "early.pt", "--checkpoints",
+        f"x={tmp_path}/early.pt",
     )  # fmt: skip
     assert code == 0
     columns = set(pergrad.open_scores(out).table().column_names)
     assert {"norm:weight", "norm:bias", "dot:few", "cosine:few", "dot:a", "dot:b"} <= columns
+    assert {"loss@early", "norm@x", "loss@mean"} <= columns
+    code, _, said = pergrad_(
+        "scan", f"{file}:job", "-o", out, "--checkpoints", "a/1.pt", "--checkpoints", "b/1.pt"
+    )
+    assert code == 1
+    assert "Two files of --checkpoints have the name 1. Write --checkpoints NAME=b/1.pt" in said
 
 
 def test_examples_that_mix_are_refused_unless_paid_for(

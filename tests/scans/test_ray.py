@@ -60,7 +60,12 @@ def test_the_table_is_that_of_the_local_engine(cluster: str, tmp_path: Path) -> 
     scored = job(data, key=lambda i: f"example {i}", show=lambda i: threading.Lock())
     ones = [torch.ones_like(p) for p in scored.model.parameters()]
     three = pergrad.gradients(losses(scored.model, data.x[:3]), scored.model)
-    more = {"groups": "layer", "against": {"ones": ones, "three": three}}
+    zeros = {n: torch.zeros_like(t) for n, t in scored.model.state_dict().items()}
+    more = {
+        "groups": "layer",
+        "against": {"ones": ones, "three": three},
+        "checkpoints": {"zeros": zeros, "now": scored.model.state_dict()},
+    }
     expected = locally(scored, tmp_path / "local", **more).table()
     scores = on_workers(scored, tmp_path / "ray", **more)
     assert scores.complete

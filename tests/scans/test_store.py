@@ -497,7 +497,7 @@ def test_the_manifest_says_what_was_scored(tmp_path: Path) -> None:
 
 
 def test_weights_are_told_apart_in_any_form() -> None:
-    from pergrad.scans.manifest import hash_of_tensors
+    from pergrad.scans.tensors import hash_of_tensors
 
     x = torch.arange(6.0).reshape(2, 3)
     forms = {

@@ -40,9 +40,10 @@ if how.get("failing"):
 elif how.get("apart"):
     out += f"-{rank}"
 seed = rank if how.get("differ") else 0
+points = [job(data, seed=7).model] if how.get("checkpoints") else None
 try:
     scores = pergrad.scan(job(data, seed=seed), out, engine="torchrun", batch_size=4,
-                          progress=False)
+                          progress=False, checkpoints=points)
     said = f"{len(scores)} scores, {dist.is_initialized()}"
 except pergrad.PergradError as error:
     said = f"{type(error).__name__}: {error}"
@@ -98,20 +99,22 @@ def by_hand(out: Path, **how: object) -> list[int]:
     return [rank.wait(timeout=300) for rank in ranks]
 
 
-def expected(tmp_path: Path) -> object:
-    return pergrad.scan(job(Examples(30)), tmp_path / "local", batch_size=4, progress=False).table()
+def expected(tmp_path: Path, **more: object) -> object:
+    task = job(Examples(30))
+    return pergrad.scan(task, tmp_path / "local", batch_size=4, progress=False, **more).table()
 
 
 def test_ranks_share_a_data_set_and_all_see_the_whole(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert torchrun(tmp_path, out) == 0
+    assert torchrun(tmp_path, out, checkpoints=True) == 0
     assert said(out) == ["30 scores, False"] * 2
     scores = pergrad.open_scores(out)
-    assert scores.table().equals(expected(tmp_path))
+    points = [job(Examples(30), seed=7).model]
+    assert scores.table().equals(expected(tmp_path, checkpoints=points))
     assert scores.manifest["finished"]
     assert len(list((out / "parts").iterdir())) == 2  # one from each
     before = scores.table()
-    assert torchrun(tmp_path, out) == 0  # again, into one that is complete
+    assert torchrun(tmp_path, out, checkpoints=True) == 0  # again, into one that is complete
     assert said(out) == ["30 scores, False"] * 2
     assert pergrad.open_scores(out).table().equals(before)
 

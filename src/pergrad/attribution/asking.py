@@ -12,10 +12,11 @@ from typing import Any
 from torch import nn
 
 from pergrad.attribution import kernel
+from pergrad.attribution.adam import Adam, adam_of
 from pergrad.attribution.batches import Batches, described
-from pergrad.attribution.checkpoints import Adam, Checkpoint, adam_of
 from pergrad.attribution.fit import DAMPING, Fit, check_damping
 from pergrad.errors import UsageError
+from pergrad.scans.checkpoints import Checkpoint
 from pergrad.scans.job import Job
 
 REFINED_DAMPING = 1.0  # of the mean of Lambda, measured: with .1 five steps are worse than none

@@ -14,6 +14,7 @@ Does not know: what its arguments may be (`asking`), how files are read again (`
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from os import PathLike
 from typing import Any, Literal, Unpack
 
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 
 from pergrad import api
 from pergrad.attribution import kernel, ranking, shown
+from pergrad.attribution.adam import step_cosines
 from pergrad.attribution.asking import Asked, asked
 from pergrad.attribution.batches import Batch, Batches, check_evaluating, check_job, described
-from pergrad.attribution.checkpoints import of_its_own, step_cosines, weights_kept
 from pergrad.attribution.fit import Fit
 from pergrad.attribution.folder import Folder, differences, tensors_from_bytes, tensors_to_bytes
 from pergrad.attribution.found import WHAT, Influence
@@ -38,6 +39,7 @@ from pergrad.extras import need
 from pergrad.factors.numeric import bytes_of
 from pergrad.factors.workspace import chunks, free_bytes, limit
 from pergrad.matrix import GradientMatrix
+from pergrad.scans.checkpoints import of_its_own, weights_kept
 from pergrad.scans.job import Job
 from pergrad.scans.scorer import prepared
 
@@ -153,6 +155,8 @@ def influence(
         if what.fit is not None:
             what.check_weights(job)
             what.check_weights(about.batches.job)
+        own = tuple(each.apart(list(models.values())) for each in what.checkpoints)
+        what = replace(what, checkpoints=own)
         batches = Batches(job, batch_size or about.batches.size, seed)
         run = _Run(folder, batches, about, what, options)
         if what.checkpoints:

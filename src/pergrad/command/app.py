@@ -119,6 +119,7 @@ def _root(
 _SPELLED: dict[str, tuple[Any, dict[str, Any]]] = {
     "batch_size": (str, {"metavar": "N|auto"}),
     "against": (list[str], {"metavar": "[NAME=]FILE.py:FUNCTION"}),
+    "checkpoints": (list[str], {"metavar": "[NAME=]FILE"}),
     "groups": (_choice("Groups", *get_args(options.Grouping)), {}),
     "mode": (_choice("Mode", *get_args(options.Mode)), {}),
     "device": (str, {}),
@@ -200,6 +201,7 @@ def scan(
         pergrad scan train.py:job --out scores
         pergrad scan train.py:job --out scores --groups layer --batch-size 64
         pergrad scan train.py:job --out scores --against valid=train.py:valid
+        pergrad scan train.py:job --out scores --checkpoints epoch1.pt --checkpoints epoch2.pt
         pergrad scan mypackage.jobs:job --out scores --engine ray --workers 4
         torchrun --nproc-per-node 4 -m pergrad scan train.py:job --out scores --engine torchrun
         pergrad scan train.py:job --out scores --json | jq .failed
@@ -216,6 +218,7 @@ def scan(
         from pergrad.command import jobs
 
         chosen_job = jobs.job(job)
+        asked["checkpoints"] = jobs.checkpoints(asked["checkpoints"] or [])
         asked["against"] = jobs.references(asked["against"] or [], chosen_job, asked)
         scores = pergrad.scan(chosen_job, out, **asked, source=job, command=again())
     if os.environ.get("RANK", "0") != "0" and asked["engine"] == "torchrun":

@@ -128,6 +128,28 @@ def references(texts: list[str], job: Job, asked: Mapping[str, Any]) -> dict[str
     return found
 
 
+def checkpoints(texts: list[str]) -> dict[str, Path] | None:
+    """The files of --checkpoints by name: what stands before the first =, or the file's own.
+
+    >>> checkpoints(["runs/epoch-1.pt", "last=runs/epoch-9.pt"])
+    {'epoch-1': PosixPath('runs/epoch-1.pt'), 'last': PosixPath('runs/epoch-9.pt')}
+
+    Raises:
+        UsageError: two have one name.
+    """
+    found: dict[str, Path] = {}
+    for text in texts:
+        name, equals, file = text.partition("=")
+        path = Path(file if equals else text)
+        name = name if equals else path.stem
+        if name in found:
+            raise UsageError(
+                f"Two files of --checkpoints have the name {name}. Write --checkpoints NAME={path}."
+            )
+        found[name] = path
+    return found or None
+
+
 def _is_file(where: str) -> bool:
     return where.endswith(".py") or os.sep in where
 

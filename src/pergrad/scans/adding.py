@@ -26,39 +26,51 @@ import pyarrow.compute as pc
 from pergrad import folders
 from pergrad.errors import StoreError
 from pergrad.scans import manifest
+from pergrad.scans.form import MEANS, mean_of, means_of
 from pergrad.scans.options import ScanOptions
 from pergrad.scans.store import Store, disk, schema
 from pergrad.scans.text import printable
 from pergrad.scans.work import Work
 
-_GROUPED = ("norm:", "dot:", "cosine:")
+_ADDABLE = ("norm:", "dot:", "cosine:", "loss@", "norm@")
 
 
 @dataclass(frozen=True)
 class Added:
-    """What is new in a request: groups, references, and their columns."""
+    """What is new in a request: groups, references, checkpoints, and their columns."""
 
     groups: tuple[str, ...]
     references: tuple[str, ...]
-    columns: tuple[str, ...]
+    checkpoints: tuple[str, ...]
+    columns: tuple[str, ...]  # in order
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The new columns that have to be scored; means follow from others."""
+        return tuple(name for name in self.columns if name not in MEANS)
+
+    @property
+    def means(self) -> bool:
+        """Whether the means over checkpoints are new or become others."""
+        return bool(self.checkpoints) or any(name in MEANS for name in self.columns)
 
     @property
     def place(self) -> str:
         """The folder of the scan for them."""
-        return f"adding-{manifest.hash_of_strings(self.columns)[:12]}"
+        return f"adding-{manifest.hash_of_strings(self.scored)[:12]}"
 
 
 def added(old: Mapping[str, Any], new: Mapping[str, Any]) -> Added | None:
     """What a manifest has more than a finished one; None if that is not all that differs."""
     before, after = old["settings"], new["settings"]
     names = {}
-    for kind in ("groups", "against"):
+    for kind in ("groups", "against", "checkpoints"):
         had, has = before.get(kind) or {}, after.get(kind) or {}
         if any(name not in has for name in had):
             return None
         names[kind] = [name for name in has if name not in had]
     columns = [name for name in new["columns"] if name not in old["columns"]]
-    if not columns or not all(name.startswith(_GROUPED) for name in columns):
+    if not columns or not all(name.startswith(_ADDABLE) for name in columns):
         return None
     if any(name not in new["columns"] for name in old["columns"]) or not old["finished"]:
         return None
@@ -69,7 +81,8 @@ def added(old: Mapping[str, Any], new: Mapping[str, Any]) -> Added | None:
     alike = {**new, "columns": old["columns"], "settings": {**after, **fewer}}
     if manifest.differences(old, alike):
         return None
-    return Added(tuple(names["groups"]), tuple(names["against"]), tuple(columns))
+    groups, references, points = (tuple(each) for each in names.values())
+    return Added(groups, references, points, tuple(columns))
 
 
 def options_for(options: ScanOptions, new: Added, work: Work, command: str | None) -> ScanOptions:
@@ -78,6 +91,7 @@ def options_for(options: ScanOptions, new: Added, work: Work, command: str | Non
         options,
         groups={name: work.settings.groups[name] for name in new.groups} or None,
         against={r.name: r.value for r in work.references if r.name in new.references} or None,
+        checkpoints=None,  # the request has them
         batch_size=work.settings.batch_size,
         resume=True,
         rescore=options.rescore or "failed",  # it may have been a disk that was away
@@ -85,15 +99,21 @@ def options_for(options: ScanOptions, new: Added, work: Work, command: str | Non
     )
 
 
-def put_beside(store: Store, staged: Store, new: Mapping[str, Any]) -> None:
+def put_beside(store: Store, staged: Store | None, new: Mapping[str, Any], what: Added) -> None:
     """Give every part the columns that were scored apart, and say so in the manifest.
 
     Raises:
         StoreError: an example that has scores could not be scored for them.
     """
-    extra = [name for name in new["columns"] if name not in store.columns]
-    rows_of = _Staged(staged, extra)
-    _refuse_failures(store, staged)
+    extra = list(what.scored)
+    rows_of = None if staged is None else _Staged(staged, extra)
+    if staged is not None:
+        _refuse_failures(store, staged)
+    means = means_of(new["columns"]) if what.means else {}
+    if any(name in store.columns for name in means):
+        # of some parts they are over more checkpoints soon: nobody is to read them meanwhile
+        left = {name: about for name, about in store.columns.items() if name not in means}
+        store.save({**(store.manifest or {}), "columns": left})
     wanted = schema(new["columns"])
     _remove(store, store.superseded())
     for part in store.parts():
@@ -101,19 +121,30 @@ def put_beside(store: Store, staged: Store, new: Mapping[str, Any]) -> None:
         if content is None:
             continue  # the survey has named it before
         table = store.whole(part, content)
-        if not set(extra) <= set(table.column_names):
-            index = table["index"].to_numpy()
-            more = rows_of(index)
+        if means or not set(extra) <= set(table.column_names):
+            columns = dict(zip(table.column_names, table.columns, strict=True))
             failed = pc.is_valid(table["error"])
-            for name in extra:
-                column = pc.if_else(failed, pa.scalar(None, more[name].type), more[name])
-                table = table.append_column(wanted.field(name), column)
-            arrays = [table[name].cast(wanted.field(name).type) for name in wanted.names]
-            store.add(pa.Table.from_arrays(arrays, schema=wanted))
-            _remove(store, [part.path])
+            if rows_of is not None:
+                columns |= _where(failed, rows_of(table["index"].to_numpy()), extra)
+            for mean, over in means.items():
+                rows = [columns[name].to_numpy() for name in over]
+                values = pa.array(mean_of(rows), wanted.field(mean).type)
+                columns[mean] = pc.if_else(failed, pa.scalar(None, values.type), values)
+            arrays = [columns[name].cast(wanted.field(name).type) for name in wanted.names]
+            again = store.add(pa.Table.from_arrays(arrays, schema=wanted))
+            if again.path != part.path:
+                _remove(store, [part.path])
     store.save(dict(new))
-    with disk(store.folder):
-        shutil.rmtree(staged.folder)
+    if staged is not None:
+        with disk(store.folder):
+            shutil.rmtree(staged.folder)
+
+
+def _where(failed: pa.Array, more: pa.Table, names: Sequence[str]) -> dict[str, Any]:
+    """Columns of a table, null for what has failed."""
+    return {
+        name: pc.if_else(failed, pa.scalar(None, more[name].type), more[name]) for name in names
+    }
 
 
 def forget(store: Store) -> None:

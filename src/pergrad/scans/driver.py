@@ -6,7 +6,7 @@ Does not know: how a block is scored (the engine does), or the files' form (the 
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -20,7 +20,7 @@ import pyarrow as pa
 from pergrad import inputs
 from pergrad.engine.run import Options as VerbOptions
 from pergrad.errors import StoreError
-from pergrad.scans import form, manifest, progress
+from pergrad.scans import checkpoints, form, manifest, progress
 from pergrad.scans.adding import Added, added, forget, options_for, put_beside
 from pergrad.scans.groups import resolve_groups
 from pergrad.scans.job import Job
@@ -35,7 +35,7 @@ from pergrad.scans.runners.ray import OnRay
 from pergrad.scans.scorer import sensible_batch_size
 from pergrad.scans.store import Store, Survey, locked, say_damaged, say_damaged_file
 from pergrad.scans.text import printable
-from pergrad.scans.work import Engine, Reference, Settings, Work
+from pergrad.scans.work import Engine, Settings, Work
 from pergrad.scans.writer import Writer
 
 
@@ -48,14 +48,15 @@ class Request:
     options: ScanOptions
     engine: Engine
     groups: Mapping[str, tuple[str, ...]]
+    checkpoints: Mapping[str, checkpoints.Checkpoint]
 
 
 def request(job: Job, folder: Path, options: ScanOptions) -> Request:
     """A job, a folder and options, made ready.
 
     Raises:
-        UsageError: the job has no such groups, an option of the verbs is wrong, or the engine
-            or the device cannot be had.
+        UsageError: the job has no such groups, checkpoints are none, an option of the verbs is
+            wrong, or the engine or the device cannot be had.
     """
     VerbOptions(**options.of_the_verbs)
     if options.device is not None:
@@ -66,7 +67,8 @@ def request(job: Job, folder: Path, options: ScanOptions) -> Request:
         engine: Engine = OnRay(options.workers, options.address)
     else:  # torchrun is the local engine on every rank
         engine = Local(options.workers or 0)
-    return Request(job, folder, options, engine, resolve_groups(options.groups, job))
+    groups = resolve_groups(options.groups, job)
+    return Request(job, folder, options, engine, groups, checkpoints.named(options.checkpoints))
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +116,18 @@ def run(request: Request, *, alone: bool = True) -> Store:
 def _add(request: Request, scan: Opened, new: Added) -> None:
     """Score the new columns in a folder of their own, then put them beside the others."""
     command = scan.manifest["command"]
-    options = options_for(request.options, new, scan.work, command)
-    groups = {name: scan.work.settings.groups[name] for name in new.groups}
-    own = replace(
-        request, folder=request.folder / new.place, options=options, groups=groups,
-        job=replace(request.job, key=None, show=None),
-    )  # fmt: skip
-    staged = run(own, alone=False)
-    put_beside(scan.store, staged, scan.manifest)
+    staged = None
+    if new.scored:
+        own = replace(
+            request,
+            folder=request.folder / new.place,
+            options=options_for(request.options, new, scan.work, command),
+            groups={name: scan.work.settings.groups[name] for name in new.groups},
+            checkpoints={name: request.checkpoints[name] for name in new.checkpoints},
+            job=replace(request.job, key=None, show=None),
+        )
+        staged = run(own, alone=False)
+    put_beside(scan.store, staged, scan.manifest, new)
     finish(request, scan)
 
 
@@ -168,8 +174,9 @@ def described(
     """What is to be scored, for the engine and for the manifest; `old` is the manifest there is."""
     settings = _settings(request, old)
     references = references_for(request.job, request.options.against or {}, store, settings)
-    work = Work(request.job, settings, references, proven=old is not None)
-    return work, _manifest(request, settings, references)
+    points = checkpoints.ready(request.checkpoints, request.job.model)
+    work = Work(request.job, settings, references, points, proven=old is not None)
+    return work, _manifest(request, work)
 
 
 def _reopened(
@@ -279,12 +286,11 @@ def _settings(request: Request, old: Mapping[str, Any] | None) -> Settings:
     )
 
 
-def _manifest(
-    request: Request, settings: Settings, references: Sequence[Reference]
-) -> dict[str, Any]:
-    as_dict = settings.as_dict()
-    as_dict["groups"] = {name: list(members) for name, members in settings.groups.items()}
-    as_dict["against"] = {r.name: {"rows": len(r.norms), "hash": r.hash} for r in references}
+def _manifest(request: Request, work: Work) -> dict[str, Any]:
+    as_dict = work.settings.as_dict()
+    as_dict["groups"] = {name: list(members) for name, members in work.settings.groups.items()}
+    as_dict["against"] = {r.name: {"rows": len(r.norms), "hash": r.hash} for r in work.references}
+    as_dict["checkpoints"] = {point.name: point.hash for point in work.checkpoints}
     return {
         "format": form.FORMAT,
         "version": form.VERSION,
@@ -293,7 +299,7 @@ def _manifest(
         "job": request.options.source,
         "scored": manifest.scored(request.job),
         "settings": as_dict,
-        "columns": manifest.columns(request.job, settings, references),
+        "columns": manifest.columns(work),
         "finished": False,
         "counts": {},
     }

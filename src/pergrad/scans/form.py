@@ -5,7 +5,7 @@ have.
 Does not know: torch, files, or what was scored.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pergrad.errors import StoreError, UsageError
@@ -14,12 +14,34 @@ from pergrad.scans.text import printable, storable
 FORMAT = "pergrad scores"
 VERSION = 1
 TYPES = ("int64", "float", "double", "string")
+MEANS = ("loss@mean", "norm@mean")  # over checkpoints
 ALWAYS = {"index": ("int64",), "loss": ("float", "double"), "norm": ("float", "double"),
           "error": ("string",)}  # fmt: skip
 
 
+def means_of(columns: Iterable[str]) -> dict[str, list[str]]:
+    """The means over checkpoints that some columns have, each with the columns that it is over.
+
+    >>> means_of(["loss", "norm", "loss@a", "norm@a", "loss@b", "norm@b"])
+    {'loss@mean': ['loss@a', 'loss@b'], 'norm@mean': ['norm@a', 'norm@b']}
+    """
+    single = [name for name in columns if name not in MEANS]
+    found = {mean: [n for n in single if n.startswith(mean.removesuffix("mean"))] for mean in MEANS}
+    return {mean: over for mean, over in found.items() if over}
+
+
+def mean_of(rows: Sequence[Any]) -> Any:
+    """The mean of numpy's columns, in float64 and in their order, so that it is always the same."""
+    return sum(row.astype("float64") for row in rows) / len(rows)
+
+
 def columns_of(
-    *, double: bool, keys: bool, groups: Mapping[str, Iterable[str]], references: Iterable[str]
+    *,
+    double: bool,
+    keys: bool,
+    groups: Mapping[str, Iterable[str]],
+    references: Iterable[str],
+    checkpoints: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The table's columns in order: type (Arrow's name), unit, meaning.
 
@@ -50,6 +72,13 @@ def columns_of(
     for name in references:
         add(f"dot:{name}", number, f"({norm})²", f"inner product with the reference {name}")
         add(f"cosine:{name}", number, "", f"cosine with the reference {name}; 0 for no gradient")
+    for name in checkpoints:
+        add(f"loss@{name}", number, "loss", f"loss with the weights of the checkpoint {name}")
+        add(f"norm@{name}", number, norm, f"norm with the weights of the checkpoint {name}")
+    if checkpoints:
+        over = f"over the {len(checkpoints)} checkpoints"
+        add("loss@mean", number, "loss", f"mean of the losses {over}")
+        add("norm@mean", number, norm, f"mean of the norms {over}")
     add("error", "string", "", "why the example has no scores; null where it has")
     return found
 
@@ -122,7 +151,7 @@ def _wrong(manifest: dict[str, Any]) -> str | None:
             return "scored.parameters has something else than [name, shape, dtype]"
     if not isinstance(scored.get("keys_hash"), (str, type(None))):
         return "scored.keys_hash is no text"
-    for name in ("groups", "options", "against"):
+    for name in ("groups", "options", "against", "checkpoints"):
         if not isinstance(settings.get(name, {}), dict):
             return f"settings.{name} is not an object"
     for name, about in columns.items():

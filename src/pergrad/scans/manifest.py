@@ -15,22 +15,15 @@ from pergrad import api, inputs
 from pergrad.errors import UsageError
 from pergrad.scans.form import columns_of
 from pergrad.scans.job import Job
-from pergrad.scans.tensors import bits, plain_parts
+from pergrad.scans.tensors import hash_of_tensors
 from pergrad.scans.text import message_of, storable
-from pergrad.scans.work import Reference, Settings
+from pergrad.scans.work import Work
 from pergrad.version import __version__
 
-
-def hash_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    """128 bits over names, dtypes, shapes and numbers."""
-    digest = blake2b(digest_size=16)
-    for name, tensor in named:
-        for values in plain_parts(tensor):
-            digest.update(
-                f"{name} {values.dtype} {tuple(values.shape)}".encode("utf-8", "backslashreplace")
-            )
-            digest.update(bits(values.cpu()).numpy().data)
-    return digest.hexdigest()
+NAMED = {
+    "against": "reference",
+    "checkpoints": "checkpoint",
+}  # settings by name -> the word for one
 
 
 def hash_of_strings(strings: Iterable[str]) -> str:
@@ -85,13 +78,14 @@ def scored(job: Job) -> dict[str, Any]:
     }
 
 
-def columns(job: Job, settings: Settings, references: Iterable[Reference]) -> dict[str, Any]:
+def columns(work: Work) -> dict[str, Any]:
     """The table's columns in order: type (Arrow's name), unit, meaning."""
     return columns_of(
-        double=api.result_dtype(parameters_of(job)) == torch.float64,
-        keys=job.key is not None,
-        groups=settings.groups,
-        references=[name for reference in references for name in reference.columns],
+        double=api.result_dtype(parameters_of(work.job)) == torch.float64,
+        keys=work.job.key is not None,
+        groups=work.settings.groups,
+        references=[name for reference in work.references for name in reference.columns],
+        checkpoints=[point.name for point in work.checkpoints],
     )
 
 
@@ -110,15 +104,16 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     elif was["keys_hash"] != now["keys_hash"]:
         found.append("the keys of the examples have changed")
     before, after = old["settings"], new["settings"]
-    against_before, against_after = before.get("against", {}), after.get("against", {})
-    for name in {**against_before, **against_after}:
-        if name not in against_after:
-            found.append(f"the reference {name!r} is not given any more")
-        elif name not in against_before:
-            found.append(f"the reference {name!r} is new")
-        elif against_before[name] != against_after[name]:
-            found.append(f"the reference {name!r} has other values")
-    for name in sorted({*before, *after} - {"batch_size", "automatic", "device", "against"}):
+    for kind, word in NAMED.items():
+        had, has = before.get(kind, {}), after.get(kind, {})
+        for name in {**had, **has}:
+            if name not in has:
+                found.append(f"the {word} {name!r} is not given any more")
+            elif name not in had:
+                found.append(f"the {word} {name!r} is new")
+            elif had[name] != has[name]:
+                found.append(f"the {word} {name!r} has other values")
+    for name in sorted({*before, *after} - {"batch_size", "automatic", "device", *NAMED}):
         if before.get(name) != after.get(name):
             found.append(f"{name} was {before.get(name)!r} and is {after.get(name)!r}")
     mixing = before.get("options", {}).get("on_mixing") == "exact"

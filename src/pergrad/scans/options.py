@@ -13,6 +13,7 @@ from pergrad.errors import UsageError
 if TYPE_CHECKING:
     from pergrad.inputs import Direction
     from pergrad.matrix import GradientMatrix
+    from pergrad.scans.checkpoints import Source
     from pergrad.scans.job import Gradients, MeanGradient
 
 Mode = Literal["eval", "train", "as is", "as-is"]  # the last two are the same
@@ -50,6 +51,13 @@ class ScanOptions:
     )
     groups: Grouping | Mapping[str, Sequence[str]] | None = field(
         default=None, metadata=_help("Also the norm of each layer's or parameter's gradient.")
+    )
+    checkpoints: "Sequence[Source] | Mapping[str, Source] | None" = field(
+        default=None,
+        metadata=_help(
+            "Also loss and norm with other weights of the model, a state dict of torch.save or "
+            "safetensors, and their means over all of these. May be repeated."
+        ),
     )
     mode: Mode = field(
         default="eval",

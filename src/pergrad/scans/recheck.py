@@ -4,6 +4,8 @@ Owns: which finished batches are scored again, and by how much their numbers may
 Does not know: what a manifest can tell; it is asked after that.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 
@@ -22,7 +24,7 @@ def recheck(store: Store, work: Work, survey: Survey) -> None:
     if not len(good):
         return
     size, total = work.settings.batch_size, len(survey.present)
-    scorer = Scorer(work)
+    scorer = Scorer(replace(work, checkpoints=()))  # these are known by their hashes
     stored = {name: np.full(total, np.nan) for name in ("loss", "norm")}
     firsts = sorted({int(good[0]) // size * size, int(good[-1]) // size * size})
     blocks = [range(lo, min(lo + size, total)) for lo in firsts]

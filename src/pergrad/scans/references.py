@@ -20,6 +20,7 @@ from pergrad.scans.job import Gradients, Job, MeanGradient
 from pergrad.scans.mistakes import check_reference
 from pergrad.scans.reference_data import mean_gradient, single_gradients
 from pergrad.scans.store import Store
+from pergrad.scans.tensors import hash_of_tensors
 from pergrad.scans.text import printable
 from pergrad.scans.work import Reference, Settings
 
@@ -39,7 +40,7 @@ def references_for(
             _check_shapes(name, value, shapes)
             norms = tuple(value.norms().double().tolist())
             rows = (item for k in range(len(value)) for item in value[k].dense().items())
-            found.append(Reference(name, value, norms, manifest.hash_of_tensors(rows)))
+            found.append(Reference(name, value, norms, hash_of_tensors(rows)))
         else:
             if isinstance(value, MeanGradient):
                 value = _mean(job, store, settings, name, value)
@@ -47,7 +48,7 @@ def references_for(
             v = inputs.direction(value, shapes, devices, f"against[{name!r}]")
             v = {n: part.detach() for n, part in v.items()}
             norm = float(torch.stack([p.double().cpu().norm() for p in v.values()]).norm())
-            found.append(Reference(name, v, (norm,), manifest.hash_of_tensors(v.items())))
+            found.append(Reference(name, v, (norm,), hash_of_tensors(v.items())))
         if not all(map(math.isfinite, found[-1].norms)):
             raise UsageError(
                 f"The reference against[{name!r}] has numbers that are not finite, so no inner "

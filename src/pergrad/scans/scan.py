@@ -59,7 +59,8 @@ def scan(job: Job, out: str | PathLike[str], options: ScanOptions) -> Scores:  #
     """Score every example of a data set, and keep the scores in a folder.
 
     For each example its loss and the L2 norm of its gradient; on request the norm for each group of
-    parameters, and the inner product and cosine with given gradients. Goes on where an earlier scan
+    parameters, the inner product and cosine with given gradients, and loss and norm at several
+    checkpoints. Goes on where an earlier scan
     into the same folder stopped, for whatever reason it did.
 
     Args:
@@ -77,6 +78,10 @@ def scan(job: Job, out: str | PathLike[str], options: ScanOptions) -> Scores:  #
         against: name -> what to compare each example's gradient with: a GradientMatrix (a column
             for each row), a direction as in `pergrad.dots`, or the gradients that a
             `MeanGradient` or `Gradients` stands for, made in the mode of this scan.
+        checkpoints: other weights of the model, a list or name -> state dict, module, file (of
+            torch.save or safetensors), or function that returns one: columns `loss@NAME` and
+            `norm@NAME` for each, and `loss@mean`, `norm@mean` over all of them. A file of a list
+            has the file's name, anything else in it its number.
         groups: "layer", "parameter", or name -> names of parameters: a norm for each.
         mode: "eval" (dropout off, batch norm by its running statistics), "train", or "as is".
         device: where to compute; the model is moved there and back. Default: where it is.
@@ -104,8 +109,8 @@ def scan(job: Job, out: str | PathLike[str], options: ScanOptions) -> Scores:  #
         MissingExtraError: a package is missing; `pip install 'pergrad[scan]'` brings it.
 
     Cost: that of `pergrad.norms` on each batch and a few per cent; with references that of
-        `pergrad.gradients`. Memory does not grow with the data set, but for a few bytes per
-        example.
+        `pergrad.gradients`, and with checkpoints once more for each. Memory does not grow with the
+        data set, but for a few bytes per example; checkpoints are held in it.
 
         >>> import tempfile, torch, pergrad
         >>> model = torch.nn.Linear(2, 1, bias=False)

@@ -5,6 +5,7 @@ example cannot be scored, and the columns' numbers.
 Does not know: files, or which blocks are left to do.
 """
 
+import copy
 import math
 import random
 import warnings
@@ -22,7 +23,8 @@ from pergrad import api
 from pergrad.errors import PergradError, UsageError
 from pergrad.factors.workspace import free_bytes
 from pergrad.matrix import GradientMatrix
-from pergrad.scans import manifest
+from pergrad.scans import checkpoints, manifest
+from pergrad.scans.form import MEANS, mean_of, means_of
 from pergrad.scans.job import Job
 from pergrad.scans.mistakes import hint
 from pergrad.scans.model_state import prepared as prepared  # where others look for it
@@ -121,7 +123,7 @@ class Scorer:
         self._patience = PATIENCE
         self._params = manifest.parameters_of(work.job)
         self._home = home_of(self._params)
-        self._columns = manifest.columns(work.job, work.settings, work.references)
+        self._columns = manifest.columns(work)
         self._schema = schema(self._columns)
         self._dtype: type[np.generic] = (
             np.float64 if self._columns["loss"]["type"] == "double" else np.float32
@@ -129,6 +131,8 @@ class Scorer:
         self._numbers = [n for n, c in self._columns.items() if c["type"] in ("float", "double")]
         # With weights that are not finite every example would be looked at alone, for nothing.
         self._finite = all_finite([*self._params.values(), *work.job.model.parameters()])
+        self._states = [point.load(work.job.model) for point in work.checkpoints]
+        self._watched = self._rows_of_finite_weights()
         self._hopeful = work.proven
         self._failed = 0
         self._nulls: pa.Array | None = None
@@ -154,8 +158,9 @@ class Scorer:
             ready = fetched if fetched is not None and fetched.block == piece else None
             found, error = self._attempt(piece, ready)
             if error is None:
+                assert found is not None
                 at = piece[0] - block[0]
-                values[:, at : at + len(piece)] = found
+                values[: len(found), at : at + len(piece)] = found
                 self._hopeful = True
             elif out_of_memory(error) and not self.work.settings.automatic and len(piece) > 1:
                 raise UsageError(
@@ -184,6 +189,9 @@ class Scorer:
                 stacklevel=2,
             )
         self._alone(block, values, errors)
+        for mean, over in means_of(self._numbers).items():
+            rows = [values[self._numbers.index(name)] for name in over]
+            values[self._numbers.index(mean)] = mean_of(rows)
         return self._table(block, values, errors)
 
     def _size(self) -> int:
@@ -216,7 +224,9 @@ class Scorer:
     def _attempt(
         self, piece: range, ready: Fetched | None
     ) -> tuple[np.ndarray, None] | tuple[None, Exception]:
-        """Numbers (columns, examples), or what went wrong if that may be an example's fault."""
+        """Numbers (columns but the means, examples), or what went wrong if that may be an example's
+        fault.
+        """
         try:
             return self._numbers_of(piece, ready), None
         except (PergradError, Warning):
@@ -229,18 +239,45 @@ class Scorer:
 
     def _numbers_of(self, piece: range, ready: Fetched | None) -> np.ndarray:
         work = self.work
-        if ready is None:
-            batch = fetch(work.job.collate, work.job.data, piece, work.settings.seed)
-        else:
-            batch = ready.batch
-        if self._home is not None and self._home.type != "cpu":
-            batch = to_device(batch, self._home)
-        seed_for(work.settings.seed, piece[0])
-        losses = work.job.losses(work.job.model, batch)
+        batch = self._batch(piece) if ready is None else self._here(ready.batch)
+        if not self._states:
+            losses = self._losses(batch, piece)
+            return torch.stack([_wide(losses), *self._gradient_columns(losses)]).numpy()
+        # each pass has a batch of its own: a function of losses may change it
+        losses = self._losses(self._another(batch, piece), piece)
+        rows = [_wide(losses), *self._gradient_columns(losses)]
+        with checkpoints.weights_kept([work.job.model]):
+            for state in self._states:
+                checkpoints.put(work.job.model, state)
+                losses = self._losses(self._another(batch, piece), piece)
+                norms = api.norms(losses, self._params, **work.settings.options)
+                rows += [_wide(losses), _wide(norms)]
+        return torch.stack(rows).numpy()
+
+    def _batch(self, piece: range) -> Any:
+        work = self.work
+        return self._here(fetch(work.job.collate, work.job.data, piece, work.settings.seed))
+
+    def _here(self, batch: Any) -> Any:
+        """A batch on the device of the model."""
+        if self._home is None or self._home.type == "cpu":
+            return batch
+        return to_device(batch, self._home)
+
+    def _another(self, batch: Any, piece: range) -> Any:
+        """The batch once more, also where it cannot be copied."""
+        try:
+            return copy.deepcopy(batch)
+        except Exception:
+            return self._batch(piece)
+
+    def _losses(self, batch: Any, piece: range) -> Tensor:
+        """One loss for each example, with the random numbers of its block."""
+        seed_for(self.work.settings.seed, piece[0])
+        losses = self.work.job.losses(self.work.job.model, batch)
         if isinstance(losses, Tensor) and losses.dim() == 1 and len(losses) != len(piece):
             raise UsageError(wrong_count(len(losses), len(piece)))
-        rows = self._gradient_columns(losses)
-        return torch.stack([_wide(losses), *rows]).numpy()
+        return losses
 
     def _gradient_columns(self, losses: Tensor) -> list[Tensor]:
         """The norm, the norm of each group, then product and cosine with each reference: float64 on
@@ -272,13 +309,24 @@ class Scorer:
         """Score again, each alone, the examples whose numbers are not finite: in some ops one bad
         input makes its neighbours' numbers NaN.
         """
-        if not self._finite or len(block) == 1:
+        if not self._watched or len(block) == 1:
             return
-        for at in np.flatnonzero(~np.isfinite(values).all(0)):
+        for at in np.flatnonzero(~np.isfinite(values[self._watched]).all(0)):
             if block[at] not in errors:
                 found, _ = self._attempt(block[at : at + 1], None)
                 if found is not None:
-                    values[:, at] = found[:, 0]
+                    values[: len(found), at] = found[:, 0]
+
+    def _rows_of_finite_weights(self) -> list[int]:
+        """Of the numbers, those that are not finite for an example's own reasons alone."""
+        alike = {f"@{p.name}": all_finite(state.values())
+                 for p, state in zip(self.work.checkpoints, self._states, strict=True)}  # fmt: skip
+        return [
+            k
+            for k, name in enumerate(self._numbers)
+            if name not in MEANS
+            and alike.get(name[4:] if name.startswith(("loss@", "norm@")) else "", self._finite)
+        ]
 
     def _table(self, block: range, values: np.ndarray, errors: Mapping[int, str]) -> pa.Table:
         bad = np.array([i in errors for i in block]) if errors else None

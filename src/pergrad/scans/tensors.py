@@ -1,11 +1,12 @@
 """Tensors of any layout, seen as the plain tensors that they are made of.
 
-Owns: parts, bytes, equality and finiteness of tensors that are sparse, nested, of a few bits, or
-without memory.
+Owns: parts, bytes, hashes, equality and finiteness of tensors that are sparse, nested, of a few
+bits, or without memory.
 Does not know: whose tensors they are.
 """
 
 from collections.abc import Iterable
+from hashlib import blake2b
 
 import torch
 from torch import Tensor
@@ -36,6 +37,18 @@ def bits(tensor: Tensor) -> Tensor:
     """A plain tensor's bytes, (n,), in the memory that it is in."""
     tensor = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
     return tensor.view(torch.uint8)
+
+
+def hash_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """128 bits over names, dtypes, shapes and numbers."""
+    digest = blake2b(digest_size=16)
+    for name, tensor in named:
+        for values in plain_parts(tensor):
+            digest.update(
+                f"{name} {values.dtype} {tuple(values.shape)}".encode("utf-8", "backslashreplace")
+            )
+            digest.update(bits(values.cpu()).numpy().data)
+    return digest.hexdigest()
 
 
 def same(a: Tensor, b: Tensor) -> bool:

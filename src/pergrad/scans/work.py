@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from pergrad.matrix import GradientMatrix
+from pergrad.scans.checkpoints import Named
 from pergrad.scans.job import Job
 from pergrad.scans.options import Mode
 
@@ -59,6 +60,7 @@ class Work:
     job: Job
     settings: Settings
     references: tuple[Reference, ...] = ()
+    checkpoints: tuple[Named, ...] = ()
     proven: bool = False  # whether examples have been scored before, so that the job works
 
 

@@ -105,6 +105,7 @@ def packed(work: Work, cloudpickle: ModuleType) -> bytes:
     work = replace(work, job=replace(work.job, show=None))
     parts = {"job": work.job, "settings": work.settings}
     parts |= {f"against[{r.name!r}]": r.value for r in work.references}
+    parts |= {f"checkpoints[{p.name!r}]": p.checkpoint.source for p in work.checkpoints}
     with _by_value(_only_here(work.job), cloudpickle):
         try:
             return _saved(work, cloudpickle)
