@@ -281,6 +281,7 @@ def test_nothing_that_a_data_set_says_stops_a_scan(tmp_path: Path) -> None:
     assert scores.manifest["command"] == HOSTILE
     page = scores.report(tmp_path / "page.html", title=HOSTILE).read_text(encoding="utf-8")
     assert "\\ud800" in page
+    assert not {"\x1b", "\x00"} & set(page)
     assert "\x1b" not in repr(scores)
     again = scan(  # and it is recognised
         job(data=Listed(data(40), says), key=lambda i: f"{i} {HOSTILE}"),

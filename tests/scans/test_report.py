@@ -1,6 +1,7 @@
 """The report: its numbers by hand, its words, its previews, and the page in a browser."""
 
 import base64
+import csv
 import hashlib
 import io
 import json
@@ -990,3 +991,36 @@ def test_the_limits_are_those_the_documentation_states() -> None:
     for number in (kept.ALL, page.LISTED, preview.TEXT_CHARACTERS):
         assert f"{number:,}" in text
     assert f"{preview.IMAGE_PIXELS} pixels" in text
+
+
+def test_what_is_saved_is_text_in_a_spreadsheet(chromium: webdriver.Chrome, tmp_path: Path) -> None:
+    """No cell begins as a formula would, and quotes, commas and lines end no cell."""
+    keys = [
+        "=1+1",
+        "+cmd|' /C calc'!A0",
+        "-2+3",
+        "@SUM(A1)",
+        "\t=1",
+        "\r=1",
+        'a "b", c\n=d',
+        "plain",
+    ]
+    scored = table(np.arange(8.0), np.arange(8.0) + 1, keys=keys)
+    shown = {i: Preview.of({"text": "x", "label": key}) for i, key in enumerate(keys)}
+    found = Page(chromium, write(scored, manifest(), shown, tmp_path / "page.html"))
+    found.run(
+        """
+        URL.createObjectURL = (blob) => { window.saved = blob.text(); return "blob:none"; };
+        HTMLAnchorElement.prototype.click = () => {};
+        document.querySelector(".region").open = true;
+        document.querySelector("#region button").click();
+        document.getElementById("save").click();
+        """
+    )
+    text = chromium.execute_async_script("window.saved.then(arguments[0])")  # type: ignore[no-untyped-call]
+    rows = sorted(csv.DictReader(io.StringIO(text, newline="")), key=lambda row: int(row["index"]))
+    for field in ("key", "label"):
+        cells = [row[field] for row in rows]
+        assert [cell.removeprefix("'") for cell in cells] == keys
+        assert not any(cell[0] in "=+-@\t\r" for cell in cells)
+        assert cells[-2:] == keys[-2:]

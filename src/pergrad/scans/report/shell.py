@@ -7,9 +7,11 @@ Does not know: what a page says.
 import base64
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import jinja2
 from bokeh.resources import Resources
@@ -18,15 +20,25 @@ from pergrad import folders
 from pergrad.errors import UsageError
 from pergrad.scans.text import printable
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but the tabulator and line feed
+
 
 def template(text: str) -> jinja2.Template:
     """A page's template; what it prints is escaped unless it says otherwise."""
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        finalize=_without_controls,
+    )  # fmt: skip
     # sorted keys would put Bokeh's references before what they refer to
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False}
     return environment.from_string(text)
+
+
+def _without_controls(value: Any) -> Any:
+    """A text with its control characters written out: a page is also read in terminals."""
+    if isinstance(value, str) and not hasattr(value, "__html__"):
+        return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), value)
+    return value
 
 
 def own(name: str, package: str = "pergrad.scans.report") -> str:
