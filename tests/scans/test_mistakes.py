@@ -133,6 +133,17 @@ def test_a_mean_with_a_dimension(tmp_path: Path) -> None:
         scan(mean, tmp_path)
 
 
+@pytest.mark.parametrize("spread", [
+    lambda mean, count: mean.expand(count), lambda mean, count: mean.repeat(count),
+])  # fmt: skip
+def test_a_mean_for_each(spread: Any, tmp_path: Path) -> None:
+    mean = job(losses=lambda net, batch: spread(losses(net, batch).mean(), len(batch[0])))
+    with pytest.raises(pergrad.UsageError, match=r"given to all of them(.|\n)*reduction=\"none\""):
+        scan(mean, tmp_path / "s", batch_size=8)
+    alike = job(data=data(1) * 5)  # of examples that are all the same the losses are, too
+    assert scan(alike, tmp_path / "alike", batch_size=8).complete
+
+
 OPTIMIZER = torch.optim.SGD(model().parameters(), 0.1)
 
 

@@ -137,6 +137,7 @@ class Scorer:
         self._failed = 0
         self._nulls: pa.Array | None = None
         self._warned = False
+        self._apart = False  # whether examples have been seen to have losses of their own
 
     def score(self, block: range, fetched: Fetched | None = None) -> pa.Table:
         """A row for every example of the block, in order.
@@ -188,6 +189,8 @@ class Scorer:
                 "If they differ in size, give the Job a `collate` that pads them, or batch_size=1.",
                 stacklevel=2,
             )
+        if not self._apart and not errors:
+            self._tell_apart(block, values)
         self._alone(block, values, errors)
         for mean, over in means_of(self._numbers).items():
             rows = [values[self._numbers.index(name)] for name in over]
@@ -304,6 +307,25 @@ class Scorer:
             torch.linalg.vector_norm(torch.stack([rows[n] for n in names]), dim=0)
             for names in [tuple(parts), *self.work.settings.groups.values()]
         ]
+
+    def _tell_apart(self, block: range, values: np.ndarray) -> None:
+        """Refuse one number that was repeated for all: alone, an example has another loss.
+
+        Raises:
+            UsageError: that is what the losses are.
+        """
+        loss, norm = values[0], values[1]
+        self._apart = bool((loss != loss[0]).any() or (norm != norm[0]).any())
+        if self._apart or len(block) == 1 or not norm[0] > 0:
+            return
+        found, _ = self._attempt(block[:1], None)
+        if found is not None and not np.isclose(found[0, 0], loss[0], rtol=1e-3, atol=0):
+            raise UsageError(
+                f"`losses` returned one number, {loss[0]:.6g}, for each of the examples {block[0]} "
+                f"to {block[-1]}, and for example {block[0]} alone {found[0, 0]:.6g}: that is a "
+                "mean or sum of the batch, given to all of them. Return each example's own loss: "
+                'reduction="none".'
+            )
 
     def _alone(self, block: range, values: np.ndarray, errors: Mapping[int, str]) -> None:
         """Score again, each alone, the examples whose numbers are not finite: in some ops one bad
