@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from pergrad.attribution.evaluation import Evaluation
     from pergrad.attribution.fit import Fit
     from pergrad.attribution.found import Influence
+    from pergrad.attribution.index import Sketch
     from pergrad.attribution.influence import influence
+    from pergrad.attribution.sketch import open_sketch, sketch
     from pergrad.calibration import Calibration, calibrate
     from pergrad.checking import Check, check
     from pergrad.clipping import clip
@@ -67,7 +69,9 @@ else:
             "attribution.evaluation": "Evaluation",
             "attribution.fit": "Fit",
             "attribution.found": "Influence",
+            "attribution.index": "Sketch",
             "attribution.influence": "influence",
+            "attribution.sketch": "open_sketch sketch",
             "calibration": "Calibration calibrate",
             "checking": "Check check",
             "clipping": "clip",
@@ -120,6 +124,7 @@ __all__ = [
     "Private",
     "Run",
     "Scores",
+    "Sketch",
     "StoreError",
     "UnsupportedError",
     "UsageError",
@@ -142,6 +147,7 @@ __all__ = [
     "norms",
     "norms_by_parameter",
     "open_scores",
+    "open_sketch",
     "open_watch",
     "parts",
     "per_example",
@@ -149,4 +155,5 @@ __all__ = [
     "reading",
     "scan",
     "second_moments",
+    "sketch",
 ]

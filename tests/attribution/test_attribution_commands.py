@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 JOB = """
 import os, sys, time, torch, pergrad
 from pathlib import Path
-from pergrad.attribution import curvature, ranking
+from pergrad.attribution import curvature, ranking, shards
 
 class Data:
     def __init__(self, waits=False):
@@ -43,6 +43,7 @@ def job():
     waits = bool(os.environ.get("WAIT")) and "evaluate" not in sys.argv
     if waits:                                   # keep what is done after every batch
         curvature.SECONDS_BETWEEN_STATES = ranking.SECONDS_BETWEEN_FILES = 0
+        shards.SECONDS_BETWEEN_FILES = 0
     torch.manual_seed(0)
     return pergrad.Job(torch.nn.Linear(3, 2), Data(waits), losses, outputs=lambda m, b: m(b[0]))
 
@@ -175,6 +176,37 @@ def test_less_reads_adams_state(pergrad_: Run, file: Path, tmp_path: Path) -> No
     assert re.search(r"--adam .*bad.pt cannot be read.*torch.save\(optimizer.state_dict\(\)", told)
 
 
+def test_a_sketch_is_asked(pergrad_: Run, file: Path, tmp_path: Path) -> None:
+    fit, out = tmp_path / "fit", tmp_path / "index"
+    assert pergrad_("curvature", f"{file}:job", "-o", fit, "-q")[0] == 0
+    words = ["sketch", f"{file}:job", "-o", out, "--curvature", fit, "--size", 6, "--damping", 0.2]
+    code, said, told = pergrad_(*words)
+    assert code == 0, told
+    assert "sketched examples" in told
+    assert "Sketch of 24 examples, 6 numbers each" in said
+    words += ["--queries", f"{file}:test", "--candidates", 7, "-q"]
+    code, said, told = pergrad_(*words, "-n", 9, "--json")
+    assert code == 0, told
+    found = json.loads(said)
+    assert (found["examples"], found["size"], len(found["recall"])) == (24, 6, 3)
+
+    import attributed_job
+
+    task = attributed_job.job()
+    own = pergrad.curvature(task, fit).damped(0.2)
+    exact = pergrad.influence(
+        task, attributed_job.test(task), tmp_path / "f", curvature=own, refine=0, damping=0.2
+    )
+    for q, rows in enumerate(found["queries"]):
+        assert len(rows) == 7
+        want = exact.scores[q]
+        assert [row["score"] for row in rows] == pytest.approx(
+            [float(want[row["index"]]) for row in rows], rel=1e-5
+        )
+    code, said, _ = pergrad_(*words, "-n", 2, "--smallest")
+    assert re.search(r"query 2, expected recall [01]\.\d+\nrank +index +score", said)
+
+
 def test_evaluate_compares_folders(pergrad_: Run, file: Path, tmp_path: Path) -> None:
     words = ["influence", f"{file}:job", "--queries", f"{file}:test", "-q"]
     assert pergrad_(*words, "-o", tmp_path / "dots")[0] == 0
@@ -272,6 +304,15 @@ def test_ctrl_c_of_influences(pergrad_: Run, file: Path, tmp_path: Path) -> None
     assert pergrad_(*again)[0] == 0
     assert pergrad_(*words, tmp_path / "whole")[0] == 0
     assert pergrad.Influence(out).scores.equal(pergrad.Influence(tmp_path / "whole").scores)
+
+
+def test_ctrl_c_of_a_sketch(pergrad_: Run, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    words = ["sketch", f"{file}:job", "--size", 5, "--batch-size", 4, "--out"]
+    kept, again = interrupted(tmp_path / "waits", *words, out)
+    assert kept == f"16 of 24 examples are sketched and kept in {out}."
+    assert pergrad_(*again)[0] == 0
+    assert len(list(out.glob("rows-*"))) == 5
 
 
 def test_ctrl_c_of_an_evaluation(pergrad_: Run, file: Path, tmp_path: Path) -> None:

@@ -606,6 +606,7 @@ def test_calibrate_says_what_it_found_and_where_it_is(
         "watch",
         "curvature",
         "influence",
+        "sketch",
         "evaluate",
         "explain",
         "demo",

@@ -156,7 +156,7 @@ class _Run:
         if old is not None:
             self._same(old, about)
         self.blocks = (
-            [Block(**_from_json(b)) for b in old["blocks"]] if old else self._blocks(first)
+            [Block(**block_from_json(b)) for b in old["blocks"]] if old else self._blocks(first)
         )
         about["blocks"] = [asdict(block) for block in self.blocks]
         self.estimators = [estimate.Estimator(block, self.kind) for block in self.blocks]
@@ -334,7 +334,8 @@ class _Run:
         return tensors_from_bytes(self.folder.read(path)), stage, after
 
 
-def _from_json(block: Mapping[str, Any]) -> dict[str, Any]:
+def block_from_json(block: Mapping[str, Any]) -> dict[str, Any]:
+    """A block's fields as a manifest has them."""
     steps = block["steps"]
     return {
         **block,

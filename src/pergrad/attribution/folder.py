@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
@@ -76,20 +76,33 @@ class Folder:
         self._write(name, content)
         return self.path / name
 
+    def check(self, path: Path) -> None:
+        """A file's content is what was written; it is not kept in memory.
+
+        Raises:
+            StoreError: it is not.
+        """
+        with open(path, "rb") as file:
+            digest = file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
+        self._certified(path, digest)
+
     def read(self, path: Path) -> bytes:
         """A file's content, which must be what was written.
 
         Raises:
             StoreError: it is not.
         """
-        match = _NAME.fullmatch(path.name)
         content = path.read_bytes()
-        if match is None or blake2b(content, digest_size=16).hexdigest() != match[4]:
+        self._certified(path, blake2b(content, digest_size=16).hexdigest())
+        return content
+
+    def _certified(self, path: Path, digest: str) -> None:
+        match = _NAME.fullmatch(path.name)
+        if match is None or digest != match[4]:
             raise StoreError(
                 f"{path} is not what was written: its checksum differs. Remove this file and make "
                 "the same call again: it computes what is missing."
             )
-        return content
 
     def _write(self, name: str, content: bytes) -> None:
         """All or nothing: a temporary file, forced to the disk, renamed."""

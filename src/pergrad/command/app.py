@@ -347,8 +347,8 @@ def report(
 
 
 app.command()(runs.watch)
-for _command in (attributing.curvature, attributing.influence, attributing.evaluate):
-    app.command()(_command)
+for _command in ("curvature", "influence", "sketch", "evaluate"):
+    app.command()(getattr(attributing, _command))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The commands of attribution: `curvature`, `influence`, `evaluate`; `top` of influences.
+"""The commands of attribution: `curvature`, `influence`, `sketch`, `evaluate`; `top` of influences.
 
 Owns: their options, and what is printed.
 Does not know: how anything is computed; each command is one call of the library.
@@ -16,6 +16,7 @@ import pergrad
 from pergrad.command import left, printing
 from pergrad.command.common import AsJson, JobName, resumable
 from pergrad.errors import UsageError
+from pergrad.scans.rows import as_table
 
 if TYPE_CHECKING:
     from pergrad.scans.job import Job
@@ -116,7 +117,7 @@ def curvature(
         with left.bar(out, quiet):
             fit = pergrad.curvature(
                 chosen, out, kind=kind.value, labels=_labels(labels), batch_size=batch_size,
-                seed=seed, mode=_mode(mode), on_mixing=on_mixing.value,
+                seed=seed, mode=_mode(mode), **_options(on_mixing),
             )  # fmt: skip
     if not as_json:
         typer.echo(f"{fit!r}\n\nTo use it:")
@@ -223,7 +224,7 @@ def influence(
                 rates=rate or None, cosine=cosine,
                 adam=[left.state_of(each) for each in adam] if adam else None,
                 method=None if method is None else "kernel", top=top, damping=damping,
-                batch_size=batch_size, seed=seed, mode=_mode(mode), on_mixing=on_mixing.value,
+                batch_size=batch_size, seed=seed, mode=_mode(mode), **_options(on_mixing),
             )  # fmt: skip
     if not as_json:
         name = shlex.quote(str(out))
@@ -237,6 +238,84 @@ def influence(
         **{n: found.manifest["settings"][n] for n in ("method", "refine", "damping", "top")},
         "residuals": None if residuals is None else residuals.tolist(),
     }))  # fmt: skip
+
+
+def sketch(
+    job: JobName,
+    out: Out,
+    curvature: Annotated[
+        Path | None,
+        typer.Option(
+            "--curvature", metavar="DIR", help="A folder of `pergrad curvature` for this job.",
+            show_default=False,
+        ),
+    ] = None,
+    damping: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="A share of each block's mean curvature. [default: 0.1]",
+                     show_default=False),
+    ] = None,
+    size: Annotated[int, typer.Option(min=1, metavar="N", help="Numbers kept of each.")] = 1024,
+    queries: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:FUNCTION", show_default=False,
+            help="Then ask about these: the strongest examples, ranked by exact scores.",
+        ),
+    ] = None,
+    candidates: Annotated[
+        int, typer.Option(min=1, metavar="N", help="That the sketch names at each end.")
+    ] = 1000,
+    count: Annotated[
+        int, typer.Option("--count", "-n", min=1, metavar="N", help="Examples for each query.")
+    ] = 20,
+    smallest: Annotated[bool, typer.Option("--smallest", help="The lowest scores.")] = False,
+    batch_size: BatchSize = None,
+    seed: Seed = 0,
+    mode: AsMode = Mode.eval,
+    on_mixing: OnMixing = Mixing.refuse,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Keep a few numbers of each example's gradient, so that a query takes no pass over the data.
+
+    \b
+    The same command goes on after an interruption, and opens a finished sketch. With --queries
+    it answers from the sketch, and gives the candidates that it names their exact scores.
+
+    \b
+    Examples:
+        pergrad sketch train.py:job --out index --curvature fit
+        pergrad sketch train.py:job --out index --curvature fit --queries train.py:test -n 5
+    """
+    with resumable(lambda: left.sketched(out)):
+        from pergrad.command import jobs
+
+        chosen = jobs.job(job)
+        with left.bar(out, quiet):
+            fit = None if curvature is None else left.opened(curvature, chosen)
+            if fit is not None and damping is not None:
+                fit = fit.damped(damping)
+            index = pergrad.sketch(
+                chosen, out, curvature=fit, size=size, batch_size=batch_size, seed=seed,
+                mode=_mode(mode), **_options(on_mixing),
+            )  # fmt: skip
+            if queries is not None:
+                asked = _queries(queries, chosen, mode)
+                answer = index.query(asked, candidates, rerank=chosen, batch_size=batch_size)
+    found: dict[str, Any] = {"folder": str(out), "examples": len(index), "size": index.size}
+    if queries is not None:
+        end = answer.bottom if smallest else answer.top
+        n = min(count, candidates, len(index))
+        each = [end(q, n).to_pylist() for q in range(len(answer.estimates))]
+        found |= {"queries": each, "recall": answer.recall(n).tolist()}
+    if as_json:
+        typer.echo(printing.as_json(found))
+        return
+    typer.echo(repr(index))
+    for q, rows in enumerate(found.get("queries", ())):
+        told = f"query {q}, expected recall {found['recall'][q]:.3f}"
+        typer.echo(f"\n{told}\n{as_table(rows, None, ['rank'])}")
 
 
 def evaluate(
@@ -339,6 +418,11 @@ def _labels(text: str | None) -> Any:
 
 def _mode(mode: Mode) -> Any:
     return "as is" if mode is Mode.as_is else "eval"
+
+
+def _options(mixing: Mixing) -> dict[str, Any]:
+    """None where nothing is said, as in Python: folders made by both are the same."""
+    return {"on_mixing": "exact"} if mixing is Mixing.exact else {}
 
 
 def _queries(name: str, job: "Job", mode: Mode) -> Any:

@@ -108,6 +108,15 @@ def influenced(out: Path) -> str:
     return f"{', '.join(words)} are kept in {out}."
 
 
+def sketched(out: Path) -> str:
+    """What is kept of a sketch."""
+    from pergrad.attribution.sketch import WHAT
+
+    folder, about = _begun(out, WHAT)
+    done = max((stop for _, stop, _ in folder.files("rows")), default=0)
+    return f"{done:,} of {about['scored']['examples']:,} examples are sketched and kept in {out}."
+
+
 def retrained(out: Path, total: int) -> str:
     """What is kept of an evaluation."""
     from pergrad.attribution.evaluate import WHAT
