@@ -108,9 +108,9 @@ bench: $(STAMP) browser  ## measure the costs against everyone else's, and write
 	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python benchmarks/tables.py
 
-integrations: $(STAMP)  ## watch inside trainers of transformers, trl and lightning; part of `make test`
+integrations: $(STAMP)  ## watch inside trainers of transformers, trl and lightning, and BM25; part of `make test`
 	$(PIP) install --quiet -c constraints.txt -e '.[dev,integrations]'
-	$(BIN)/python -m pytest -q -m integrations tests/training tests/test_docs.py
+	$(BIN)/python -m pytest -q -m integrations tests/training tests/attribution tests/test_docs.py
 
 # torchvision and timm go to a folder of their own and without what they ask for: next to a CPU build
 # of torch the only torchvision may be one for CUDA, and transformers fails where it finds that.

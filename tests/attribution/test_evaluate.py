@@ -10,9 +10,10 @@ from attributing import job
 from torch import Tensor, nn
 
 import pergrad
+from pergrad import extras
 from pergrad.attribution import evaluation
 from pergrad.attribution.folder import Folder
-from pergrad.errors import StoreError, UsageError
+from pergrad.errors import MissingExtraError, StoreError, UsageError
 
 N, D = 12, 3
 
@@ -210,3 +211,13 @@ def test_what_is_refused(tmp_path: Path) -> None:
         pergrad.evaluate(
             train, task, queries, found, out=tmp_path / "e", subsets=20, seeds=1, share=0.4
         )
+
+
+def test_a_text_is_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, queries, found = problem(tmp_path)
+    with pytest.raises(UsageError, match=r"text is a str. Pass a function from an item"):
+        pergrad.evaluate(train, task, queries, found, out=tmp_path / "lds", text="words")
+    there = extras.find_spec
+    monkeypatch.setattr(extras, "find_spec", lambda n: None if n == "bm25s" else there(n))
+    with pytest.raises(MissingExtraError, match=r"needs bm25s.*pip install 'pergrad\[texts\]'"):
+        pergrad.evaluate(train, task, queries, found, out=tmp_path / "lds", text=str)

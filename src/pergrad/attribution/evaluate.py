@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from pergrad.attribution.batches import Batch, Batches, batches_of, check_job
+from pergrad.attribution.baselines import baselines, check_text
+from pergrad.attribution.batches import Batches, batches_of, check_job
 from pergrad.attribution.evaluation import Evaluation, ceiling, lds
 from pergrad.attribution.folder import Folder, differences
 from pergrad.attribution.found import Influence
@@ -44,6 +45,7 @@ def evaluate(
     share: float = 0.5,
     seeds: int = 2,
     seed: int = 0,
+    text: Callable[[Any], str] | None = None,
     batch_size: int | None = None,
 ) -> Evaluation:
     """Retrain on random subsets, and compare what comes with what scores foretell.
@@ -52,8 +54,8 @@ def evaluate(
     between the retrained model's output and the sum of the scores of the subset's members; then the
     mean over queries. 1: perfect; 0: no better than chance. Beside it stand a 95 % interval, the
     ceiling that the noise between seeds leaves, and baselines that cost next to nothing: a cosine
-    of what goes into the last layer, and random numbers. Goes on where an earlier call with the
-    same arguments stopped; other scores cost no retraining.
+    of what goes into the last layer, for texts BM25, and random numbers. Goes on where an earlier
+    call with the same arguments stopped; other scores cost no retraining.
 
     Args:
         train: (numbers of examples, seed) -> a model trained on those alone.
@@ -66,6 +68,8 @@ def evaluate(
         share: how much of the training set is in each, between 0 and 1.
         seeds: how many models for each subset; with one there is no ceiling.
         seed: of the subsets and the random baseline.
+        text: for texts: a function from an item, of the job's data or of the queries', to its text.
+            BM25, a ranking by words, is then a baseline, too.
         batch_size: how many queries go through a model at once.
 
     Returns:
@@ -75,7 +79,8 @@ def evaluate(
         UsageError: an argument is wrong, or `train` returns no model, one that is not finite, or
             one that does not depend on its subset.
         StoreError: the folder is about something else.
-        MissingExtraError: a package is missing; `pip install 'pergrad[attribution]'` brings it.
+        MissingExtraError: a package is missing; `pip install 'pergrad[attribution]'` brings it, and
+            'pergrad[texts]' what BM25 needs.
 
     Cost: subsets x seeds trainings.
     Source: Park et al. 2023, arXiv:2303.14186.
@@ -106,6 +111,7 @@ def evaluate(
             "a seed, which returns a model trained on those examples alone."
         )
     _check_numbers(subsets, share, seeds)
+    check_text(text)
     asking = queries if isinstance(queries, Job) else replace(
         job, data=queries, key=None, show=None, params=None)  # fmt: skip
     sign = 1.0 if isinstance(queries, Job) else -1.0
@@ -127,7 +133,7 @@ def evaluate(
             folder.save_manifest({"settings": settings})
         by_seed = _outputs(folder, train, asking, sign, members, seeds, batch_size)
     outputs = by_seed.mean(0)
-    named |= _baselines(job, asking, seed)
+    named |= baselines(job, asking, seed, text)
     return Evaluation(
         {name: lds(members, outputs, scores) for name, scores in named.items()},
         ceiling(by_seed), outputs, members, settings,
@@ -225,57 +231,3 @@ def _measured(job: Job, size: int) -> np.ndarray:
             job.losses(job.model, batch.content).detach().double().cpu().numpy()
             for batch in batches.over(range(len(job)))
         ])  # fmt: skip
-
-
-# --- baselines ------------------------------------------------------------------------------------
-
-
-def _baselines(job: Job, asking: Job, seed: int) -> dict[str, np.ndarray]:
-    """Scores that cost next to nothing."""
-    random = np.random.default_rng(seed + 1)
-    found = {"random": random.standard_normal((len(asking), len(job)))}
-    sides = [_last_inputs(replace(each, model=job.model, params=None)) for each in (asking, job)]
-    if sides[0] is not None and sides[1] is not None and sides[0].shape[1] == sides[1].shape[1]:
-        mean = sides[1].mean(0)
-        unit = [x - mean for x in sides]
-        unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30) for x in unit]
-        found["last layer's neighbours"] = unit[0] @ unit[1].T
-    return found
-
-
-def _last_inputs(job: Job) -> np.ndarray | None:
-    """(n, d): what goes into the last layer that is called, averaged over positions.
-
-    None if its first dimension is not the example.
-    """
-    batches = batches_of(job, None, 0)
-    rows: list[np.ndarray] = []
-    seen: list[Tensor] = []
-
-    def keep(_: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
-            seen[:] = [args[0].detach()]
-
-    layers = [m for m in job.model.modules() if any(p.dim() > 1 for p in m._parameters.values()
-                                                    if p is not None)]  # fmt: skip
-    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
-    try:
-        with prepared(job.model, "eval"):
-            for batch in batches.over(range(len(job))):
-                x = _of(job, batch, seen)
-                if x is None:
-                    return None
-                rows.append(x.double().cpu().numpy())
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return np.concatenate(rows)
-
-
-def _of(job: Job, batch: Batch, seen: list[Tensor]) -> Tensor | None:
-    seen.clear()
-    job.losses(job.model, batch.content)
-    if not seen or seen[0].dim() < 2 or len(seen[0]) != len(batch.rows):
-        return None
-    x = seen[0]
-    return x if x.dim() == 2 else x.flatten(1, -2).mean(1)

@@ -19,7 +19,7 @@ from pergrad.attribution.folder import Folder
 from pergrad.attribution.ranking import SECONDS_BETWEEN_FILES, npy
 from pergrad.errors import StoreError
 
-BYTES_PER_FILE = 2**27
+BYTES_PER_FILE = 2**25
 PIECE = 2**14  # examples that are compared at a time
 
 

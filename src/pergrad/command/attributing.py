@@ -340,6 +340,15 @@ def evaluate(
     subsets: Annotated[int, typer.Option(metavar="N", help="How many, at least 20.")] = 50,
     share: Annotated[float, typer.Option(help="How much of the data is in each.")] = 0.5,
     seeds: Annotated[int, typer.Option(metavar="N", help="Models for each subset.")] = 2,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:FUNCTION",
+            show_default=False,
+            help="For texts: the function, called with an item of the data, returns its text. BM25 "
+            "is then a baseline, too; needs 'pergrad[texts]'.",
+        ),
+    ] = None,
     seed: Seed = 0,
     batch_size: BatchSize = None,
     quiet: Quiet = False,
@@ -371,6 +380,7 @@ def evaluate(
             result = pergrad.evaluate(
                 train_on, chosen, asked, influences, out=out, subsets=subsets, share=share,
                 seeds=seeds, seed=seed, batch_size=batch_size,
+                text=None if text is None else jobs.function(text),
             )  # fmt: skip
     if not as_json:
         typer.echo(repr(result))
