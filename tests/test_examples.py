@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import pergrad
 from pergrad.command import main
@@ -114,6 +115,38 @@ def test_fashion_says_what_to_install(
     monkeypatch.setattr(fashion, "DATA", tmp_path / "gone")
     with pytest.raises(SystemExit, match=r"gone.*apt-get install dataset-fashion-mnist"):
         fashion.job()
+
+
+def test_coats(
+    fashion: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "fashion", fashion)
+    coats = load("coats")
+    for name, value in (("SHIRTS", 2), ("OUT", 6), ("SEEDS", 1), ("EPOCHS", 1)):
+        monkeypatch.setattr(coats, name, value)
+
+    def shirts(job: pergrad.Job) -> TensorDataset:  # none of the made ones is taken for a coat
+        pictures, labels = fashion.read("t10k")
+        chosen = (labels == coats.SHIRT).nonzero()[:2, 0]
+        return TensorDataset(pictures[chosen], labels[chosen])
+
+    monkeypatch.setattr(coats, "shirts", shirts)
+    with torch.random.fork_rng():
+        coats.main(tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "200 training pictures" in said
+    for name in ("that harm most", "nearest coats", "random", "none"):
+        assert 0 <= int(found(rf"{name}: +(\d+) of 2 times", said)[0]) <= 2
+    assert (tmp_path / "out" / "influence.html").is_file()
+    scores = pergrad.Influence(tmp_path / "out" / "found")
+    assert scores.shape == (2, 200)
+    # of a class that is a row of light pixels, what helps is of the same class
+    best = scores.top(0, 6)["index"].to_pylist()
+    labels = fashion.read("train")[1]
+    assert sum(int(labels[i]) == coats.SHIRT for i in best) >= 4
 
 
 # Shakespeare
