@@ -63,6 +63,15 @@ def main(out: Path) -> None:
     fit = pergrad.curvature(job, out / "fit-ekfac", labels="all")
     score("ekfac-refined", curvature=fit)
     score("kernel", method="kernel")
+    for size in (256, 1024):
+        start = time.perf_counter()
+        index = pergrad.sketch(job, out / f"sketch-{size}", curvature=fit, size=size)
+        found[f"ekfac-sketch-{size}"] = index.scores(queries)
+        seconds[f"ekfac-sketch-{size}"] = time.perf_counter() - start
+        start = time.perf_counter()
+        index = pergrad.sketch(job, out / f"tensorsketch-{size}", size=size)
+        found[f"dots-sketch-{size}"] = index.scores(queries)
+        seconds[f"dots-sketch-{size}"] = time.perf_counter() - start
     result = pergrad.evaluate(
         lambda rows, seed: train(x[:1000][rows], y[:1000][rows], seed), job, queries, found,
         out=out / "retrained", subsets=100, seeds=4,

@@ -172,8 +172,9 @@ class Sketch:
         none = torch.empty((len(known.vectors), 0))
         high, low = (none, none.long()), (none, none.long())
         for first, found, _ in self._shards.against(known.vectors):
-            high = _merged(high, found.mT, first, top)
-            low = _merged(low, -found.mT, first, top)
+            columns = found.mT.contiguous()
+            high = _merged(high, columns, first, top)
+            low = _merged(low, -columns, first, top)
         return high[1], low[1]
 
     def _of(self, known: Sketched, candidates: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,7 +222,12 @@ def _merged(
     kept: tuple[Tensor, Tensor], found: Tensor, first: int, top: int
 ) -> tuple[Tensor, Tensor]:
     """The `top` highest of both, and which examples they are."""
-    values, at = found.topk(min(top, found.shape[1]), 1)
+    most = min(top, found.shape[1])
+    if kept[0].shape[1] == top:  # few get past those that are kept: no more than these are sorted
+        most = min(most, int((found > kept[0].amin(1, True)).sum(1).max()))
+        if not most:
+            return kept
+    values, at = found.topk(most, 1, sorted=False)
     both = torch.cat([kept[0], values], 1), torch.cat([kept[1], at + first], 1)
-    values, at = both[0].topk(min(top, both[0].shape[1]), 1)
+    values, at = both[0].topk(min(top, both[0].shape[1]), 1, sorted=False)
     return values, both[1].gather(1, at)
