@@ -75,10 +75,11 @@ def test_the_page_has_the_strongest_of_every_query(top: int | None, tmp_path: Pa
     assert "give the job a show" not in said
 
 
+@pytest.mark.parametrize(("limit", "value"), [("ROWS_PER_FILE", 3), ("BYTES_PER_FILE", 3 * 8)])
 def test_ends_are_those_of_the_matrix_over_files_and_blocks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranking, "ROWS_PER_FILE", 3)
+    monkeypatch.setattr(ranking, limit, value)
     monkeypatch.setattr("pergrad.attribution.influence.MOST_QUERY_BYTES", 1)
     found = asked(tmp_path / "found", batch_size=3)
     assert len(found.manifest["blocks"]) == 3

@@ -18,6 +18,7 @@ from pergrad.errors import StoreError
 
 SECONDS_BETWEEN_FILES = 10.0
 ROWS_PER_FILE = 2**16
+BYTES_PER_FILE = 2**26
 
 
 class Keeper(Protocol):
@@ -60,7 +61,8 @@ class Pairs:
         """The next examples' scores."""
         self.waiting.append(scores)
         many = sum(map(len, self.waiting)) >= ROWS_PER_FILE
-        if many or time.monotonic() - self.last > SECONDS_BETWEEN_FILES:
+        large = sum(each.nbytes for each in self.waiting) >= BYTES_PER_FILE
+        if many or large or time.monotonic() - self.last > SECONDS_BETWEEN_FILES:
             self.flush()
 
     def flush(self) -> None:
