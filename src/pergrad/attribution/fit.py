@@ -130,10 +130,10 @@ class Fit(Preconditioner):
     def solve_rows(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same for name -> (K, *shape)."""
         found: dict[str, Tensor] = {}
+        added = self.added  # once: it takes the mean of every Lambda
         for c in self.curved:
             G = c.block.matrix(rows)
-            added = self.added[c.block.weight]
-            G = c.back(c.rotate(G) / (c.Lambda.to(G) + added))
+            G = c.back(c.rotate(G) / (c.Lambda.to(G) + added[c.block.weight]))
             found |= c.block.grads(G, self.shapes)
         return found
 
@@ -178,13 +178,14 @@ class Fit(Preconditioner):
             f"from {self.examples:,} examples, damping {self.damping:g} x mean, in {self.folder}",
             f"{'block':30} {'how':9} {'size':>16} {'rank':>9} {'mean':>9} {'damping':>9}",
         ]
+        added = self.added
         for c in self.curved:
             N, p, d = c.Lambda.shape
             size = f"{p} x {d}" if N == 1 else f"{N} x {p} x {d}"
             name = " + ".join(c.block.names)
             lines.append(
                 f"{name:30} {c.block.how:9} {size:>16} {rank(c):>9} {c.mean:9.2e} "
-                f"{self.added[c.block.weight]:9.2e}"
+                f"{added[c.block.weight]:9.2e}"
             )
         lines.append(
             f"{100 - 100 * alone / total:.1f} % of the parameters in blocks"

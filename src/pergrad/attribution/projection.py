@@ -42,6 +42,7 @@ class Coordinates:
 
     def __init__(self, fit: Fit, size: int) -> None:
         self.fit, self.size = fit, size
+        self.added = fit.added  # once: it takes the mean of every Lambda
         energies = [self._energy(c).reshape(-1) for c in fit.curved]
         kept = torch.cat(energies).topk(size).indices.sort().values
         self.chosen: list[Tensor] = []  # of each block, numbers in its matrix
@@ -50,13 +51,14 @@ class Coordinates:
             stop = first + len(energy)
             self.chosen.append(kept[(kept >= first) & (kept < stop)] - first)
             first = stop
-
-    def _added(self, c: Curved) -> float:
-        return self.fit.added[c.block.weight]
+        self.roots = [
+            (c.Lambda.double() + self.added[c.block.weight]).reshape(-1)[chosen].sqrt()
+            for c, chosen in zip(fit.curved, self.chosen, strict=True)
+        ]
 
     def _energy(self, c: Curved) -> Tensor:
         L = c.Lambda.double()
-        return L / (L + self._added(c))
+        return L / (L + self.added[c.block.weight])
 
     @property
     def share(self) -> float:
@@ -68,11 +70,10 @@ class Coordinates:
         """(B, size)."""
         with J._working(), torch.no_grad():
             parts = []
-            for c, chosen in zip(self.fit.curved, self.chosen, strict=True):
+            for c, chosen, root in zip(self.fit.curved, self.chosen, self.roots, strict=True):
                 if len(chosen):
                     values = _coordinates(c, J._factors, chosen.to(J.device))
-                    scale = (c.Lambda.to(values) + self._added(c)).reshape(-1)
-                    parts.append(values / scale[chosen.to(values.device)].sqrt())
+                    parts.append(values / root.to(values))
             return torch.cat(parts, 1).float()
 
     def of_rows(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -85,7 +86,7 @@ class Coordinates:
         left_out: list[Tensor] = []
         for c, chosen in zip(self.fit.curved, self.chosen, strict=True):
             G = c.block.matrix(rows)
-            G = c.rotate(G) / (c.Lambda.to(G) + self._added(c)).sqrt()
+            G = c.rotate(G) / (c.Lambda.to(G) + self.added[c.block.weight]).sqrt()
             G = G.flatten(1).double()
             energy = self._energy(c).reshape(-1).to(G.device).clone()
             at = chosen.to(G.device)
