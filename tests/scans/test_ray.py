@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -236,6 +237,60 @@ def test_ray_is_joined_or_started_and_left(cluster: str, tmp_path: Path) -> None
         .table()
         .equals(pergrad.open_scores(tmp_path / "cluster").table())
     )
+
+
+BLOCKED = """
+import sys, time
+from pathlib import Path
+import pergrad
+from killing import Examples, job
+
+class Blocking(Examples):
+    def __getitem__(self, i):
+        if i == 9:
+            (self.deaths / "begun").touch()
+            time.sleep(3600)
+        return self.x[i]
+
+place = Path(sys.argv[1])
+task = job(Blocking(12, deaths=place))
+pergrad.scan(task, place / "s", engine="ray", workers=1, batch_size=4, progress=False)
+"""
+
+
+def _marked(mark: Path) -> list[str]:
+    """Processes that have a mark in their environment, as their children have."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"MARK={mark}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            pass  # it has ended
+    return found
+
+
+def test_no_process_is_left_of_a_driver_that_was_killed(tmp_path: Path) -> None:
+    """Also not the worker, in the middle of the user's code."""
+    tests = Path(__file__).parent
+    path = os.pathsep.join([str(tests), str(tests.parents[1] / "src")])
+    driver = subprocess.Popen(
+        [sys.executable, "-c", BLOCKED, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": path, "MARK": str(tmp_path)},
+    )
+    try:
+        while not (tmp_path / "begun").exists():
+            assert driver.poll() is None
+            time.sleep(0.05)
+        assert len(_marked(tmp_path)) > 2  # the driver, Ray's own, the worker
+    finally:
+        driver.kill()
+        driver.wait()
+    for _ in range(600):
+        if not _marked(tmp_path):
+            break
+        time.sleep(0.1)
+    assert not _marked(tmp_path)
 
 
 def test_workers_that_find_no_room_are_waited_for(

@@ -152,7 +152,8 @@ def forget(store: Store) -> None:
     for folder in store.folder.glob("adding-*"):
         with suppress(StoreError):
             staged = Store(folder).manifest
-            if staged and set(staged["columns"]) <= set(store.columns):
+            # without a manifest it was being removed, or nothing had been scored
+            if staged is None or set(staged["columns"]) <= set(store.columns):
                 with disk(store.folder):
                     shutil.rmtree(folder)
 
