@@ -184,6 +184,26 @@ def test_the_refusal_names_the_price(make: Callable[[], Made]) -> None:
 
 
 @EACH
+def test_explain_names_the_price_and_what_to_do(make: Callable[[], Made]) -> None:
+    losses, model = _made(make)
+    summed = "losses.view(3, 4).sum(0)" if make is outputs_first else "losses.view(4, 3).sum(1)"
+    table = pergrad.explain(losses(), model)
+    assert f"`{summed}`" in table.price
+    assert "3 backward passes" in table.price
+    assert str(table).endswith(table.price)
+    assert ("on_mixing" in table.price) == (make in (heads, tokens))
+    reduced = eval(summed, {"losses": losses()})
+    assert not pergrad.explain(reduced, model).price
+
+
+def test_explain_names_the_price_of_the_loop() -> None:
+    """Where a hook wants to see each loss's gradient alone."""
+    losses, model = _made(outputs)
+    model[0].weight.register_hook(lambda g: None)
+    assert "one backward pass for each loss: 12 passes" in pergrad.explain(losses(), model).price
+
+
+@EACH
 def test_a_hook_is_called_once_for_each_loss(make: Callable[[], Made], passes: list[int]) -> None:
     """Never with the gradient of several: there are no parts, and one loop for all parameters."""
     losses, model = _made(make)

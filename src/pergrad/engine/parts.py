@@ -151,3 +151,16 @@ def meeting_warning(graph: Graph, plan: Plan, parts: Parts | None) -> str:
         f"Where one number for each row will do, add its losses up, `{parts.summed}`, at the price "
         "of one pass."
     )
+
+
+def price_of_meetings(graph: Graph, plan: Plan, parts: Parts | None, *, interact: bool) -> str:
+    """For `explain`: what the passes cost where gradients meet; "" if that is said elsewhere."""
+    if not interact:
+        return meeting_warning(graph, plan, parts)
+    if parts is None:
+        return ""
+    return (
+        f"Examples interact, {parts.count} for each of {parts.each} rows of data, as it seems: "
+        f'with on_mixing="exact" their gradients cost {parts.count} backward passes; those of one '
+        f"loss for each row, `{parts.summed}`, cost one."
+    )

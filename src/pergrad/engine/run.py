@@ -21,8 +21,8 @@ from pergrad.engine.hooked import Arrangement, arranged, hook_warning
 from pergrad.engine.loop import Ways, loop, most_at_once
 from pergrad.engine.meetings import below_meetings
 from pergrad.engine.mixing import refuse
-from pergrad.engine.parts import Apart, Parts, meeting_warning, parts_of, planned
-from pergrad.engine.pass_ import Emit, Pass, Record
+from pergrad.engine.parts import Apart, Parts, meeting_warning, parts_of, planned, price_of_meetings
+from pergrad.engine.pass_ import Emit, Explained, Pass, Record
 from pergrad.engine.places import owner_of
 from pergrad.engine.schedule import Schedule, Use, schedule_for
 from pergrad.engine.user_state import Held, nothing_hidden, retained_untouched
@@ -88,14 +88,15 @@ def run(
     options: Options,
     emit: Emit,
     *,
-    records: list[Record] | None = None,
+    told: Explained | None = None,
     finish: Callable[[], None] | None = None,
     adding: bool = False,
 ) -> None:
     """Call `emit(name, factor)` once for every parameter that the losses reach.
 
     With `adding` it may be called more often, with some of the examples each time. And `finish`
-    after the last one, where nothing is recorded unless create_graph is asked for.
+    after the last one, where nothing is recorded unless create_graph is asked for. With `told`,
+    which is filled, everything is served in the one pass, as the price alone is asked for.
     """
     with (
         retained_untouched() as attached,
@@ -119,8 +120,11 @@ def run(
         parted = partial(_parted, losses, params, graph, plan, options, room, allowed=hookless)
         _policy(losses, graph, plan, options, parted)
         looped = _looped(graph, hooked.looped)
-        met = below_meetings(graph, plan) if records is None else ()
-        if met:
+        met = below_meetings(graph, plan)
+        if met and told is not None:
+            mixed = interact(losses, graph, plan, options.check_layout)
+            told.price = price_of_meetings(graph, plan, parted(), interact=mixed)
+        elif met:
             parts = parted()
             apart = planned(losses, params, parts, options.check_layout)
             if options.on_mixing == "raise":
@@ -143,14 +147,15 @@ def run(
                     in_parts=adding and not hooks and not options.create_graph,
                 ),
             )  # fmt: skip
-            if records is not None:
-                records += [Record(n, "hook", "fallback", "one example", None) for n in looped]
+            if told is not None:
+                told.records += [Record(n, "hook", "fallback", "one example", None) for n in looped]
             if not used:
                 if finish is not None:
                     finish()
                 return
             rest = {name: p for name, p in params.items() if name not in looped}
             graph, plan = plan_for(losses, rest, options.check_layout)
+        records = None if told is None else told.records
         _pass(losses, graph, plan, options, emit, records, finish, hooked, own)
 
 
