@@ -1,6 +1,8 @@
 """One way to compare, for all tests, and what goes with it."""
 
 import importlib
+import random
+import sys
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -51,6 +53,35 @@ def assert_rows_agree(
     for name in want:
         scale = norms.reshape(-1, *[1] * (want[name].dim() - 1))
         assert_agrees(got[name], want[name], scale, tolerance, f"{what} {name}")
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Equal to the bit, however nested: tensors, arrays, numbers. A NaN equals itself."""
+    assert type(a) is type(b), f"{where}: a {type(a).__name__} and a {type(b).__name__}"
+    if isinstance(a, Tensor):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), where
+        bits = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+        assert torch.equal(*bits), f"{where}: {a} and {b}"
+    elif isinstance(a, Mapping):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}[{key!r}]")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    elif type(a).__module__ == "numpy":
+        assert a.tobytes() == b.tobytes(), where
+    else:
+        assert a == b or (a != a and b != b), f"{where}: {a!r} and {b!r}"
+
+
+def random_states() -> dict[str, Any]:
+    """Of torch, Python and numpy."""
+    found = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if "numpy" in sys.modules:
+        found["numpy"] = sys.modules["numpy"].random.get_state()
+    return found
 
 
 def direction(params: Mapping[str, Tensor], seed: int = 3) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import naive
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_same
 from torch import Tensor, nn
 
 import pergrad
@@ -371,16 +372,6 @@ def everything(run: tuple[nn.Module, torch.optim.Optimizer, pergrad.Private]) ->
     return file.getvalue()
 
 
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_resumed_run_is_the_same_to_the_bit(dropout: float) -> None:
     """From any batch on; with dropout, from any step on."""
@@ -405,7 +396,7 @@ def test_a_resumed_run_is_the_same_to_the_bit(dropout: float) -> None:
         for _ in range(epoch, 2):
             for batch in run[2]:
                 run[2].backward(losses(run[0], batch))
-        assert same(torch.load(io.BytesIO(everything(run))), want)
+        assert_same(torch.load(io.BytesIO(everything(run))), want)
 
 
 def test_no_sum_without_noise_is_stored() -> None:
@@ -415,7 +406,7 @@ def test_no_sum_without_noise_is_stored() -> None:
     before = private.state_dict()
     batches = iter(private)
     private.backward(losses(model, next(batches)))
-    assert same(before, private.state_dict())
+    assert_same(before, private.state_dict())
     assert set(before) == {"steps", "epoch_steps", "left_out", "settings", "generator"}
 
 

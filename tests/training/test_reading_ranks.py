@@ -1,9 +1,10 @@
-"""Reading on two ranks: each its own examples, and weights the same to the bit as without."""
+"""Reading on two ranks: each its own examples, and all is the same to the bit as without."""
 
 import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import naive
 import pytest
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from helpers import assert_agrees
+from helpers import assert_agrees, assert_same, random_states
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -60,10 +61,12 @@ def losses_of(scores: Tensor, ids: Tensor) -> Tensor:
 
 
 def train(
-    wrap: Callable[[Model], nn.Module], rank: int, given: str, recompute: bool, dtype: torch.dtype
-) -> list[Tensor]:
+    wrap: Callable[[Model], nn.Module], rank: int, given: str, recompute: bool, dtype: torch.dtype,
+    folder: str = "",
+) -> list[Any]:  # fmt: skip
     """Three steps of two micro-batches; what is read is held against the loop on a plain copy."""
     model = built(recompute, dtype)
+    watch = pergrad.Watch(f"{folder}/{dtype}", every=2) if given == "watch" else None
     wrapped = wrap(model)
     optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(rank)
@@ -77,6 +80,10 @@ def train(
             if given == "nothing":
                 loss.backward()
                 continue
+            if watch is not None:
+                with watch(loss, wrapped, len(ids), step=step):
+                    loss.backward()
+                continue
             whole = given == "losses"
             with pergrad.reading(losses if whole else loss, wrapped, len(ids)) as read:
                 (losses.sum() if whole else loss).backward()
@@ -86,8 +93,17 @@ def train(
                 assert_agrees(read.norms, want, want, tolerance, given)
             assert read.norms.isfinite().all(), read.how
         optimizer.step()
-    return [p.full_tensor() if hasattr(p, "full_tensor") else p.detach()
-            for p in wrapped.parameters()]  # fmt: skip
+    if watch is not None:
+        watch.close()
+        assert watch.failures == []
+    states = optimizer.state_dict()["state"]
+    return [[whole_of(p) for p in wrapped.parameters()],
+            [whole_of(value) for state in states.values() for value in state.values()],
+            random_states()]  # fmt: skip
+
+
+def whole_of(value: Tensor) -> Tensor:
+    return value.full_tensor() if hasattr(value, "full_tensor") else value.detach()
 
 
 def shard(model: Model, **options: bool) -> nn.Module:
@@ -103,8 +119,15 @@ def _enter(rank: int, wrap: Callable, recompute: bool, folder: str) -> None:
         for dtype in (torch.float64, torch.float32):
             plain = train(wrap, rank, "nothing", recompute, dtype)
             watched = train(wrap, rank, "scalar", recompute, dtype)
-            assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+            assert_same(plain, watched)
+            assert_same(plain, train(wrap, rank, "watch", recompute, dtype, folder))
             train(wrap, rank, "losses", recompute, dtype)
+        dist.barrier()
+        if rank == 0:
+            rows = pergrad.open_watch(f"{folder}/{torch.float32}").steps().to_pylist()
+            assert sorted((row["step"], row["rank"], row["examples"]) for row in rows) == [
+                (0, 0, 6), (0, 1, 8), (2, 0, 6), (2, 1, 8)
+            ]  # fmt: skip
         dist.barrier()
     except BaseException:
         dist.destroy_process_group()

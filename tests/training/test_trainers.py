@@ -1,9 +1,13 @@
-"""Watching inside trainers of others: weights the same to the bit, numbers those of the loop.
+"""Watching inside trainers of others: all is the same to the bit, numbers are those of the loop.
+
+What is compared: weights, the optimizer's state, and every random state.
 
 `make integrations` installs the trainers and runs these.
 """
 
 import logging
+import os
+import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +16,12 @@ from typing import Any
 import naive
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
+from helpers import assert_same, random_states
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import pergrad
 
@@ -60,7 +68,14 @@ def language_model() -> nn.Module:
     )  # fmt: skip
 
 
-def fit(folder: Path, how: str | None, **more: Any) -> tuple[dict[str, Tensor], Any, Any]:
+def state_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """All that a watch must not touch."""
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    assert optimizer.state_dict()["state"]
+    return {"weights": weights, "optimizer": optimizer.state_dict(), "random": random_states()}
+
+
+def fit(folder: Path, how: str | None, **more: Any) -> tuple[dict[str, Any], Any, Any]:
     from transformers import Trainer, TrainingArguments
 
     lora = more.pop("lora", False)
@@ -85,21 +100,25 @@ def fit(folder: Path, how: str | None, **more: Any) -> tuple[dict[str, Tensor], 
     if how == "attach":
         watch.attach(trainer)
     trainer.train()
+    state = state_of(model, trainer.optimizer)
     if watch is not None:
         watch.close()
-    return {n: p.detach().clone() for n, p in model.named_parameters()}, watch, trainer
+    return state, watch, trainer
 
 
+CHECKPOINTING = {
+    "gradient_checkpointing": True,
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},
+}
+ALL = {"gradient_accumulation_steps": 2, "bf16": True, "lora": True, **CHECKPOINTING}
 SETTINGS: list[dict[str, Any]] = [
     {},
     {"gradient_accumulation_steps": 2},
     {"bf16": True},
-    {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    },
+    CHECKPOINTING,
     {"lora": True},
     {"label_smoothing_factor": 0.1},
+    ALL,
 ]
 
 
@@ -108,7 +127,7 @@ SETTINGS: list[dict[str, Any]] = [
 def test_transformers(tmp_path: Path, how: str, more: dict[str, Any]) -> None:
     plain, _, _ = fit(tmp_path / "plain", None, **more)
     watched, watch, trainer = fit(tmp_path / "watched", how, **more)
-    assert all(torch.equal(plain[n], watched[n]) for n in plain)
+    assert_same(plain, watched)
     hooks = [h for m in trainer.model.modules() for h in m._forward_hooks.values()]
     assert not any(h.__module__.startswith("pergrad") for h in hooks)
     if how == "hf" and "label_smoothing_factor" in more:
@@ -186,31 +205,74 @@ def test_attach_needs_a_trainer(tmp_path: Path) -> None:
         pergrad.Watch(tmp_path).attach(object())
 
 
-def test_trl(tmp_path: Path) -> None:
+def _rank(rank: int, folder: str, port: int) -> None:
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ["MASTER_ADDR"] = "localhost"
+    warnings.simplefilter("ignore")
+    for more in ({}, {"gradient_accumulation_steps": 2, "bf16": True}):
+        out = Path(folder) / str(len(more))
+        plain, _, _ = fit(out / f"plain{rank}", None, ddp_backend="gloo", **more)
+        watched, watch, trainer = fit(out, "hf", ddp_backend="gloo", **more)
+        assert trainer.args.world_size == 2
+        assert_same(plain, watched)
+        assert watch.failures == []
+        dist.barrier()
+    # gloo's threads sometimes abort a process that takes them down in order, with or without us
+    os._exit(0)
+
+
+def test_transformers_on_two_ranks(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, (str(tmp_path), port), nprocs=2)
+    for name, micro in (("0", 1), ("2", 2)):
+        found = pergrad.open_watch(tmp_path / name / "run").steps().to_pylist()
+        assert sorted((row["step"], row["rank"]) for row in found) == [
+            (step, rank) for step in (0, 2, 4) for rank in (0, 1)
+        ]
+        assert all(row["examples"] == 4 * micro and row["p50"] > 0 for row in found)
+
+
+@pytest.mark.parametrize(
+    "more", [s for s in SETTINGS if "label_smoothing_factor" not in s],
+    ids=lambda m: "+".join(m) or "plain",
+)  # fmt: skip
+def test_trl(tmp_path: Path, more: dict[str, Any]) -> None:
     from datasets import Dataset
+    from peft import LoraConfig
     from trl import SFTConfig, SFTTrainer
 
+    settings = {"bf16": False, "gradient_checkpointing": False} | more
+    lora = settings.pop("lora", False)
     found = []
     for how in (None, "attach"):
         folder = tmp_path / str(how)
         args = SFTConfig(
-            output_dir=str(folder / "out"), max_steps=3, per_device_train_batch_size=4, bf16=False,
+            output_dir=str(folder / "out"), max_steps=3, per_device_train_batch_size=4,
             report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, max_length=16,
-            gradient_checkpointing=False, pad_token="<pad>",
+            pad_token="<pad>", **settings,
         )  # fmt: skip
         data = Dataset.from_list([{"input_ids": r["input_ids"]} for r in rows()])
         model = language_model()
-        trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer())
+        config = LoraConfig(r=2, target_modules=["c_attn"], lora_dropout=0.1) if lora else None
+        torch.manual_seed(1)
+        trainer = SFTTrainer(
+            model, args, train_dataset=data, processing_class=tokenizer(), peft_config=config
+        )
         watch = pergrad.Watch(folder / "run", every=1)
         if how:
             watch.attach(trainer)
         trainer.train()
+        found.append(state_of(trainer.model, trainer.optimizer))
         watch.close()
         assert watch.failures == []
-        found.append([p.detach().clone() for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert_same(*found)
     steps = pergrad.open_watch(tmp_path / "attach" / "run").steps()
-    assert steps["examples"].to_pylist() == [4, 4, 4]
+    micro = more.get("gradient_accumulation_steps", 1)
+    assert steps["examples"].to_pylist() == [4 * micro] * 3
 
 
 def tokenizer() -> Any:
@@ -226,13 +288,22 @@ def tokenizer() -> Any:
     )
 
 
-@pytest.mark.parametrize("by_hand", [False, True])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_lightning(tmp_path: Path, by_hand: bool, accumulate: int) -> None:
+LIGHTNING: list[dict[str, Any]] = [
+    {},
+    {"accumulate": 2},
+    {"by_hand": True},
+    {"precision": "bf16-mixed"},
+    {"recompute": True},
+    {"accumulate": 2, "precision": "bf16-mixed", "recompute": True},
+]
+
+
+@pytest.mark.parametrize("more", LIGHTNING, ids=lambda m: "+".join(m) or "plain")
+def test_lightning(tmp_path: Path, more: dict[str, Any]) -> None:
     import lightning
 
-    if by_hand and accumulate > 1:
-        accumulate = 1  # lightning leaves that to the module
+    by_hand, recompute = more.get("by_hand", False), more.get("recompute", False)
+    accumulate = more.get("accumulate", 1)
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
@@ -242,7 +313,9 @@ def test_lightning(tmp_path: Path, by_hand: bool, accumulate: int) -> None:
             self.automatic_optimization = not by_hand
 
         def training_step(self, batch: Any, _: int) -> Tensor:
-            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            x = batch[0]
+            out = checkpoint(self.net, x, use_reentrant=False) if recompute else self.net(x)
+            loss = F.cross_entropy(out, batch[1])
             if by_hand:
                 optimizer = self.optimizers()
                 optimizer.zero_grad()
@@ -265,13 +338,13 @@ def test_lightning(tmp_path: Path, by_hand: bool, accumulate: int) -> None:
             enable_progress_bar=False, enable_model_summary=False,
             callbacks=[watch.lightning()] if watched else [],
             gradient_clip_val=None if by_hand else 0.1, accumulate_grad_batches=accumulate,
-            default_root_dir=tmp_path,
+            precision=more.get("precision", "32-true"), default_root_dir=tmp_path,
         )  # fmt: skip
         trainer.fit(module, loader)
+        found.append(state_of(module, trainer.optimizers[0]))
         watch.close()
         assert watch.failures == []
-        found.append([p.detach().clone() for p in module.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert_same(*found)
     rows_ = pergrad.open_watch(tmp_path / "True").steps().to_pylist()
     assert [row["step"] for row in rows_] == list(range(0, 10 // accumulate, 2))
     assert all(row["examples"] == 4 * accumulate for row in rows_)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import assert_same, random_states
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +22,20 @@ import pergrad
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL, "pergrad.watch")
+
+
+def test_a_difference_is_noticed() -> None:
+    """The comparison that all of these rest on."""
+    nan = torch.tensor(float("nan"))
+    assert_same([nan, {"a": (1, 2.0, float("nan"))}], [nan.clone(), {"a": (1, 2.0, float("nan"))}])
+    assert_same(random_states(), random_states())
+    one = torch.tensor([1.0, 0.0])
+    for a, b in [
+        (one, one + 1e-7), (one, one.double()), (one, torch.tensor([1.0, -0.0])), (one, one[:1]),
+        ({"a": 1}, {"a": 1, "b": 2}), ({"a": 1}, {"a": 2}), ([1], [1, 2]), (1, 1.0),
+    ]:  # fmt: skip
+        with pytest.raises(AssertionError):
+            assert_same(a, b)
 
 
 class Unwatched:
@@ -47,6 +62,19 @@ class Text(nn.Module):
         x = self.table(ids)
         x = checkpoint(self.block, x, use_reentrant=False) if self.recompute else self.block(x)
         return x @ self.table.weight.T
+
+
+class Adapter(nn.Module):
+    """A frozen table and head, and a change of low rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Text().requires_grad_(False)
+        self.down, self.up = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.inner.block(self.inner.table(ids))
+        return (x + self.up(self.down(x))) @ self.inner.table.weight.T
 
 
 def text_loss(model: nn.Module, ids: Tensor) -> Tensor:
@@ -90,20 +118,8 @@ class Loop:
     def state(self) -> list[Any]:
         return [
             self.model.state_dict(), self.optimizer.state_dict(), self.scaler.state_dict(),
-            [p.grad for p in self.model.parameters()], torch.get_rng_state(), self.losses,
+            [p.grad for p in self.model.parameters()], random_states(), self.losses,
         ]  # fmt: skip
-
-
-def same(a: Any, b: Any) -> bool:
-    """To the bit."""
-    if isinstance(a, Tensor):
-        a, b = (t.detach().reshape(-1).contiguous() for t in (a, b))
-        return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
 
 
 Script = Callable[[Any], Loop]
@@ -117,7 +133,7 @@ def both(script: Script, folder: Path, **more: Any) -> pergrad.Watch:
         torch.manual_seed(0)
         states.append(script(by).state())
     watch.close()
-    assert same(*states)
+    assert_same(*states)
     return watch
 
 
@@ -130,9 +146,9 @@ def stored(watch: pergrad.Watch) -> list[dict[str, Any]]:
 
 def trained(
     watch: Any, micro: int = 1, scale: float | None = None, autocast: bool = False,
-    recompute: bool = False,
+    recompute: bool = False, adapter: bool = False,
 ) -> Loop:  # fmt: skip
-    loop = Loop(watch, Text(recompute), scale)
+    loop = Loop(watch, Adapter() if adapter else Text(recompute), scale)
     for _ in range(4):
         for _ in range(micro):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -150,6 +166,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "scaled": {"scale": 2.0**16},
     "bf16": {"autocast": True},
     "checkpointing": {"recompute": True},
+    "adapter": {"adapter": True},
+    "adapter, accumulation, bf16": {"adapter": True, "micro": 2, "autocast": True},
     "all": {"micro": 2, "scale": 2.0**16, "autocast": True, "recompute": True},
 }
 
@@ -380,7 +398,7 @@ def test_a_folder_that_cannot_be_written_to() -> None:
         torch.manual_seed(0)
         states.append(script(by).state())
     watch.close()
-    assert same(*states)
+    assert_same(*states)
     assert len(watch.failures) == 1
     assert "Cannot write to" in watch.failures[0]
     assert "a folder that can be written to" in watch.failures[0]
