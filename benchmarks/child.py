@@ -185,16 +185,12 @@ def answers() -> Iterator[Callable[[Answer], None]]:
     yield answer
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("workload")
-    parser.add_argument("contestant")
-    parser.add_argument("--tiny", action="store_true", help="the size that tests use")
-    args = parser.parse_args()
+def serve(make: Callable[[], Any]) -> None:
+    """Do what comes over the pipe, by a worker that has a method for each command."""
     limit_memory(LIMIT_BYTES)
     with answers() as answer:
         try:
-            worker = Worker(args.workload, args.contestant, tiny=args.tiny)
+            worker = make()
             answer(worker.ready())
             for line in sys.stdin:
                 command = json.loads(line)
@@ -203,6 +199,15 @@ def main() -> None:
         except BaseException as error:  # whatever it is, the table shows it
             answer({"error": short(error)})
             raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("workload")
+    parser.add_argument("contestant")
+    parser.add_argument("--tiny", action="store_true", help="the size that tests use")
+    args = parser.parse_args()
+    serve(lambda: Worker(args.workload, args.contestant, tiny=args.tiny))
 
 
 if __name__ == "__main__":

@@ -25,17 +25,19 @@ class FailedError(Exception):
 class Process:
     """One contestant on one workload. Asking after a failure raises that failure again.
 
-    `source` is a folder to import packages from before those that are installed.
+    `source` is a folder to import packages from before those that are installed; `script` is what
+    the process runs, and answers as child.py does.
     """
 
     def __init__(
-        self, workload: str, contestant: str, *, tiny: bool = False, source: Path | None = None
-    ) -> None:
+        self, workload: str, contestant: str, *, tiny: bool = False, source: Path | None = None,
+        script: Path = CHILD,
+    ) -> None:  # fmt: skip
         # A file, open as long as self: some libraries print more than a pipe that nobody reads
         # can hold.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._child = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(CHILD), workload, contestant]
+            [sys.executable, "-W", "ignore", str(script), workload, contestant]
             + (["--tiny"] if tiny else []),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

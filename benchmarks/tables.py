@@ -56,6 +56,36 @@ def _report(record: dict[str, Any]) -> str:
     )
 
 
+def _training(record: dict[str, Any]) -> str:
+    """What reading costs in a training step."""
+    rows = []
+    for found in record["workloads"]:
+        for name, way in found["ways"].items():
+            if name == "plain":
+                continue
+            bound = "" if way["bound"] is None else f"≤ {way['bound']:.2f}"
+            low, high = way["ratio"]["quartiles"]
+            rows.append(
+                [
+                    found["workload"],
+                    way["title"],
+                    f"{way['ratio']['median']:.3f} ({low:.3f}–{high:.3f})",
+                    bound,
+                    f"{way['ratio']['runs']}",
+                    _number(way["memory_ratio"]),
+                    f"{way['first_step']:.1f}",
+                ]
+            )
+    head = ["", "", "time", "bound", "turns", "peak memory", "first step"]
+    return (
+        "### training\n\nA step is zero_grad, forward, the mean of the losses, backward and AdamW; "
+        "that alone is 1. Each way has a process of its own, and all take turns. Weights after "
+        "some steps were the same to the bit. The first step is planned and verified: what it "
+        f"takes beyond the plain way's first, in plain steps.\n\n{_table(head, rows, 2)}\n\n"
+        f"{_machines(record['workloads'])}."
+    )
+
+
 def _scan(record: dict[str, Any]) -> str:
     """What a scan costs beyond the norms."""
     whole, memory = record["whole"], record["whole"]["memory_bytes"]
@@ -301,6 +331,9 @@ def full(records: dict[str, Record], imported: Record | None, scaling: Record | 
             f"{imported['top_processor_seconds']['median']:.2f} s of processor time "
             f"(claim: at most {imported['claims']['top_seconds']} s).\n\n{_machine(imported)}."
         )
+    trained = read_other("training")
+    if trained:
+        parts.append(_training(trained))
     scanned = read_other("scan")
     if scanned:
         parts.append(_scan(scanned))
@@ -342,6 +375,14 @@ def missed(records: dict[str, Record], imported: Record | None, *, claim: bool) 
     ]
     if claim and imported and imported["pergrad_seconds"]["median"] > imported["claims"]["seconds"]:
         found.append("import time")
+    trained = read_other("training")
+    if not claim and trained:
+        found += [
+            f"{r['workload']}, {name}: time {way['ratio']['median']:.3f} ({way['bound']:.2f})"
+            for r in trained["workloads"]
+            for name, way in r["ways"].items()
+            if way["bound"] is not None and way["ratio"]["median"] > way["bound"]
+        ]
     scanned = read_other("scan")
     if claim and scanned:
         claims, memory = scanned["claims"], scanned["whole"]["memory_bytes"]

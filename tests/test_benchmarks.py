@@ -28,6 +28,7 @@ import scaling  # noqa: E402
 import slow  # noqa: E402
 import tables  # noqa: E402
 import targets  # noqa: E402
+import training  # noqa: E402
 import workloads  # noqa: E402
 import worst  # noqa: E402
 from contestants import CONTESTANTS, reference  # noqa: E402
@@ -261,6 +262,33 @@ def test_tables_are_those_of_the_results() -> None:
     subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], check=True, timeout=120
     )
+
+
+def test_training_is_measured(tmp_path: Path) -> None:
+    """Equal weights and norms are part of it."""
+    arguments = ["--tiny", "--rounds", "2", "--workloads", "W1", "--out", str(tmp_path)]
+    subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "training.py", *arguments], check=True, timeout=300
+    )
+    (record,) = json.loads((tmp_path / "training.json").read_text())["workloads"]
+    assert list(record["ways"]) == ["plain", "reading", "watch", "own pass"]
+    assert record["ways"]["plain"]["ratio"]["median"] == 1
+    assert all(way["ratio"]["median"] > 0 for way in record["ways"].values())
+    assert record["error"] < 1e-5
+    assert "W1-mlp" in tables._training({"workloads": [record]})
+
+
+def test_other_weights_and_norms_end_the_measurement() -> None:
+    answer = {"weights": "a", "norms": [1.0, 2.0], "failures": []}
+    others = {
+        "not those of the plain step": {"weights": "b"},
+        "norms differ": {"norms": [1.0, 2.1]},
+        "no room": {"failures": ["no room"]},
+    }
+    for match, other in others.items():
+        first = {"plain": answer, "own pass": answer, "reading": answer | other}
+        with pytest.raises(SystemExit, match=match):
+            training._check("W1", first)
 
 
 def test_scan_is_measured(tmp_path: Path) -> None:
