@@ -30,6 +30,7 @@ from pergrad.factors.workspace import limit, workspace
 from pergrad.graph import nodes
 from pergrad.graph.plan import plan_of
 from pergrad.graph.walk import Graph
+from pergrad.ops.joining import SINKS
 
 _REMEDY = (
     "Take the norms before the backward pass: `pergrad.norms(losses, model, retain_graph=True)`."
@@ -159,16 +160,23 @@ class UserPass:
                 start if isinstance(start, nodes.GradientEdge) else nodes.get_gradient_edge(start)
             )
             stack: list[tuple[nodes.Node, nodes.Node, int]] = [(None, edge.node, edge.output_nr)]
-            seen: set[nodes.Node] = set()
+            seen: set[tuple[nodes.Node, int]] = set()
             entries: list[tuple[object, int, int]] = []
             while stack:
                 parent, node, number = stack.pop()
                 if node in inside:
                     entries.append((parent, inside[node], number))
-                elif node not in seen:
-                    seen.add(node)
+                elif (node, number) not in seen:
+                    below = nodes.edges(node)
+                    if nodes.op_name(node) in SINKS:  # output i is input i: the others get nothing
+                        seen.add((node, number))
+                        below = below[number : number + 1]
+                    elif (node, 0) in seen:
+                        continue
+                    else:
+                        seen |= {(node, 0), (node, number)}
                     self._unreached.excuse(nodes.leaf_variable(node))
-                    stack += [(node, c, n) for c, n in nodes.edges(node) if c is not None]
+                    stack += [(node, c, n) for c, n in below if c is not None]
             here = any((graph.nodes[i], number) == root for _, i, number in entries)
             started, passed_root = True, passed_root or here
             for parent, i, number in entries if here else ():

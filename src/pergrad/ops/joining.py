@@ -110,11 +110,11 @@ def _uncut(op: Op, number: int) -> tuple[Step, ...]:
 
 
 # What distributed wrappers put around a module's inputs or outputs; the second is of fully_shard.
-_SINKS = ("_DDPSink", "RegisterPostBackwardFunction")
-declare(*_SINKS)
+SINKS = ("_DDPSink", "RegisterPostBackwardFunction")
+declare(*SINKS)
 
 
-@owners_of_all(*_SINKS)
+@owners_of_all(*SINKS)
 def _sink(op: Op, outs: list[Layout | None]) -> list[Result]:
     """The identity of each."""
     return list(outs) if len(outs) == len(op.in_shapes) else unknown(op)

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import pergrad.ops  # noqa: F401 (what is read of an op is declared there)
 from pergrad.errors import UnsupportedError, UsageError
 from pergrad.graph.layout import Layout, along, compressed
 from pergrad.graph.ops import attribute, saved
 from pergrad.graph.walk import Edge, Graph, Slot
+from pergrad.ops.joining import SINKS  # with it, what is read of an op's node is declared
 
 _MEAN, _SUM = 1, 2  # how torch numbers reductions
 
@@ -63,7 +63,7 @@ def _descend(graph: Graph, i: int, number: int, factor: Tensor | float, trunk: T
     live = [k for k, (child, _) in enumerate(below) if child >= 0]
     if op in _SAME:
         _descend(graph, *below[0], factor, trunk)
-    elif op in _SINKS:
+    elif op in SINKS:
         _descend(graph, *below[number], factor, trunk)
     elif op == "neg":
         _descend(graph, *below[0], -factor, trunk)
@@ -95,7 +95,6 @@ _SAME = {
     "to_copy", "clone", "alias", "view", "reshape_alias", "unsafe_view", "squeeze", "unsqueeze",
     "lift_fresh", "expand",
 }  # fmt: skip
-_SINKS = {"_DDPSink", "RegisterPostBackwardFunction"}
 _REDUCTIONS = {"sum", "mean", "sum_dim", "mean_dim"}
 _STACKS = {"stack", "cat"}
 
