@@ -52,7 +52,7 @@ def draw(
     for cell, row in zip(grid, run.top(12).to_pylist(), strict=False):
         i = int(row["key"])
         axis = figure.add_subplot(cell)
-        axis.imshow(images[i].reshape(8, 8), cmap="gray_r")
+        axis.imshow(images[i].reshape(8, 8).numpy(), cmap="gray_r")
         axis.set(xticks=[], yticks=[])
         colour = "#c0392b" if flipped[i] else "#333333"
         axis.set_title(f"“{int(given[i])}”, {row['times']} of {row['seen']}", fontsize=7,
