@@ -220,3 +220,9 @@ def test_saved_fields_are_read_through_the_declarations() -> None:
     through = [SOURCE / "graph" / "ops.py", SOURCE / "ops" / "registry.py"]
     others = [p for p in MODULES if p not in through and "nodes" not in p.parts]
     assert not [p for p in others if direct.search(p.read_text())]
+
+
+def test_names_of_test_files_are_unique() -> None:
+    """pytest collects no two of one name: their folders are no packages."""
+    names = [path.name for path in (SOURCE.parents[1] / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
