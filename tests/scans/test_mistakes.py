@@ -133,8 +133,6 @@ def test_a_mean_with_a_dimension(tmp_path: Path) -> None:
         scan(mean, tmp_path)
 
 
-# that losses meet is said first
-@pytest.mark.filterwarnings("ignore::pergrad.FallbackWarning")
 @pytest.mark.parametrize("spread", [
     lambda mean, count: mean.expand(count), lambda mean, count: mean.repeat(count),
 ])  # fmt: skip

@@ -22,7 +22,6 @@ from pergrad.ops import (  # noqa: F401
     matmul,
     normalisation,
     outer_product,
-    packing,
     pooling,
     recurrent,
     reductions,
