@@ -1,7 +1,9 @@
 """Models under torch.compile: read off the backward graph that torch keeps, against the loop."""
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import naive
 import pytest
@@ -307,6 +309,33 @@ def test_losses_whose_backward_was_compiled_to_run_once() -> None:
     kept = each(model(FLAT))
     for _ in range(2):
         assert_agrees(pergrad.norms(kept, model, retain_graph=True), truth, truth, 5e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how:UserWarning")
+def test_a_collection_in_the_middle_of_a_forward_that_is_compiled() -> None:
+    """Python calls pergrad then; torch traced that, and the process died now and then."""
+    from torch._dynamo.convert_frame import register_bytecode_hook
+
+    model = nn.Linear(8, 3)
+    pergrad.norms(model(FLAT).square().sum(1), model)  # from here on collections are looked at
+    compiled_files = []
+    handle = register_bytecode_hook(lambda old, new: compiled_files.append(old.co_filename))
+
+    def forward(x: Tensor) -> Tensor:
+        x = model(x)
+        torch._dynamo.graph_break()
+        gc.collect()
+        return x.square().sum(1)
+
+    try:
+        values = torch.compile(forward, backend="aot_eager")(FLAT)
+    finally:
+        handle.remove()
+    assert __file__ in compiled_files
+    package = str(Path(pergrad.__file__).parent)
+    assert not [name for name in compiled_files if name.startswith(package)]
+    truth = naive.norms(naive.loop_grads(values, model))
+    assert_agrees(pergrad.norms(values, model), truth, truth, 5e-6)
 
 
 def test_a_torch_that_runs_regions_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,6 +211,7 @@ class _Old:
         ref = self._dismissed.get(id(d))
         return ref is not None and ref() is d
 
+    @nodes.never_compiled
     def _before_collection(self, phase: str, info: dict[str, int]) -> None:
         if phase != "start":
             return

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pergrad.errors import PergradError, StoreError, UsageError
+from pergrad.graph import nodes
 from pergrad.scans.report.preview import Preview
 from pergrad.scans.text import message_of, printable, storable
 from pergrad.training.noise_of_ranks import sums_of_ranks
@@ -281,6 +282,7 @@ class Recorder:
             self.off = f"{MOST_ROWS:,} rows wait for the disk, so no more are read."
             self.say(self.off)
 
+    @nodes.never_compiled  # a collection may call it
     def close(self) -> None:
         """Write everything and let others write."""
         try:

@@ -7,7 +7,7 @@ Does not know: what the ops in the graph do, parameters.
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,6 +16,21 @@ from torch import Tensor, fx
 from pergrad.errors import UnsupportedError
 from pergrad.graph.nodes.calls import raw_call
 from pergrad.graph.nodes.reading import Node, is_compiled, op_name
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def never_compiled(function: _Function) -> _Function:
+    """A function that torch.compile never traces, nor what it calls, wherever it is called from.
+
+    For what Python itself calls at any time, as a garbage collection does: also from a forward pass
+    whose Python torch is compiling. Unlike torch.compiler.disable it does not import the compiler.
+    """
+    from torch._C._dynamo import eval_frame
+
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    return function
 
 
 def region_class(node: Node) -> Any:
