@@ -24,8 +24,11 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but the tabulator
 
 
 def template(text: str) -> jinja2.Template:
-    """A page's template; what it prints is escaped unless it says otherwise."""
+    """A page's template, which may extend base.html; what it prints is escaped unless it says
+    otherwise.
+    """
     environment = jinja2.Environment(
+        loader=jinja2.DictLoader({"base.html": own("base.html")}),
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
         finalize=_without_controls,
     )  # fmt: skip
