@@ -5,6 +5,7 @@ Does not know: how other kinds take a map (`Factor.absorb`), maps that change le
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -255,36 +256,12 @@ class Embedded(Factor):
 seen_through["isometry"] = Mapped
 
 
-@dots.register(Mapped, Factor)
-def _dot_mapped(f: Mapped, h: Factor) -> Tensor | None:
-    other = _brought_back(f, h)
-    return None if other is None else f.factor.dot(other)
-
-
-@grams.register(Mapped, Factor)
-def _gram_mapped(f: Mapped, h: Factor) -> Tensor | None:
-    other = f.factor if f is h else _brought_back(f, h)
-    return None if other is None else f.factor.gram(other)
-
-
 def _brought_back(f: Mapped, h: Factor) -> Factor | None:
     """`h` in the coordinates in which f lives, where it has a simple form there."""
     if isinstance(h, Mapped) and h.isometry == f.isometry:
         return h.factor
     other = mapped(h, f.isometry.inverse().steps)
     return None if isinstance(other, Mapped) else other
-
-
-@dots.register(Embedded, Factor)
-def _dot_embedded(f: Embedded, h: Factor) -> Tensor | None:
-    other = _cut(f, h)
-    return None if other is None else f.factor.dot(other)
-
-
-@grams.register(Embedded, Factor)
-def _gram_embedded(f: Embedded, h: Factor) -> Tensor | None:
-    other = f.factor if f is h else _cut(f, h)
-    return None if other is None else f.factor.gram(other)
 
 
 def _cut(f: Embedded, h: Factor) -> Factor | None:
@@ -297,3 +274,24 @@ def _cut(f: Embedded, h: Factor) -> Factor | None:
         if h.index[2] <= f.index[1] or f.index[2] <= h.index[1]:  # disjoint
             return Zero(h.batch, f.factor.shape, h.device, h.dtype)
     return None
+
+
+def _meets_inside(
+    kind: type[Mapped] | type[Embedded], inside: Callable[[Any, Factor], Factor | None]
+) -> None:
+    """Products of this kind are those of the inner factor with what `inside` makes of the other."""
+
+    @dots.register(kind, Factor)
+    def dot(f: Any, h: Factor) -> Tensor | None:
+        other = inside(f, h)
+        return None if other is None else f.factor.dot(other)
+
+    @grams.register(kind, Factor)
+    def gram(f: Any, h: Factor) -> Tensor | None:
+        inner: Factor = f.factor
+        other = inner if f is h else inside(f, h)
+        return None if other is None else inner.gram(other)
+
+
+_meets_inside(Mapped, _brought_back)
+_meets_inside(Embedded, _cut)

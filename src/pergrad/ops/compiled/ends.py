@@ -145,72 +145,45 @@ def _by_rule(
     return End(call.name, tuple(shape), (node, *needed.values()), make)
 
 
-@_of("convolution_backward")
-def _convolution(call: Call, number: int) -> End | None:
+# For each op of a backward whose results but the first are gradients of parameters: the op that has
+# the rule, its cotangent, plain arguments by the rule's names, and tensors by the fields it saves.
+_BACKWARDS: dict[str, tuple[str, str, dict[str, str], dict[str, str]]] = {
+    "convolution_backward": (
+        "convolution", "grad_output",
+        {n: n for n in ("stride", "padding", "dilation", "transposed", "groups")},
+        {"input": "input"},
+    ),
+    "native_layer_norm_backward": (
+        "native_layer_norm", "grad_out", {"normalized_shape": "normalized_shape"},
+        {"input": "input", "result1": "mean", "result2": "rstd"},
+    ),
+    "_fused_rms_norm_backward": (
+        "fused_rms_norm", "grad_out", {"normalized_shape": "normalized_shape"},
+        {"input": "input", "result1": "rstd"},
+    ),
+    "native_group_norm_backward": (
+        "native_group_norm", "grad_out", {"group": "group"},
+        {"input": "input", "result1": "mean", "result2": "rstd"},
+    ),
+    "native_batch_norm_backward": (
+        "native_batch_norm", "grad_out", {"training": "train", "eps": "eps"},
+        {
+            "input": "input", "result1": "save_mean", "result2": "save_invstd",
+            "running_mean": "running_mean", "running_var": "running_var",
+        },
+    ),
+}  # fmt: skip
+
+
+@_of(*_BACKWARDS)
+def _backward(call: Call, number: int) -> End | None:
     shape = call.shapes[number]
     if number == 0 or shape is None:
         return None
-    names = ("stride", "padding", "dilation", "transposed", "groups")
-    fields = {name: call[name] for name in names} | {"input": call.arguments["input"]}
-    return _by_rule(call, "convolution", number, fields, "grad_output", shape)
-
-
-@_of("native_layer_norm_backward")
-def _layer_norm(call: Call, number: int) -> End | None:
-    shape = call.shapes[number]
-    if number == 0 or shape is None:
-        return None
-    fields = {
-        "normalized_shape": call["normalized_shape"],
-        "input": call.arguments["input"],
-        "result1": call.arguments["mean"],
-        "result2": call.arguments["rstd"],
-    }
-    return _by_rule(call, "native_layer_norm", number, fields, "grad_out", shape)
-
-
-@_of("_fused_rms_norm_backward")
-def _rms_norm(call: Call, number: int) -> End | None:
-    shape = call.shapes[number]
-    if number == 0 or shape is None:
-        return None
-    fields = {
-        "normalized_shape": call["normalized_shape"],
-        "input": call.arguments["input"],
-        "result1": call.arguments["rstd"],
-    }
-    return _by_rule(call, "fused_rms_norm", number, fields, "grad_out", shape)
-
-
-@_of("native_group_norm_backward")
-def _group_norm(call: Call, number: int) -> End | None:
-    shape = call.shapes[number]
-    if number == 0 or shape is None:
-        return None
-    fields = {
-        "group": call["group"],
-        "input": call.arguments["input"],
-        "result1": call.arguments["mean"],
-        "result2": call.arguments["rstd"],
-    }
-    return _by_rule(call, "native_group_norm", number, fields, "grad_out", shape)
-
-
-@_of("native_batch_norm_backward")
-def _batch_norm(call: Call, number: int) -> End | None:
-    shape = call.shapes[number]
-    if number == 0 or shape is None:
-        return None
-    fields = {
-        "training": call["train"],
-        "eps": call["eps"],
-        "input": call.arguments["input"],
-        "result1": call.arguments["save_mean"],
-        "result2": call.arguments["save_invstd"],
-        "running_mean": call.arguments["running_mean"],
-        "running_var": call.arguments["running_var"],
-    }
-    return _by_rule(call, "native_batch_norm", number, fields, "grad_out", shape)
+    rule, grad, plain, saved = _BACKWARDS[call.name]
+    fields = {field: call[name] for field, name in plain.items()}
+    fields |= {field: call.arguments[name] for field, name in saved.items()}
+    return _by_rule(call, rule, number, fields, grad, shape)
 
 
 @_of("embedding_dense_backward")
