@@ -78,7 +78,7 @@ def arranged(
     elsewhere(others)
     if not places:
         return arrangement
-    below = _below(graph, {graph.edges[s.node][k][0] for s in plan.sites for k in s.slots})
+    below = graph.below(graph.edges[s.node][k][0] for s in plan.sites for k in s.slots)
     layouts = None
     for place in places:
         changing = place.changing
@@ -99,18 +99,8 @@ def arranged(
     return arrangement
 
 
-def _below(graph: Graph, starts: set[int]) -> set[int]:
-    found, stack = set(starts), list(starts)
-    while stack:
-        for child in graph.children(stack.pop()):
-            if child not in found:
-                found.add(child)
-                stack.append(child)
-    return found
-
-
 def _loop(arrangement: Arrangement, graph: Graph, place: Hooks) -> None:
-    reached = _below(graph, {place.node})
+    reached = graph.below([place.node])
     for (node, output), name in graph.targets.items():
         if node not in reached or (node == place.node and place.kind != "tensor"):
             continue

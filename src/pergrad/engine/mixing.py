@@ -5,7 +5,6 @@ backward pass for each example is the cheapest exact way.
 Does not know: how such a pass is run, rules, factors.
 """
 
-from collections.abc import Iterable
 from math import prod
 
 from torch import Tensor
@@ -86,29 +85,17 @@ def below_meetings(losses: Tensor, graph: Graph, plan: Plan, check_layout: str) 
     meetings |= {mix.child for mix in plan.mixes}
     ways = [way for slot in meetings for way in plan.routes.get(slot, ()) if way.steps is None]
     descents = sum(
-        sum(sizes[i] for i in _below(graph, [way.start[0]]) & _above(graph, way.target[0]))
+        sum(sizes[i] for i in graph.below([way.start[0]]) & _above(graph, way.target[0]))
         for way in ways
     )
     if 2 * descents < sum(sizes):
         return ()
-    reached = _below(graph, [slot[0] for slot in meetings])
+    reached = graph.below(slot[0] for slot in meetings)
     return tuple(name for (i, _), name in graph.targets.items() if i in reached)
 
 
 def _certain(losses: Tensor, graph: Graph, plan: Plan, check_layout: str) -> bool:
     return any(mix.sure for mix in plan.mixes) or interact(losses, graph, plan, check_layout)
-
-
-def _below(graph: Graph, starts: Iterable[int]) -> set[int]:
-    """Nodes that are reached from these, and these."""
-    reached = set(starts)
-    stack = list(reached)
-    while stack:
-        for child in graph.children(stack.pop()):
-            if child not in reached:
-                reached.add(child)
-                stack.append(child)
-    return reached
 
 
 def _above(graph: Graph, index: int) -> set[int]:

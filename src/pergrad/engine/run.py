@@ -109,12 +109,12 @@ def run(
             losses, graph, plan, attached, own,
             create_graph=options.create_graph, check_layout=options.check_layout,
         )  # fmt: skip
+        if not options.create_graph:
+            stack.enter_context(nodes.compiled_regions_kept(graph.nodes))
         looped = _looped(losses, graph, plan, options, hooked.looped, exact=records is None)
         if looped:
             _policy(losses, graph, plan, options)
             used = not set(graph.targets.values()) <= set(looped)
-            if not options.create_graph:
-                stack.enter_context(nodes.compiled_regions_kept(graph.nodes))
             at_hand = options.chunk_bytes or limit(losses.device)
             on_cpu = losses.device.type == "cpu"
             one = options.create_graph or attached.hooks or hooks or nodes.in_python(graph.nodes)
@@ -144,8 +144,6 @@ def run(
                 "derivative, and create_graph=True asks for one. Compute the losses under "
                 '`with torch.compiler.set_stance("force_eager"):`.'
             )
-        if not looped:
-            stack.enter_context(nodes.compiled_regions_kept(graph.nodes))
         _policy(losses, graph, plan, options)
         _warn(schedule, graph, plan, losses.shape[0])
         state = Pass(

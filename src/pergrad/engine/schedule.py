@@ -164,11 +164,5 @@ def _requests(
 
 def _pulled(graph: Graph, plan: Plan) -> frozenset[int]:
     ways = [way for ways in plan.routes.values() for way in ways]
-    stack = [way.start[0] for way in ways if way.steps is None or way.reads_indices]
-    found = set(stack)
-    while stack:
-        for child in graph.children(stack.pop()):
-            if child not in found:
-                found.add(child)
-                stack.append(child)
-    return frozenset(found)
+    starts = [way.start[0] for way in ways if way.steps is None or way.reads_indices]
+    return frozenset(graph.below(starts))

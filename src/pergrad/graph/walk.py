@@ -5,7 +5,7 @@ parameters, which depend on parameters alone, and the key that tells two graphs 
 Does not know: layouts, rules, factors.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,6 +112,17 @@ class Graph:
         return tuple(
             (edge, layout.owner.shape, _pattern(layout)) for edge, layout in self.starts.items()
         )
+
+    def below(self, starts: Iterable[int]) -> set[int]:
+        """Nodes that are reached from these, and these."""
+        found = set(starts)
+        stack = list(found)
+        while stack:
+            for child in self.children(stack.pop()):
+                if child not in found:
+                    found.add(child)
+                    stack.append(child)
+        return found
 
     def names_below(self, index: int, limit: int = 3) -> list[str]:
         """The nearest parameters below a node: how its place is named to the user."""
