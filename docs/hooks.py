@@ -6,6 +6,7 @@ README.md, CHANGELOG.md and the like are pages as they stand, and other files to
 
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,33 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         to = _in_site(file.relative_to(ROOT).as_posix())
         return head + posixpath.relpath(to, posixpath.dirname(uri) or ".")
 
+    if uri == "errors.md":
+        markdown = _with_messages(markdown)
     return LINK.sub(moved, markdown)
+
+
+def _with_messages(markdown: str) -> str:
+    """At the end of each section about errors, the messages that lead to it."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    from messages import listed
+
+    parts = re.split(r"^(?=#{2,3} )", markdown, flags=re.MULTILINE)
+    found = listed()
+    for i, part in enumerate(parts):
+        section = re.sub(r"\W+", "-", part.splitlines()[0].removeprefix("### ").lower())
+        texts = found.get(section, []) if part.startswith("### ") else []
+        if texts:
+            lines = "".join(f"    - {_plain(text)}\n" for text in texts)
+            noun = "message" if len(texts) == 1 else "messages"
+            parts[i] = f'{part}\n??? quote "{len(texts)} {noun}"\n\n{lines}\n'
+    return "".join(parts)
+
+
+def _plain(text: str) -> str:
+    """A message as it stands, whatever of it Markdown or HTML would read."""
+    parts = text.split("`")  # each second one is code, which stands as it is
+    escaped = [p if k % 2 else re.sub(r"([\\*_\[\]<>#])", r"\\\1", p) for k, p in enumerate(parts)]
+    return "`".join(escaped)
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:

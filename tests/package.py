@@ -60,6 +60,8 @@ def main() -> None:
         said(python, *pip, "install", "--quiet", *constraints, wheel, folder=folder)
         core = said(python, "-c", "import pergrad; print(pergrad.norms.__name__)", folder=folder)
         assert core.strip() == "norms"
+        more = said(python, "-m", "pergrad", "help", "freed-graph", folder=folder)
+        assert "frees it" in more, more
         said(python, *pip, "install", "--quiet", *constraints, f"{wheel}[all]", folder=folder)
         said(python, *pip, "check", folder=folder)
         found = json.loads(said(folder / "venv/bin/pergrad", "demo", "--json", folder=folder))

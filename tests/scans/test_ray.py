@@ -127,7 +127,7 @@ def test_what_a_worker_warns_of_and_raises_comes_here(cluster: str, tmp_path: Pa
     mixing = pergrad.Job(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)), Examples(8), losses)
     with pytest.raises(pergrad.MixedExamplesError, match=r"mixes(.|\n)*eval\(\)") as caught:
         on_workers(mixing, tmp_path / "mixing", 1, mode="train")
-    assert "Raised on a worker of Ray" in caught.value.__notes__[0]
+    assert "Raised on a worker of Ray" in "".join(caught.value.__notes__)
 
 
 # --- deaths --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ Does not know: the commands.
 import sys
 import traceback
 
-from pergrad.errors import PergradError
+from pergrad.errors import PergradError, UsageError, explained
 from pergrad.extras import need
 from pergrad.scans.text import printable_lines
 
@@ -18,6 +18,8 @@ def main() -> int:
     An error of pergrad is printed without its traceback, unless --traceback is given.
     """
     try:
+        if sys.argv[1:2] == ["help"]:  # needs nothing but pergrad
+            return _explain(" ".join(sys.argv[2:]))
         need("scan", "typer", "numpy", "pyarrow", "filelock", "rich")
         from pergrad.command import app
 
@@ -27,4 +29,15 @@ def main() -> int:
             traceback.print_exc()
         else:
             print(f"error: {printable_lines(error)}", file=sys.stderr)  # noqa: T201
+            print(f"More: pergrad help {error.section}", file=sys.stderr)  # noqa: T201
         return 1
+
+
+def _explain(section: str) -> int:
+    """Print what docs/errors.md says under a name that an error gives; returns the exit code."""
+    sections = explained()
+    if section and section not in sections:
+        names = "\n  ".join(sections)
+        raise UsageError(f"No errors have a section {section!r}. The sections are:\n  {names}")
+    print(sections.get(section) or "\n".join(sections))  # noqa: T201
+    return 0

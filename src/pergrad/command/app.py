@@ -56,6 +56,7 @@ First steps:
     pergrad watch run --open                        a training run's page, rewritten as it goes on
     pergrad influence train.py:job --queries train.py:test --out found
                                                     which training examples drive these predictions?
+    pergrad help SECTION                            more about an error, which names its section
 
 \b
 Exit codes:
