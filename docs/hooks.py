@@ -48,7 +48,20 @@ def on_files(files: Files, config: Any) -> Files:
             files.append(File.generated(config, uri, content=content.decode()))
         else:
             files.append(File.generated(config, uri, content=content))
+    for page in (ROOT / "docs" / file.src_uri for file in list(files.documentation_pages())):
+        text = _notebooks().text_of(page.read_text()) if page.is_file() else ""
+        if text:
+            uri = page.relative_to(ROOT / "docs").with_suffix(".ipynb").as_posix()
+            files.append(File.generated(config, uri, content=text))
     return files
+
+
+def _notebooks() -> Any:
+    """docs/notebooks.py; mkdocs takes this folder off the path once it has loaded this file."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    import notebooks
+
+    return notebooks
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -66,6 +79,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     if uri == "errors.md":
         markdown = _with_messages(markdown)
+    if own.startswith("docs/") and _notebooks().text_of(markdown):
+        name = posixpath.basename(uri).replace(".md", ".ipynb")
+        link = f"\n[This page as a notebook]({name}){{: download .notebook }}\n"
+        markdown = re.sub(r"^(# .*\n)", lambda m: m.group(1) + link, markdown, count=1)
     return LINK.sub(moved, markdown)
 
 

@@ -1,7 +1,10 @@
 """The examples in the documentation run, and every public name is documented."""
 
 import dataclasses
+import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -13,6 +16,10 @@ import pergrad
 from pergrad.engine.run import Options
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import notebooks  # noqa: E402
+
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -42,6 +49,35 @@ def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         for line, source in blocks(page):
             # the newlines make a traceback point at the line of the page
             exec(compile("\n" * line + source, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_is_its_notebook(page: Path) -> None:
+    text = notebooks.text_of(page.read_text())
+    cells = json.loads(text)["cells"] if text else []
+    code = ["".join(c["source"]) + "\n" for c in cells if c["cell_type"] == "code"]
+    assert code == [source for _, source in blocks(page)]
+    assert len({cell["id"] for cell in cells}) == len(cells)
+    assert all(cell["source"] for cell in cells)
+
+
+def test_a_notebook_runs(tmp_path: Path) -> None:
+    """In a process of its own, cell by cell, from a file."""
+    file = tmp_path / "start.ipynb"
+    page = ROOT / "docs" / "start.md"
+    script = ROOT / "docs" / "notebooks.py"
+    subprocess.run([sys.executable, script, page, file], check=True)
+    code = (
+        "import json, sys\n"
+        "for cell in json.load(open(sys.argv[1]))['cells']:\n"
+        "    if cell['cell_type'] == 'code':\n"
+        "        exec(''.join(cell['source']), globals())\n"
+        "print(norms.shape)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, file], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert "torch.Size([16])" in done.stdout, done.stderr
 
 
 def headings() -> set[str]:
