@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from pergrad.engine.run import Options
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
+import drawings  # noqa: E402
 import notebooks  # noqa: E402
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -146,6 +148,16 @@ def test_local_links_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("name", drawings.DRAWINGS)
+def test_drawings_are_up_to_date(name: str) -> None:
+    """Drawn by `python docs/drawings.py`, and shown on a page, with words for who cannot see it."""
+    drawn = drawings.DRAWINGS[name]().svg()
+    assert (ROOT / "docs" / "images" / f"{name}.svg").read_text() == drawn
+    ElementTree.fromstring(drawn)
+    page = (ROOT / "docs" / "how-it-works.md").read_text()
+    assert re.search(rf"!\[.{{30,}}\]\(images/{name}\.svg\)", page)
 
 
 def test_all_is_all() -> None:
