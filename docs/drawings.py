@@ -209,8 +209,8 @@ def layout() -> Drawing:
         d.text(24, y + 34, notes[name], "soft", "start")
         for i, owner in enumerate(owners):
             d.cell(190 + i * size, y, size, owner)
-    d.text(24, 234, "measured: twice the loss of the", "", "start")
-    d.text(24, 254, "second example; its rows of g", "", "start")
+    d.text(24, 234, "measured: twice the loss of", "", "start")
+    d.text(24, 254, "example 1; its rows of g", "", "start")
     d.text(24, 274, "double, exactly", "", "start")
     for i, owner in enumerate(orders["routed by the data"]):
         x = 270 + i * size
