@@ -66,6 +66,8 @@ def picture(image: Tensor) -> Image.Image:
 
 def job_of(model: nn.Module, images: Tensor, true: Tensor, given: Tensor) -> pergrad.Job:
     """What pergrad is to score: this model's loss on each of these examples."""
+    with torch.no_grad():
+        predicted = model(images).argmax(1)
 
     def show(i: int) -> dict[str, object]:
         """What a person sees of an example in the report; what is None is left out."""
@@ -73,6 +75,7 @@ def job_of(model: nn.Module, images: Tensor, true: Tensor, given: Tensor) -> per
         return {
             "image": picture(images[i]),
             "label": int(given[i]),
+            "predicted": int(predicted[i]),
             "flipped on purpose": f"it is a {true[i]}" if wrong else None,
         }
 

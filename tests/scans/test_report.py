@@ -857,6 +857,136 @@ def test_rankings_references_and_layers_change(opened: Page) -> None:
     assert opened.complaints() == []
 
 
+def listed(opened: Page, where: str = "top") -> list[int]:
+    """The rows of the cards of a list."""
+    cards = opened.all(f"#{where}-cards .card")
+    return [int(card.get_attribute("data-row")) for card in cards]
+
+
+def test_filter_by_label_key_words_and_wrong_only(
+    opened: Page, digits: tuple[pa.Table, dict[int, Preview]]
+) -> None:
+    """Over all examples of the page, not only those that were ranked highest."""
+    norms = digits[0]["norm"].to_numpy().astype(float)
+    norms[~np.isfinite(norms)] = -1
+    rows = np.arange(len(norms))
+
+    def first(these: Any) -> list[int]:
+        kept = np.flatnonzero(these & (norms >= 0))
+        return kept[np.argsort(-norms[kept], kind="stable")][:12].tolist()
+
+    def choose(which: str, value: str) -> None:
+        opened.run(
+            "const s = document.getElementById('filter-form')[arguments[0]];"
+            "s.value = arguments[1]; s.dispatchEvent(new Event('input', {bubbles: true}))",
+            which, value,
+        )  # fmt: skip
+
+    everything = listed(opened)
+    opened.one("#filter summary").click()
+    choose("key", "label")
+    assert listed(opened) == everything  # by which key, and not yet which value
+    choose("value", "=label 3")
+    assert listed(opened) == first(rows % 10 == 3)
+    assert opened.one("#filter-count").text == "180 of 1,797 examples"
+    choose("key", "predicted")
+    choose("value", "=5")
+    assert listed(opened) == first(rows % 7 == 5)
+    opened.one("#filter-form button[type=reset]").click()
+    opened.read_until(lambda: listed(opened), everything.__eq__)
+    opened.one("#filter-form input[name=words]").send_keys("1234")
+    assert listed(opened) == [1234]
+    opened.one("#filter-form button[type=reset]").click()
+    opened.read_until(lambda: listed(opened), everything.__eq__)
+    opened.one("#filter-form input[name=wrong]").click()  # the label is "label 3", not "3"
+    assert listed(opened) == everything
+    assert opened.complaints() == []
+
+
+def test_what_does_not_pass_cannot_be_selected(
+    opened: Page, digits: tuple[pa.Table, dict[int, Preview]]
+) -> None:
+    opened.one("#filter summary").click()
+    opened.run(
+        "const f = document.getElementById('filter-form'); f.key.value = 'label';"
+        "f.key.dispatchEvent(new Event('input', {bubbles: true})); f.value.value = '=label 3';"
+        "f.colour.checked = true; f.colour.dispatchEvent(new Event('input', {bubbles: true}))"
+    )
+    assert len(opened.all("#legend li")) == 10
+    kinds = opened.run(
+        "const s = Bokeh.documents.map((d) => d.get_model_by_name('points')).find(Boolean);"
+        "const of = (name) => [...new Set(s.get_column(name))];"
+        "return [of('alpha').length, of('colour').length]"
+    )
+    assert kinds == [2, 10]
+    opened.one(".region summary").click()
+    opened.one("input[name=loss-from]").send_keys("0")
+    opened.one("#region button").click()
+    norms, losses = (digits[0][name].to_numpy() for name in ("norm", "loss"))
+    passing = np.isfinite(norms) & np.isfinite(losses) & (np.arange(len(norms)) % 10 == 3)
+    assert opened.one("#selection-count").text == f"{int(passing.sum())} examples selected"
+    opened.theme("dark")
+    assert opened.complaints() == []
+
+
+@pytest.mark.parametrize("told", [{"wrong": True}, {"label": 3, "predicted": 5}, {}], ids=str)
+def test_wrong_only(chromium: webdriver.Chrome, tmp_path: Path, told: dict[str, Any]) -> None:
+    right = {name: {"wrong": False, "label": 3, "predicted": 3}[name] for name in told}
+    shown = {i: Preview.of({"text": "x", **(told if i % 4 == 0 else right)}) for i in range(20)}
+    scores = table(np.arange(20.0), np.arange(20.0) + 1)
+    opened = Page(chromium, write(scores, manifest(), shown, tmp_path / "a.html"))
+    opened.one("#filter summary").click()
+    box = opened.one("#filter-form input[name=wrong]")
+    assert box.is_displayed() == bool(told)
+    if told:
+        box.click()
+        assert listed(opened) == [16, 12, 8, 4, 0]
+
+
+def test_keys_are_searched(chromium: webdriver.Chrome, tmp_path: Path) -> None:
+    scores = table(np.arange(9.0), np.arange(9.0), keys=[f"Img_{i}.png" for i in range(9)])
+    opened = Page(chromium, write(scores, manifest(), {}, tmp_path / "a.html"))
+    opened.one("#filter summary").click()
+    opened.one("#filter-form input[name=words]").send_keys("img_4")
+    assert listed(opened) == [4]
+    opened.one("#filter-form input[name=words]").send_keys("nothing")
+    assert "There are none." in opened.one("#top-cards").text
+
+
+def test_a_reference_is_ranked_by_inner_product_and_by_cosine(
+    chromium: webdriver.Chrome, tmp_path: Path
+) -> None:
+    """The inner product finds who moves it, the cosine who is like it."""
+    rng = np.random.default_rng(0)
+    n = 60
+    norms, cosines = np.exp(2 * rng.normal(size=n)), rng.uniform(-1, 1, n)
+    columns = {"cosine:test 7": cosines, "dot:test 7": 3 * norms * cosines}
+    path = write(table(norms, norms, **columns), manifest(), {}, tmp_path / "a.html")
+    opened = Page(chromium, path)
+    assert opened.one("#h-references").text == "With and against test 7"
+    products = norms * cosines
+    assert listed(opened, "similar") == np.argsort(-products)[:12].tolist()
+    assert listed(opened, "conflicting") == np.argsort(products)[:12].tolist()
+    assert "inner product" in opened.one("#similar-cards .card").text
+    opened.one("input[name=measure]").send_keys(Keys.ARROW_RIGHT)
+    assert listed(opened, "similar") == np.argsort(-cosines)[:12].tolist()
+    assert listed(opened, "conflicting") == np.argsort(cosines)[:12].tolist()
+    assert "cosine" in opened.one("#similar-cards .card").text
+    assert opened.complaints() == []
+
+
+def test_arrows_go_from_card_to_card(opened: Page) -> None:
+    """A list is one stop of the tab key."""
+    opened.run("document.querySelector('#top-cards .card').focus()")
+    for key in (Keys.ARROW_RIGHT, Keys.ARROW_DOWN, Keys.ARROW_LEFT):
+        ActionChains(opened.browser).send_keys(key).perform()
+    cards = listed(opened)
+    focused = "return document.activeElement.dataset.row || document.activeElement.id"
+    assert int(opened.run(focused)) == cards[1]
+    ActionChains(opened.browser).send_keys(Keys.TAB).perform()
+    assert opened.run(focused) == "top-more"
+
+
 @pytest.mark.parametrize("figure", ["norms", "losses", "curve", "cosines"])
 def test_pointing_at_a_figure_reads_it_out(opened: Page, figure: str) -> None:
     plot, reading = opened.one(f"#figure-{figure}"), opened.one(f"#reading-{figure}")

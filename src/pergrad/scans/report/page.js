@@ -56,7 +56,7 @@
     const numbers = element("span", "numbers");
     const share = percent(examples.share[row]);
     const norm = `norm ${number(examples.norm[row])}${share === null ? "" : ` (${share})`}`;
-    const other = note === undefined ? `loss ${number(examples.loss[row])}` : `cosine ${number(note)}`;
+    const other = note ?? `loss ${number(examples.loss[row])}`;
     numbers.append(element("b", "", name(row)), element("span", "", norm), element("span", "", other));
     button.append(numbers);
     button.addEventListener("click", () => open(row));
@@ -91,12 +91,30 @@
     if (event.target === get("full")) get("full").close();
   });
 
+  // A list of cards is one stop of the tab key; arrows go from card to card.
+  for (const list of document.querySelectorAll("ul.cards")) {
+    const cards = () => [...list.querySelectorAll("button.card")];
+    list.addEventListener("focusin", (event) => {
+      for (const one of cards()) one.tabIndex = one === event.target.closest("button") ? 0 : -1;
+    });
+    list.addEventListener("keydown", (event) => {
+      const all = cards();
+      const at = all.indexOf(document.activeElement);
+      const to = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1,
+        Home: 0, End: all.length - 1 }[event.key];
+      if (at < 0 || to === undefined) return;
+      all[Math.min(all.length - 1, Math.max(0, to))].focus();
+      event.preventDefault();
+    });
+  }
+
   // A list of cards that grows on demand.
   function fill(list, more, rows, notes) {
     let shown = 0;
     const grow = () => {
       const next = rows.slice(shown, shown + (shown ? PAGE : FIRST));
       list.append(...next.map((row, k) => card(row, notes ? notes[shown + k] : undefined)));
+      list.querySelectorAll("button.card").forEach((one, k) => { if (k) one.tabIndex = -1; });
       shown += next.length;
       if (more) {
         more.hidden = shown >= rows.length;
@@ -118,24 +136,149 @@
 
   // --- rankings, references, layers ------------------------------------------------------------
 
-  function rank(which) {
-    fill(get("top-cards"), get("top-more"), data.lists[which]);
+  const orders = {
+    norm: (a, b) => examples.norm[b] - examples.norm[a],
+    loss: (a, b) => examples.loss[b] - examples.loss[a],
+    small: (a, b) => examples.norm[a] - examples.norm[b],
+    index: (a, b) => a - b,
+  };
+  const finite = (row) => typeof examples.norm[row] === "number" && typeof examples.loss[row] === "number";
+
+  function rank() {
+    if (!get("top-cards")) return;
+    const which = document.querySelector("input[name=ranking]:checked")?.value || "norm";
+    const all = [...examples.index.keys()];
+    const rows = filter.on
+      ? all.filter((row) => filter.passes(row) && finite(row)).sort(orders[which])
+      : data.lists[which];
+    fill(get("top-cards"), get("top-more"), rows);
+    if (!rows.length) get("top-cards").append(element("li", "extra", "There are none."));
   }
   for (const input of document.querySelectorAll("input[name=ranking]")) {
-    input.addEventListener("change", () => rank(input.value));
-  }
-  if (get("top-cards")) {
-    const chosen = document.querySelector("input[name=ranking]:checked");
-    rank(chosen ? chosen.value : "norm");
+    input.addEventListener("change", rank);
   }
 
+  // --- filter and colour -----------------------------------------------------------------------
+
+  // What examples can be told apart by: the label, and each key of what the job's `show` gives.
+  const facts = (row) => {
+    const preview = data.previews[row];
+    if (!preview) return [];
+    const label = preview.label === undefined ? [] : [["label", preview.label]];
+    return [...label, ...(preview.more || [])];
+  };
+  const fact = (row, key) => facts(row).find(([named]) => named === key)?.[1];
+  const KINDS = 200; // more values than this are no kinds: search for them
+  const COLOURS = 10;
+
+  const filter = (() => {
+    const form = get("filter-form");
+    const rows = [...examples.index.keys()];
+    const kinds = new Map(); // key -> value -> how many
+    const wrong = new Set();
+    let told = false; // whether examples say if they are wrong
+    for (const row of rows) {
+      const known = new Map(facts(row));
+      for (const [key, value] of known) {
+        if (!kinds.has(key)) kinds.set(key, new Map());
+        kinds.get(key).set(value, (kinds.get(key).get(value) || 0) + 1);
+      }
+      const said = known.get("wrong");
+      const predicted = known.get("predicted");
+      told ||= said !== undefined || predicted !== undefined;
+      if (said !== undefined ? said === "True" : predicted !== undefined && known.has("label")
+        && predicted !== known.get("label")) wrong.add(row);
+    }
+    let chosen = { words: "", key: "", value: "", wrong: false };
+    const self = {
+      on: false, colour: null, changed: [], kinds,
+      passes: (row) => (!chosen.words || name(row).toLowerCase().includes(chosen.words)
+          || `#${examples.index[row]}` === chosen.words || String(examples.index[row]) === chosen.words)
+        && (!chosen.value || fact(row, chosen.key) === chosen.value.slice(1))
+        && (!chosen.wrong || wrong.has(row)),
+    };
+    if (!form) return self;
+    get("filter").hidden = false;
+    for (const [key, values] of kinds) {
+      if (values.size > KINDS) continue;
+      const option = element("option", "", key);
+      option.value = key;
+      form.key.append(option);
+    }
+    const choice = form.key.options.length > 1;
+    for (const part of form.querySelectorAll(".by-value")) part.hidden = !choice;
+    get("by-wrong").hidden = !told;
+
+    function offer() {
+      const every = element("option", "", "all");
+      every.value = "";
+      const values = [...(kinds.get(form.key.value) || [])].sort(([, a], [, b]) => b - a);
+      const options = values.map(([value, count]) => {
+        const option = element("option", "", `${value} (${count.toLocaleString("en")})`);
+        option.value = `=${value}`; // also of an empty text
+        return option;
+      });
+      form.value.replaceChildren(every, ...options);
+      form.value.disabled = form.colour.disabled = !form.key.value;
+      if (!form.key.value) form.colour.checked = false;
+    }
+    function legend() {
+      const box = get("legend");
+      box.replaceChildren();
+      box.hidden = !self.colour;
+      if (!self.colour) return;
+      const values = [...kinds.get(self.colour)].sort(([, a], [, b]) => b - a).map(([value]) => value);
+      const shown = values.slice(0, COLOURS)
+        .sort((a, b) => a.localeCompare(b, "en", { numeric: true }));
+      self.places = new Map(shown.map((value, k) => [value, k]));
+      shown.forEach((value, k) => {
+        const item = element("li", "", value);
+        item.style.setProperty("--dot", `var(--c${k})`);
+        box.append(item);
+      });
+      if (values.length > COLOURS) {
+        const item = element("li", "", `${(values.length - COLOURS).toLocaleString("en")} others`);
+        item.style.setProperty("--dot", "var(--soft)");
+        box.append(item);
+      }
+    }
+    function changed() {
+      chosen = {
+        words: form.words.value.trim().toLowerCase(), key: form.key.value,
+        value: form.value.value, wrong: form.wrong.checked,
+      };
+      self.on = Boolean(chosen.words || chosen.value || chosen.wrong);
+      self.colour = form.colour.checked ? chosen.key : null;
+      const many = rows.filter(self.passes).length.toLocaleString("en");
+      const of = `${rows.length.toLocaleString("en")}${data.complete ? "" : " in this page"}`;
+      get("filter-count").textContent = self.on ? `${many} of ${of} examples` : "";
+      legend();
+      rank();
+      for (const tell of self.changed) tell();
+    }
+    form.addEventListener("submit", (event) => event.preventDefault());
+    form.addEventListener("input", (event) => {
+      if (event.target === form.key) offer();
+      changed();
+    });
+    form.addEventListener("reset", () => setTimeout(() => { offer(); changed(); }));
+    return self;
+  })();
+  rank();
+
+  let referred = 0;
   function refer(which) {
+    referred = which;
     const reference = data.references[which];
+    const by = document.querySelector("input[name=measure]:checked")?.value || "cosines";
+    const ends = by === "dots" && reference.dots ? reference.dots : reference;
+    const word = ends === reference ? "cosine" : "inner product";
     for (const end of ["similar", "conflicting"]) {
-      const rows = reference[end].map(([row]) => row);
-      fill(get(`${end}-cards`), null, rows, reference[end].map(([, cosine]) => cosine));
+      const rows = ends[end].map(([row]) => row);
+      fill(get(`${end}-cards`), null, rows, ends[end].map(([, value]) => `${word} ${number(value)}`));
       if (!rows.length) get(`${end}-cards`).append(element("li", "extra", "There are none."));
     }
+    if (get("reference-title")) get("reference-title").textContent = reference.name;
     if (!figures.cosines) return;
     get("reference-name").textContent = reference.name;
     const source = find("cosines", "cosines-bars");
@@ -146,6 +289,9 @@
   }
   for (const input of document.querySelectorAll("input[name=reference]")) {
     input.addEventListener("change", () => refer(Number(input.value)));
+  }
+  for (const input of document.querySelectorAll("input[name=measure]")) {
+    input.addEventListener("change", () => refer(referred));
   }
 
   if (get("groups")) {
@@ -234,9 +380,41 @@
     }
 
     source.inspect.connect(() => {
-      const found = source.inspected.indices;
-      if (found.length && found[0] !== at) point(found[0]);
+      const found = source.inspected.indices.find((k) => filter.passes(rows[k]));
+      if (found !== undefined && found !== at) point(found);
     });
+
+    // Examples that do not pass fade, and cannot be pointed at or selected.
+    const marks = figures.plane.renderers.find((drawn) => drawn.name === "mark");
+    const strength = marks.glyph.fill_alpha.value;
+    const weak = marks.nonselection_glyph.fill_alpha.value;
+    function show() {
+      const { on, colour } = filter;
+      if (on || colour) {
+        const style = getComputedStyle(document.documentElement);
+        const soft = style.getPropertyValue("--soft").trim();
+        const palette = [...Array(COLOURS).keys()].map((k) => style.getPropertyValue(`--c${k}`).trim());
+        const place = (row) => filter.places.get(fact(row, colour));
+        source.data = {
+          x: xs, y: ys, row: column(source, "row"),
+          alpha: rows.map((row) => (!on || filter.passes(row) ? Math.max(strength, on ? 0.8 : 0.7) : 0.06)),
+          colour: rows.map((row) => (colour ? palette[place(row)] || soft : style.getPropertyValue("--mark").trim())),
+        };
+        for (const glyph of [marks.glyph, marks.nonselection_glyph]) {
+          glyph.fill_alpha = { field: "alpha" };
+          glyph.fill_color = { field: "colour" };
+        }
+      } else {
+        marks.glyph.fill_alpha = { value: strength };
+        marks.nonselection_glyph.fill_alpha = { value: weak };
+        pergradPage.paint({ plane: figures.plane });
+      }
+      chosen();
+    }
+    filter.changed.push(show);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setTimeout(() => {
+      if (filter.on || filter.colour) show();
+    }));
 
     function use(tool) {
       for (const [which, model] of Object.entries(tools)) {
@@ -253,19 +431,13 @@
 
     // Selecting, by whichever means, ends here.
     let selected = [];
-    const orders = {
-      norm: (a, b) => examples.norm[b] - examples.norm[a],
-      loss: (a, b) => examples.loss[b] - examples.loss[a],
-      small: (a, b) => examples.norm[a] - examples.norm[b],
-      index: (a, b) => a - b,
-    };
     function list() {
       selected.sort(orders[get("selection-order").value]);
       fill(get("selection-cards"), get("selection-more"), selected);
     }
     let asked = false; // a region was asked for by numbers: then say so if nothing is in it
     function chosen() {
-      const picked = source.selected.indices;
+      const picked = source.selected.indices.filter((k) => filter.passes(rows[k]));
       selected = picked.map((k) => rows[k]);
       get("selection").hidden = !selected.length && !asked;
       get("clear").disabled = !selected.length && !asked;

@@ -6,7 +6,7 @@ Does not know: the store, models, data sets.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -18,10 +18,10 @@ from bokeh.embed import json_item
 from bokeh.model import Model
 
 from pergrad.scans.report import figures, shell
+from pergrad.scans.report.compared import Reference, compare, floats, rounded
 from pergrad.scans.report.numbers import (
     Floats,
     Group,
-    Histogram,
     Ints,
     Scale,
     Summary,
@@ -43,8 +43,6 @@ LISTED = (
 RANKED = 500  # with more: so many of the largest norms and losses, and of the smallest norms
 SPREAD = 2_000  # and so many evenly over the data set
 CARDS = 96  # of each ranking, as cards
-SIMILAR = 12  # of each reference, at each end
-REFERENCES = 200  # as many columns of references as the page has room for
 ROWS = 500  # of the table of examples without scores
 PREVIEW_BYTES = 5_000_000  # of pictures and texts, in the page
 
@@ -55,7 +53,7 @@ def html(
     """The page's text; see `pergrad.scans.report.write`."""
     scores = _Columns.of(table)
     found = summary(scores.loss, scores.norm, scores.failed)
-    references = list(_references(table))
+    references = list(compare(table))
     compared = sum(name.startswith("cosine:") for name in table.schema.names)
     listed, lists = _listed(scores, references, previews)
     place = {int(row): at for at, row in enumerate(listed)}
@@ -76,15 +74,7 @@ def html(
         "complete": len(listed) == len(scores.index),
         "total": len(scores.index),
         "lists": {name: [place[int(row)] for row in rows] for name, rows in lists.items()},
-        "references": [
-            {
-                "name": r.name,
-                "similar": [[place[int(i)], r.cosines[int(i)]] for i in r.similar],
-                "conflicting": [[place[int(i)], r.cosines[int(i)]] for i in r.conflicting],
-                "bars": {"count": r.bars.count.tolist(), "label": r.bars.label},
-            }
-            for r in references
-        ],
+        "references": [r.in_page(place) for r in references],
         "previews": shown,
     }  # fmt: skip
     rows = list(groups(_groups(table)))
@@ -105,6 +95,7 @@ def html(
         listed=len(listed),
         data=data,
         has_curve="curve" in drawn,
+        has_dots=any(r.dots is not None for r in references),
         scripts=scripts,
         hashes=shell.hashes(scripts),
         style=shell.own("page.css"),
@@ -137,8 +128,8 @@ class _Columns:
         return cls(
             index=table["index"].to_numpy().astype(np.int64),
             key=table["key"] if "key" in names else None,
-            loss=_floats(table["loss"]),
-            norm=_floats(table["norm"]),
+            loss=floats(table["loss"]),
+            norm=floats(table["norm"]),
             error=error,
             failed=pc.is_valid(error).to_numpy().astype(bool),
         )
@@ -149,56 +140,11 @@ class _Columns:
         return np.isfinite(self.loss) & np.isfinite(self.norm)
 
 
-@dataclass(frozen=True)
-class Reference:
-    """How the examples' gradients stand to one given gradient."""
-
-    name: str
-    bars: Histogram
-    similar: Ints  # rows, most similar first
-    conflicting: Ints  # rows, most opposed first
-    cosines: dict[int, float]  # of these rows
-    duplicates: int  # cosine at least 0.99
-    opposed: float  # fraction of the examples with a cosine below 0
-    median: float
-
-
-def _floats(column: pa.ChunkedArray) -> Floats:
-    """A column as float64, NaN for null."""
-    return column.cast(pa.float64()).to_numpy().astype(np.float64)
-
-
 def _groups(table: pa.Table) -> Iterator[tuple[str, Floats]]:
     """The columns norm:{group}, one at a time: together they may be large."""
     for name in table.schema.names:
         if name.startswith("norm:"):
-            yield name.removeprefix("norm:"), _floats(table[name])
-
-
-def _references(table: pa.Table) -> Iterator[Reference]:
-    """The columns cosine:{reference}. A cosine with a zero gradient is 0 and says nothing."""
-    silent = _floats(table["norm"]) == 0
-    names = [name for name in table.schema.names if name.startswith("cosine:")]
-    for name in names[:REFERENCES]:
-        values = _floats(table[name])
-        values[silent | ~np.isfinite(values)] = math.nan
-        known = np.clip(values[~np.isnan(values)], -1, 1)  # rounding may reach 1.0000001
-        count, edges = np.histogram(known, 40, (-1, 1))
-        label = [f"cosine {number(a)} to {number(b)}" for a, b in
-                 zip(edges[:-1].round(2), edges[1:].round(2), strict=True)]  # fmt: skip
-        below = np.flatnonzero(values < 0)
-        similar = largest(np.where(values > 0, values, math.nan), SIMILAR)
-        conflicting = below[largest(-values[below], SIMILAR)]
-        yield Reference(
-            name=name.removeprefix("cosine:"),
-            bars=Histogram(edges[:-1], edges[1:], count.astype(np.int64), label),
-            similar=similar,
-            conflicting=conflicting,
-            cosines={int(i): _round(values[i]) for i in (*similar, *conflicting)},
-            duplicates=int((known >= 0.99).sum()),
-            opposed=float((known < 0).mean()) if len(known) else math.nan,
-            median=float(np.median(known)) if len(known) else math.nan,
-        )
+            yield name.removeprefix("norm:"), floats(table[name])
 
 
 def _shares(norms: Floats) -> Floats:
@@ -213,7 +159,7 @@ def _shares(norms: Floats) -> Floats:
 
 
 def _listed(
-    scores: _Columns, references: list[Reference], previews: dict[int, Preview]
+    scores: _Columns, references: Sequence[Reference], previews: dict[int, Preview]
 ) -> tuple[Ints, dict[str, Ints]]:
     """The rows of the table that are in the page, and the rankings among them."""
     finite = scores.finite & ~scores.failed
@@ -235,8 +181,7 @@ def _listed(
         np.searchsorted(scores.index, sorted(previews)),
         np.flatnonzero(~finite)[:ROWS],
     ]
-    for r in references:
-        picks += [r.similar, r.conflicting]
+    picks += [rows for r in references for rows in r.listed]
     rows = np.unique(np.concatenate(picks))
     return rows[rows < len(scores.index)], lists
 
@@ -245,7 +190,7 @@ def _previews(
     scores: _Columns,
     listed: Ints,
     lists: dict[str, Ints],
-    references: list[Reference],
+    references: Sequence[Reference],
     previews: dict[int, Preview],
 ) -> tuple[dict[int, dict[str, Any]], int]:
     """Previews by place in the list, the most wanted first until the page is full; how many more
@@ -253,8 +198,7 @@ def _previews(
     """
     order = [
         *lists.values(),
-        *(r.similar for r in references),
-        *(r.conflicting for r in references),
+        *(rows for r in references for rows in r.listed),
     ]
     rest = listed[largest(np.nan_to_num(scores.norm[listed], nan=-1.0), len(listed))]
     place = {int(row): at for at, row in enumerate(listed)}
@@ -268,19 +212,27 @@ def _previews(
             "image": preview.image_url(), "text": preview.text, "label": preview.label,
             "more": list(preview.more.items()) or None, "error": preview.error,
         }  # fmt: skip
-        size = sum(len(str(part).encode(errors="replace")) for part in parts.values() if part)
-        if size > room:
+        size = _size(parts)
+        if size > room:  # what can be filtered by is small, and may have room all the same
             without += 1
-            continue
+            parts = {name: parts[name] for name in ("label", "more")}
+            size = _size(parts)
+            if not 0 < size <= room:
+                continue
         room -= size
         shown[place[row]] = {name: part for name, part in parts.items() if part}
     return shown, without
 
 
+def _size(parts: Mapping[str, Any]) -> int:
+    """Bytes in the page."""
+    return sum(len(str(part).encode(errors="replace")) for part in parts.values() if part)
+
+
 # --- figures -------------------------------------------------------------------------------------
 
 
-def _figures(scores: _Columns, listed: Ints, references: list[Reference]) -> dict[str, Model]:
+def _figures(scores: _Columns, listed: Ints, references: Sequence[Reference]) -> dict[str, Model]:
     """The page's figures by name; those that would be empty are left out."""
     finite = scores.finite
     loss_scale, norm_scale = Scale.of(scores.loss[finite]), Scale.of(scores.norm[finite])
@@ -453,8 +405,4 @@ def _span(rows: list[Group]) -> tuple[float, float]:
 
 def _plain(values: Floats) -> list[float | str]:
     """Numbers for JSON: six digits; NaN and infinities, which JSON lacks, as words."""
-    return [_round(v) if math.isfinite(v) else number(v) for v in values.tolist()]
-
-
-def _round(value: float) -> float:
-    return float(f"{value:.6g}")
+    return [rounded(v) if math.isfinite(v) else number(v) for v in values.tolist()]
