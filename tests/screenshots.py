@@ -49,6 +49,8 @@ def seen(
     feature = {"name": "prefers-color-scheme", "value": scheme}
     opened.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
     opened.get(page.as_uri())
+    opened.execute_script("localStorage.clear()")  # the site keeps the scheme that it began with
+    opened.refresh()
     time.sleep(1.5)  # figures are drawn after the page is there
     picture = Image.open(io.BytesIO(opened.get_screenshot_as_png())).convert("RGB")
     return picture, int(opened.execute_script("return document.documentElement.scrollWidth"))
