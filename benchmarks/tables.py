@@ -111,6 +111,26 @@ def _scan(record: dict[str, Any]) -> str:
     )
 
 
+def _worst(record: dict[str, Any]) -> str:
+    """The slow kinds of models."""
+    rows = [
+        [
+            kind["title"],
+            f"{kind['losses']:,}",
+            f"{kind['plain_milliseconds']['median']:.1f} ms",
+            _share(kind["plain_steps"]),
+            _share(kind["loops"]),
+        ]
+        for kind in record["kinds"].values()
+    ]
+    head = ["", "losses", "plain step", "pergrad, in plain steps", "in loops"]
+    return (
+        "### Slow kinds\n\nWhat takes more than an ordinary model does: small models, one of each "
+        "kind, whose norms agree with the loop. A loop is a forward pass and a backward pass for "
+        f"each loss.\n\n{_table(head, rows)}\n\n{_machine(record)}."
+    )
+
+
 def _table(head: list[str], rows: list[list[str]], words: int = 1) -> str:
     """Markdown; the first `words` columns are text, the others numbers."""
     line = ["---"] * words + ["---:"] * (len(head) - words)
@@ -317,6 +337,9 @@ def full(records: dict[str, Record], imported: Record | None, scaling: Record | 
     scanned = read_other("scan")
     if scanned:
         parts.append(_scan(scanned))
+    worst = read_other("worst")
+    if worst:
+        parts.append(_worst(worst))
     reported = read_other("report")
     if reported:
         parts.append(_report(reported))

@@ -25,10 +25,12 @@ import harness  # noqa: E402
 import plots  # noqa: E402
 import processes  # noqa: E402
 import scaling  # noqa: E402
+import slow  # noqa: E402
 import tables  # noqa: E402
 import targets  # noqa: E402
 import training  # noqa: E402
 import workloads  # noqa: E402
+import worst  # noqa: E402
 from contestants import CONTESTANTS, reference  # noqa: E402
 
 # Of every model and task one size is enough; the peers that need a library of their own are
@@ -335,3 +337,24 @@ def test_report_is_measured(tmp_path: Path) -> None:
     for page in pages:
         assert 0 < page["bytes"] < page["claim_bytes"]
         assert page["opening_seconds"]["median"] > 0
+
+
+def test_slow_kinds_agree_with_the_loop(tmp_path: Path) -> None:
+    """Each in small; what is not the loop's is no record."""
+    command = [sys.executable, ROOT / "benchmarks" / "worst.py", "--tiny", "--rounds", "2"]
+    subprocess.run([*command, "--out", tmp_path], check=True, timeout=300)
+    record = json.loads((tmp_path / "worst.json").read_text())
+    assert list(record["kinds"]) == list(slow.KINDS)
+    for name, found in record["kinds"].items():
+        assert found["plain_steps"]["runs"] == 2, name
+        assert min(found["plain_steps"]["median"], found["loops"]["median"]) > 0, name
+        assert f"| {found['title']} | {found['losses']} |" in tables._worst(record)
+    wrong = slow.Kind("wrong", lambda tiny: _never_the_same(), {"on_mixing": "exact"})
+    with pytest.raises(SystemExit, match="wrong: error"):
+        worst.measured(wrong, 1, tiny=True)
+
+
+def _never_the_same() -> Any:
+    """Losses that are others at every call: no norms agree."""
+    w, calls = torch.nn.Parameter(torch.ones(3)), iter(range(1, 100))
+    return lambda: next(calls) * torch.ones(4, 3) @ w, [w]

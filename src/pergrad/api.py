@@ -17,7 +17,7 @@ from pergrad.clipping import Clip
 from pergrad.coverage import Coverage, coverage_of
 from pergrad.engine.accumulation import accumulate
 from pergrad.engine.late_norms import Doubts, adding_to
-from pergrad.engine.pass_ import Emit, Record
+from pergrad.engine.pass_ import Emit, Explained
 from pergrad.engine.places import module_of
 from pergrad.engine.run import Options, OptionsGiven, run
 from pergrad.engine.user_state import Held
@@ -445,7 +445,8 @@ def explain(losses: Tensor, params: Params, **options: Unpack[OptionsGiven]) -> 
 
     Returns:
         A Coverage: prints as a table; `.rows` with parameter, module, op, how ("rule", "fallback",
-        "mixed", "unreached"), layout, method and cost; `.exact_share`.
+        "mixed", "unreached"), layout, method and cost; `.exact_share`; `.price`, what several
+        losses for each row of data cost.
 
     Raises:
         UsageError, UnsupportedError: as in `norms`.
@@ -460,11 +461,11 @@ def explain(losses: Tensor, params: Params, **options: Unpack[OptionsGiven]) -> 
     """
     kept: OptionsGiven = {**options, "retain_graph": True, "on_mixing": "exact"}
     named, losses, chosen = _prepare(losses, params, kept)
-    records: list[Record] = []
+    told = Explained()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _stream(losses, named, chosen, lambda name, f: None, records=records)
-    return coverage_of(named, records, losses.shape[0])
+        _stream(losses, named, chosen, lambda name, f: None, told=told)
+    return coverage_of(named, told.records, losses.shape[0], told.price)
 
 
 class _Total:

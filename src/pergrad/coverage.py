@@ -36,6 +36,7 @@ class Coverage:
 
     rows: tuple[Row, ...]
     examples: int
+    price: str = ""  # of several losses that depend on the same rows of data, in words
 
     def _share(self, how: str) -> float:
         """Share of the parameters, by count of numbers, whose uses are all served at least so."""
@@ -93,7 +94,9 @@ class Coverage:
             lines.append(
                 f"No loss reaches {names_list(idle)}: gradients of 0. Unused, or detached?"
             )
-        if self.mixed_share:
+        if self.price:
+            lines.append(self.price)
+        elif self.mixed_share:
             lines.append(
                 'Examples interact: with on_mixing="exact" the mixed parameters cost up to '
                 f"{self.examples} backward passes, one for each loss."
@@ -104,7 +107,9 @@ class Coverage:
         return str(self)
 
 
-def coverage_of(named: Mapping[str, Tensor], records: list[Record], examples: int) -> Coverage:
+def coverage_of(
+    named: Mapping[str, Tensor], records: list[Record], examples: int, price: str
+) -> Coverage:
     """One row per record, in the order of the parameters; a row for each parameter not reached."""
     by_name: dict[str, list[Record]] = {name: [] for name in named}
     for record in records:
@@ -118,7 +123,7 @@ def coverage_of(named: Mapping[str, Tensor], records: list[Record], examples: in
         for r in found:
             method, cost = _method(r.factor)
             rows.append(Row(name, module, r.op, r.how, r.layout, method, cost, size))
-    return Coverage(tuple(rows), examples)
+    return Coverage(tuple(rows), examples, price)
 
 
 def _method(factor: Factor | None) -> tuple[str, int]:

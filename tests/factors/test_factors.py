@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 import pergrad
 from pergrad.factors import (
+    Beside,
     Both,
     Computed,
     Correlation,
@@ -154,6 +155,14 @@ def _placed(s: Source, B: int, n: Sizes) -> Factor:
     return Placed(_outer(s, B, n).select(index), index, B)
 
 
+def _beside(s: Source, B: int, n: Sizes) -> Factor:
+    """No two parts have an example in common."""
+    even, odd = torch.arange(B)[::2], torch.arange(B)[1::2]
+    return Beside([
+        Placed(_outer(s, B, n).select(even), even, B), Placed(_rows(s, B, n).select(odd), odd, B),
+    ])  # fmt: skip
+
+
 def _mapped(s: Source, B: int, n: Sizes) -> Factor:
     inner = Outer(s.rows(B, n.T, n.d), s.rows(B, n.T, n.V))
     return mapped(inner, (("view", (n.d, n.V, 1)), ("permute", (1, 2, 0)), ("view", (n.V, n.d))))
@@ -232,8 +241,8 @@ ZOO = {
     make.__name__[1:]: make
     for make in (
         _outer, _in_turns, _grouped, _experts, _misfit, _rows, _dense, _zero, _sum, _placed,
-        _mapped, _transposed, _embedded, _embedded_first, _embedded_last, _embedded_columns,
-        _pulled, _scaled, _convolution, _image, _computed, _bias,
+        _beside, _mapped, _transposed, _embedded, _embedded_first, _embedded_last,
+        _embedded_columns, _pulled, _scaled, _convolution, _image, _computed, _bias,
     )
 }  # fmt: skip
 
@@ -764,7 +773,12 @@ def test_moved_and_detached(kind):
     assert f.to("cpu", torch.float32).dtype == torch.float32
     assert not f.detach().dense().requires_grad
     held = {t.data_ptr() for t in f.tensors() if t.is_floating_point()}
-    if kind not in ("sum", "placed", "computed"):  # these copy, or leave it to a function to hold
+    if kind not in (
+        "sum",
+        "placed",
+        "beside",
+        "computed",
+    ):  # these copy, or leave it to a function to hold
         assert all(t.data_ptr() in held for t in source.leaves)
     assert kind in ("zero", "computed") or held
     assert f"B={n.B}" in repr(f)

@@ -11,6 +11,8 @@ from helpers import assert_agrees
 from torch import Tensor, nn
 
 import pergrad
+from pergrad.graph import plan
+from pergrad.ops import rows
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 
@@ -204,3 +206,94 @@ def test_activations_without_elements() -> None:
     empty = torch.randn(6, 0, 3)
     agrees(lambda: fn(empty * w).sum((1, 2)) + (x * v).sum(1), [w, v])
     agrees(lambda: fn(empty.transpose(0, 1) * w).sum((0, 2)) + (x * v).sum(1), [w, v])
+
+
+# -- what needs no measurement ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("a layout was measured")
+
+    monkeypatch.setattr(plan, "measure", never)
+
+
+@DTYPES
+@pytest.mark.parametrize("cell", [nn.GRU, nn.RNN, nn.LSTM], ids=lambda c: c.__name__)
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.usefixtures("unmeasured")
+def test_packed_sequences(cell: type, dtype: torch.dtype, batch_first: bool) -> None:
+    """Steps with 5, 4, 2, 2 and 1 sequences: single rows are cut off, and several."""
+    cells = cell(3, 4, 2, batch_first=batch_first).to(dtype)
+    before, after = nn.Linear(3, 3).to(dtype), nn.Linear(4, 3).to(dtype)
+    x = torch.randn(5, 5, 3, dtype=dtype)
+    lengths = torch.tensor([2, 5, 1, 4, 2])
+
+    def losses() -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(
+            before(x), lengths, batch_first=batch_first, enforce_sorted=False
+        )
+        state = cells(packed)[1]
+        last = (state[0] if isinstance(state, tuple) else state)[-1]
+        return after(last).square().sum(1)
+
+    agrees(losses, nn.ModuleList([before, cells, after]))
+
+
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("cut", [
+    lambda h, i: h[i], lambda h, i: h[i : i + 1], lambda h, i: h.narrow(0, i, 1),
+    lambda h, i: h[i, :3],
+], ids=["select", "slice", "narrow", "in two dimensions"])  # fmt: skip
+@pytest.mark.parametrize("examples", [2, 5])
+def test_a_loop_over_rows_of_an_activation(
+    examples: int, cut: Callable[[Tensor, int], Tensor]
+) -> None:
+    """Also of two rows, each half of what it is cut out of."""
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh()).double(), torch.randn(examples, 3).double()
+    weight = nn.Parameter(torch.randn(4, dtype=torch.float64))
+
+    def losses() -> Tensor:
+        h = net(x)
+        cuts = [cut(h, i) for i in range(examples)]
+        return torch.stack([(row * weight[: row.shape[-1]]).square().sum() for row in cuts])
+
+    agrees(losses, [*net.parameters(), weight])
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_rows_that_two_examples_read_are_not_cut_apart() -> None:
+    """What is claimed is exact, and still two examples meet in the middle row."""
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh()).double(), torch.randn(3, 3).double()
+    weight = nn.Parameter(torch.randn(4, dtype=torch.float64))
+
+    def losses() -> Tensor:
+        h = net(x)
+        return torch.stack([(h[i : i + 2] * weight).square().sum() for i in range(2)])
+
+    with pytest.raises(AssertionError, match="was measured"):
+        pergrad.norms(losses(), [*net.parameters(), weight])
+
+
+def test_rows_are_grouped_once_for_each_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many uses there are: a cell of 300 steps."""
+    cell, x = nn.RNNCell(2, 3), torch.randn(2, 300, 2)
+
+    def losses() -> Tensor:
+        h = torch.zeros(2, 3)
+        for t in range(300):
+            h = cell(x[:, t], h)
+        return h.square().sum(1)
+
+    pergrad.norms(losses(), cell)
+    grouped: list[int] = []
+    real = rows.Partition.__init__
+
+    def counted(self: rows.Partition, owners: Tensor, batch: int) -> None:
+        grouped.append(batch)
+        real(self, owners, batch)
+
+    monkeypatch.setattr(rows.Partition, "__init__", counted)
+    pergrad.norms(losses(), cell)
+    assert not grouped

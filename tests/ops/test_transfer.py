@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from pergrad.graph import nodes, ops
 from pergrad.graph.layout import NOBODY, Layout, compressed, constant
@@ -104,6 +105,10 @@ for _old, _new in [((3, 4), (12,)), ((12,), (3, 4)), ((3, 2, 2), (6, 2)), ((6, 2
                    ((3, 2), (3, 1, 2, 1)), ((2, 3), (3, 2)), ((3, 3), (9, 1)), ((1, 1), (1,))]:  # fmt: skip  # noqa: E501
     case("view", method("view", *_new), _old)
     case("reshape", lambda x, n=_new: x.mT.reshape(n), _old) if len(_old) > 1 else None
+for _first, _shape in ((False, (3, 4, 2)), (True, (4, 3, 2)), (False, (3, 4))):
+    case("pack_padded_sequence",
+         lambda x, f=_first: pack_padded_sequence(x, torch.tensor([3, 3, 2, 1]), f).data,
+         _shape)  # fmt: skip
 case("unflatten", method("unflatten", 0, (2, 3)), (6, 3))
 case("flatten", method("flatten", 1), (3, 2, 2))
 for _dim in (None, 0, -1, (0, 2), 1):

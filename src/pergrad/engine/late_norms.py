@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pergrad.engine.user_state import Held
-from pergrad.factors import Factor
+from pergrad.factors import Factor, Placed
 from pergrad.factors.guard import Again
 from pergrad.factors.numeric import bytes_of, reading_waits, tracing
 from pergrad.factors.workspace import limit
@@ -82,6 +82,10 @@ class Doubts:
 
         And, during `settle` at the latest, with what has to be added to them.
         """
+        if isinstance(factor, Placed):  # zeros of the others are not looked at again
+            placed = factor
+            self.sq_norms(name, placed.factor, lambda squares: add(placed.spread(squares)))
+            return
         norms = factor.sq_norms_and_doubts()
         values, doubtful, again = norms
         if doubtful is None or again is None:

@@ -39,6 +39,14 @@ class Record:
 
 
 @dataclass(slots=True)
+class Explained:
+    """What `explain` tells of one call."""
+
+    records: list[Record] = field(default_factory=list)
+    price: str = ""  # where gradients of several losses meet
+
+
+@dataclass(slots=True)
 class Pass:
     """The state of one backward pass."""
 

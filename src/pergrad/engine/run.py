@@ -10,30 +10,33 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 
-from pergrad.engine.hooked import arranged, hook_warning
+from pergrad.engine.hooked import Arrangement, arranged, hook_warning
 from pergrad.engine.loop import Ways, loop, most_at_once
-from pergrad.engine.mixing import below_meetings, refuse
-from pergrad.engine.pass_ import Emit, Pass, Record
+from pergrad.engine.meetings import below_meetings
+from pergrad.engine.mixing import refuse
+from pergrad.engine.parts import Apart, Parts, meeting_warning, parts_of, planned, price_of_meetings
+from pergrad.engine.pass_ import Emit, Explained, Pass, Record
 from pergrad.engine.places import owner_of
 from pergrad.engine.schedule import Schedule, Use, schedule_for
-from pergrad.engine.user_state import nothing_hidden, retained_untouched
+from pergrad.engine.user_state import Held, nothing_hidden, retained_untouched
 from pergrad.errors import (
     FallbackWarning,
     UnsupportedError,
     UsageError,
     users_line,
 )
-from pergrad.factors import Computed, Factor
+from pergrad.factors import Beside, Computed, Factor, Placed
 from pergrad.factors.workspace import limit, pass_begins
 from pergrad.graph import nodes
 from pergrad.graph.hooks import Hook
-from pergrad.graph.plan import Plan, plan_for
+from pergrad.graph.plan import Plan, interact, plan_for
 from pergrad.graph.walk import Graph, Slot
 from pergrad.inputs import names_list
 from pergrad.ops.compiled import unread
@@ -85,14 +88,15 @@ def run(
     options: Options,
     emit: Emit,
     *,
-    records: list[Record] | None = None,
+    told: Explained | None = None,
     finish: Callable[[], None] | None = None,
     adding: bool = False,
 ) -> None:
     """Call `emit(name, factor)` once for every parameter that the losses reach.
 
     With `adding` it may be called more often, with some of the examples each time. And `finish`
-    after the last one, where nothing is recorded unless create_graph is asked for.
+    after the last one, where nothing is recorded unless create_graph is asked for. With `told`,
+    which is filled, everything is served in the one pass, as the price alone is asked for.
     """
     with (
         retained_untouched() as attached,
@@ -111,59 +115,92 @@ def run(
         )  # fmt: skip
         if not options.create_graph:
             stack.enter_context(nodes.compiled_regions_kept(graph.nodes))
-        looped = _looped(losses, graph, plan, options, hooked.looped, exact=records is None)
+        room = _Room(losses, graph, options)
+        hookless = not (attached.hooks or hooks)
+        parted = partial(parts_of, losses, params, graph, plan, options.check_layout)
+        served = partial(_served, parted, room, allowed=hookless)
+        _policy(losses, graph, plan, options, served)
+        looped = _looped(graph, hooked.looped)
+        met = below_meetings(graph, plan)
+        # else what gradients meet in may be a function of parameters alone
+        if met and (_mixed(losses, graph, plan, options) or parted()):
+            parts = served()
+            if told is not None:
+                mixed = _mixed(losses, graph, plan, options)
+                told.price = price_of_meetings(graph, plan, parts, mixed=mixed)
+            else:
+                apart = planned(losses, params, parts, options.check_layout)
+                if options.on_mixing == "raise":
+                    text = meeting_warning(graph, plan, parts if apart else None)
+                    warnings.warn(text, FallbackWarning, stacklevel=users_line())
+                if apart is not None:
+                    _by_parts(apart, losses.shape[0], options, emit, finish, own, adding=adding)
+                    return
+                looped += [name for name in met if name not in looped]
         if looped:
-            _policy(losses, graph, plan, options)
             used = not set(graph.targets.values()) <= set(looped)
-            at_hand = options.chunk_bytes or limit(losses.device)
-            on_cpu = losses.device.type == "cpu"
-            one = options.create_graph or attached.hooks or hooks or nodes.in_python(graph.nodes)
+            one = options.create_graph or not hookless or nodes.in_python(graph.nodes)
             loop(
                 losses, {name: params[name] for name in looped}, emit,
                 Ways(
                     create_graph=options.create_graph,
                     free=not (used or options.retain_graph or options.create_graph),
-                    most=options.chunk_bytes or 4 * at_hand,
-                    many=1 if one else most_at_once(graph, at_hand, cpu=on_cpu),
+                    most=options.chunk_bytes or 4 * room.at_hand,
+                    many=1 if one else room.at_once,
                     in_parts=adding and not hooks and not options.create_graph,
                 ),
             )  # fmt: skip
-            if records is not None:
-                records += [Record(n, "hook", "fallback", "one example", None) for n in looped]
+            if told is not None:
+                told.records += [Record(n, "hook", "fallback", "one example", None) for n in looped]
             if not used:
                 if finish is not None:
                     finish()
                 return
             rest = {name: p for name, p in params.items() if name not in looped}
             graph, plan = plan_for(losses, rest, options.check_layout)
-        schedule = schedule_for(graph, plan)
-        pass_begins(losses.device, schedule.held)
-        if options.create_graph and any(map(nodes.is_compiled, graph.nodes)):
-            raise UnsupportedError(
-                "The losses go through a region compiled by torch.compile, which has no second "
-                "derivative, and create_graph=True asks for one. Compute the losses under "
-                '`with torch.compiler.set_stance("force_eager"):`.'
-            )
-        _policy(losses, graph, plan, options)
-        _warn(schedule, graph, plan, losses.shape[0])
-        state = Pass(
-            graph,
-            plan,
-            schedule,
-            losses.shape[0],
-            emit,
-            options.create_graph,
-            records,
+        records = None if told is None else told.records
+        _pass(losses, graph, plan, options, emit, records, finish, hooked, own)
+
+
+def _pass(
+    losses: Tensor,
+    graph: Graph,
+    plan: Plan,
+    options: Options,
+    emit: Emit,
+    records: list[Record] | None,
+    finish: Callable[[], None] | None,
+    hooked: Arrangement,
+    own: list[int],
+) -> None:
+    """One backward pass in which every use is served by its rule or by the fallback."""
+    schedule = schedule_for(graph, plan)
+    pass_begins(losses.device, schedule.held)
+    if options.create_graph and any(map(nodes.is_compiled, graph.nodes)):
+        raise UnsupportedError(
+            "The losses go through a region compiled by torch.compile, which has no second "
+            "derivative, and create_graph=True asks for one. Compute the losses under "
+            '`with torch.compiler.set_stance("force_eager"):`.'
         )
-        with hooked.in_force():
-            if options.create_graph:
-                _at_once(losses, state, own)
-            else:
-                _streaming(losses, state, options, own, hooked.executed)
-            state.check_complete()
-            if finish is not None:
-                with torch.set_grad_enabled(options.create_graph):
-                    finish()
+    _warn(schedule, graph, plan, losses.shape[0])
+    state = Pass(
+        graph,
+        plan,
+        schedule,
+        losses.shape[0],
+        emit,
+        options.create_graph,
+        records,
+    )
+    with hooked.in_force():
+        if options.create_graph:
+            _at_once(losses, state, own)
+        else:
+            _streaming(losses, state, options, own, hooked.executed)
+        state.check_complete()
+        if finish is not None:
+            with torch.set_grad_enabled(options.create_graph):
+                finish()
 
 
 def _none_reached(params: Mapping[str, Tensor]) -> str:
@@ -175,23 +212,44 @@ def _none_reached(params: Mapping[str, Tensor]) -> str:
     )
 
 
-def _looped(
-    losses: Tensor,
-    graph: Graph,
-    plan: Plan,
-    options: Options,
-    hooks: Mapping[str, Hook],
-    *,
-    exact: bool,
-) -> list[str]:
-    """The parameters for which the loop over the examples is run, with a warning if hooks ask."""
+def _looped(graph: Graph, hooks: Mapping[str, Hook]) -> list[str]:
+    """The parameters for which hooks ask for the loop over the examples, with a warning."""
     if hooks:
         warnings.warn(hook_warning(hooks, graph.batch), FallbackWarning, stacklevel=users_line())
-    names = dict.fromkeys(hooks)
-    if exact and options.on_mixing == "exact" and plan.mixes:
-        # No warning: the price is the option's own.
-        names |= dict.fromkeys(below_meetings(losses, graph, plan, options.check_layout))
-    return list(names)
+    return list(hooks)
+
+
+def _by_parts(
+    apart: list[Apart],
+    batch: int,
+    options: Options,
+    emit: Emit,
+    finish: Callable[[], None] | None,
+    own: list[int],
+    *,
+    adding: bool,
+) -> None:
+    """An ordinary pass for each part of the losses; `emit` as in `run`."""
+    found: dict[str, list[Held]] = {}
+    for part in apart:
+        index = torch.arange(batch, device="cpu")[part.where]
+
+        def placed(name: str, factor: Factor, index: Tensor = index) -> None:
+            if adding:
+                emit(name, Placed(factor, index, batch))
+            else:  # the graph may be gone when the last part has been served
+                held = Held(Placed(factor.materialized(), index, batch))
+                found.setdefault(name, []).append(held)
+
+        last = part is apart[-1]
+        chosen = options if last else replace(options, retain_graph=True)
+        end = finish if last and adding else None
+        _pass(part.losses, part.graph, part.plan, chosen, placed, None, end, Arrangement(), own)
+    for name in list(found):
+        emit(name, Beside([held.factor(name) for held in found.pop(name)]))
+    if finish is not None and not adding:
+        with torch.set_grad_enabled(options.create_graph):
+            finish()
 
 
 def _through(
@@ -223,9 +281,53 @@ def _through(
     return hooked if hooks else emit
 
 
-def _policy(losses: Tensor, graph: Graph, plan: Plan, options: Options) -> None:
-    if plan.mixes and options.on_mixing == "raise":
-        refuse(losses, graph, plan, options.check_layout)
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """How many gradients a loop may take at once and hold: asked only where there is one."""
+
+    losses: Tensor
+    graph: Graph
+    options: Options
+
+    @property
+    def at_hand(self) -> int:
+        """Bytes."""
+        return self.options.chunk_bytes or limit(self.losses.device)
+
+    @property
+    def at_once(self) -> int:
+        """Losses."""
+        cpu = self.losses.device.type == "cpu"
+        return most_at_once(self.graph, self.at_hand, cpu=cpu)
+
+
+def _served(parted: Callable[[], Parts | None], room: _Room, *, allowed: bool) -> Parts | None:
+    """Parts of the losses, if they are to be served one after the other; never where hooks want
+    each loss.
+    """
+    parts = parted() if allowed else None
+    return parts if parts is not None and parts.beats_loop(small=room.at_once > 1) else None
+
+
+def _mixed(losses: Tensor, graph: Graph, plan: Plan, options: Options) -> bool:
+    sure = any(mix.sure for mix in plan.mixes)
+    return sure or interact(losses, graph, plan, options.check_layout)
+
+
+def _no_parts() -> None:
+    """Of a pass that is the user's own."""
+
+
+def _policy(
+    losses: Tensor,
+    graph: Graph,
+    plan: Plan,
+    options: Options,
+    parted: Callable[[], Parts | None] = _no_parts,
+) -> None:
+    """Refuse what interacts, unless asked for."""
+    if options.on_mixing == "raise" and interact(losses, graph, plan, options.check_layout):
+        refuse(graph, plan, parted())
 
 
 def _warn(schedule: Schedule, graph: Graph, plan: Plan, batch: int) -> None:

@@ -5,7 +5,7 @@ Does not know: graphs, ops, parameters' names.
 """
 
 from pergrad.factors.base import Factor
-from pergrad.factors.combined import Placed, Sum, placed_one_by_one
+from pergrad.factors.combined import Beside, Placed, Sum, placed_one_by_one
 from pergrad.factors.correlation import Correlation
 from pergrad.factors.dense import Dense, Summed, Zero
 from pergrad.factors.isometry import Isometry
@@ -16,6 +16,7 @@ from pergrad.factors.products import dots, grams
 from pergrad.factors.rows import Rows
 
 __all__ = [
+    "Beside",
     "Both",
     "Computed",
     "Correlation",

@@ -1,6 +1,6 @@
-"""`Sum`, several uses of one parameter, and `Placed`, some examples of a larger batch.
+"""`Sum`, several uses of one parameter; `Placed`, some of the examples; `Beside`, all of them.
 
-Owns: the two classes, and their products with others.
+Owns: the three classes, and their products with others.
 Does not know: which kinds there are, nor which parts become one (`Factor.joins`).
 """
 
@@ -156,6 +156,26 @@ class Sum(Factor):
     def tensors(self) -> tuple[Tensor, ...]:
         """Those of all parts."""
         return tuple(t for f in self.factors for t in f.tensors())
+
+
+class Beside(Sum):
+    """As `Sum`, of parts no two of which have an example in common: each row is one part's."""
+
+    def sq_norms_and_doubts(self) -> SqNorms:
+        """The parts', without a product of two."""
+        return SqNorms(self._total(lambda f: f.sq_norms()))
+
+    def second_moment(self, c: Tensor) -> Tensor:
+        """The parts', added."""
+        return self._total(lambda f: f.second_moment(c))
+
+    @property
+    def norm_cost(self) -> int:
+        """The parts', added."""
+        return sum(f.norm_cost for f in self.factors)
+
+    def _each(self, change: Callable[[Factor], Factor]) -> "Beside":
+        return Beside([change(f) for f in self.factors])
 
 
 def _merged(factors: Sequence[Factor]) -> tuple[Factor, ...]:

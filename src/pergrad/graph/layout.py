@@ -10,8 +10,9 @@ every dimension along which the owner does not change has size 1. A batch-first 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ class Layout:
 
     shape: tuple[int, ...]
     owner: Tensor  # int64, on the CPU; each dimension is 1 or that of `shape`
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)  # what was worked out from it
 
     def __post_init__(self) -> None:
         assert self.owner.dim() == len(self.shape), (self.owner.shape, self.shape)

@@ -20,7 +20,7 @@ from typing import Any
 
 from pergrad.errors import UsageError
 from pergrad.graph import nodes
-from pergrad.graph.layout import Layout, constant
+from pergrad.graph.layout import Layout, compressed, constant, placed_along
 
 
 class Why(Enum):
@@ -74,6 +74,7 @@ class Op:
 
 Transfer = Callable[[Op, Layout], list[Result]]
 TransferAll = Callable[[Op, list[Layout | None]], list[Result]]
+Cut = Callable[[Op], tuple[int, slice]]
 Steps = Callable[[Op, int], tuple[Step, ...] | None]
 
 
@@ -89,6 +90,7 @@ class Traits:
     hides_saved: bool = False  # it runs other ops, and what those saved cannot be seen
     owners: Transfer | None = None
     owners_of_all: TransferAll | None = None  # in its place: all outputs' owners at once
+    cut: Cut | None = None
     steps: Steps | None = None
     steps_read_data: bool = False
     keeps_order: bool = False  # the same elements, one after the other in the same order
@@ -219,6 +221,19 @@ def owners_of_all(*names: str) -> Callable[[TransferAll], TransferAll]:
     return add
 
 
+def cuts(*names: str) -> Callable[[Cut], Cut]:
+    """Register ops that cut something out along one dimension: which, and from where to where."""
+
+    def add(function: Cut) -> Cut:
+        for name in names:
+            entry = declared(name)
+            once(name, "cuts", entry.cut)
+            entry.cut = function
+        return function
+
+    return add
+
+
 def steps(
     *names: str, read_data: bool = False, keeps_order: bool = False, expands: bool = False
 ) -> Callable[[Steps], Steps]:
@@ -244,6 +259,19 @@ def understands(name: str) -> bool:
     """Whether the op's structure is known here."""
     entry = traits(name)
     return entry.owners is not None or entry.owners_of_all is not None
+
+
+def cut_out(op: Op, out: Layout) -> Layout | None:
+    """Owners at the input of an op that cuts something out: nobody's where it takes nothing.
+
+    `transfer` may claim more for an example, which is as right as long as nobody else claims it.
+    """
+    entry, shape = traits(op.name), op.in_shapes[0]
+    if entry.cut is None or shape is None:
+        return None
+    dim, index = entry.cut(op)
+    owner = out.owner if len(out.shape) == len(shape) else out.owner.unsqueeze(dim)
+    return compressed(shape, placed_along(owner, dim, shape[dim], index))
 
 
 def transfer(op: Op, outs: list[Layout | None]) -> list[Result]:

@@ -44,6 +44,7 @@ class Plan:
     key: Key
     verified: bool = False  # whether a measurement has agreed
     schedule: Any = None  # what the engine has worked out from it
+    met: tuple[str, ...] | None = None  # what the engine serves otherwise, as losses meet above it
     beside: bool | None = None  # whether examples only seem to interact; unknown before it is asked
 
 

@@ -13,7 +13,7 @@ from math import prod
 import torch
 
 from pergrad.graph.layout import Layout, along, merge
-from pergrad.graph.ops import Op, Reads, Result, Why, traits, transfer, understands
+from pergrad.graph.ops import Op, Reads, Result, Why, cut_out, traits, transfer, understands
 from pergrad.graph.routes import expanded_weight
 from pergrad.graph.walk import Graph, Slot
 
@@ -163,9 +163,9 @@ class _Spread:
             (parent, what) for parent, what in arrived if not isinstance(what, Layout)
         ]
         if not rest:
-            total: Layout | None = layouts[0]
-            for layout in layouts[1:]:
-                total = None if total is None else merge(total, layout)
+            total = _merged(layouts)
+            if total is None:  # an example may have been given more than its own
+                total = _merged([self._cut_out(parent, slot, what) for parent, what in arrived])
             if total is not None:
                 return total
         if pure:
@@ -192,6 +192,14 @@ class _Spread:
             above = max(at_fault)
             self.mixes.append(Mix(slot[0] if above < 0 else above, slot, meet))
         return _MIXED
+
+    def _cut_out(self, parent: int, slot: Slot, claimed: Result | _Mixed) -> Layout:
+        """What one op above claims of an output, and no more than that."""
+        assert isinstance(claimed, Layout)
+        above = self.states.get((parent, 0)) if parent >= 0 else None
+        if not isinstance(above, Layout) or self.graph.edges[parent] != (slot,):
+            return claimed
+        return cut_out(self._op(parent), above) or claimed
 
     def _interacts(self, slot: Slot, rest: list[tuple[int, Result | _Mixed]]) -> bool:
         """Whether what was computed from data looks like a batch rather than a constant table.
@@ -252,6 +260,14 @@ class _Spread:
             if slot[0] not in self.below and isinstance(state, Layout)
         }
         return uses
+
+
+def _merged(layouts: list[Layout]) -> Layout | None:
+    """The layout of a sum; None where two examples meet in one element."""
+    total: Layout | None = layouts[0]
+    for layout in layouts[1:]:
+        total = None if total is None else merge(total, layout)
+    return total
 
 
 def _outgrows(graph: Graph, i: int) -> bool:

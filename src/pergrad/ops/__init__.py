@@ -22,6 +22,7 @@ from pergrad.ops import (  # noqa: F401
     matmul,
     normalisation,
     outer_product,
+    packing,
     pooling,
     recurrent,
     reductions,

@@ -91,13 +91,6 @@ def _buckets(owners: Tensor) -> list[Bucket]:
     return buckets
 
 
-@lru_cache(maxsize=256)
-def _partition(layout: Layout, dims: tuple[int, ...], batch: int) -> Partition | None:
-    """Rows that run over `dims` of the tensor, in that order; None if a row has several owners."""
-    owners = row_owners(layout, dims)
-    return None if owners is None else Partition(owners, batch)
-
-
 def row_owners(layout: Layout, dims: Sequence[int]) -> Tensor | None:
     """(R,): the owner of each row that runs over `dims`; None if a row has several."""
     rest = [d for d in range(len(layout.shape)) if d not in dims]
@@ -110,8 +103,16 @@ def row_owners(layout: Layout, dims: Sequence[int]) -> Tensor | None:
 
 
 def partition(layout: Layout, dims: Sequence[int], batch: int) -> Partition | None:
-    """Cached by layout: a plan's layouts are the same objects at every call."""
-    return _partition(layout, tuple(dims), batch)
+    """Rows that run over `dims` of the tensor, in that order; None if a row has several owners.
+
+    Kept with the layout: a plan's layouts are the same objects at every call.
+    """
+    key = (tuple(dims), batch)
+    if key not in layout.memo:
+        owners = row_owners(layout, dims)
+        layout.memo[key] = None if owners is None else Partition(owners, batch)
+    found: Partition | None = layout.memo[key]
+    return found
 
 
 def outer(g: Tensor, a: Tensor, groups: Partition, shape: Sequence[int]) -> Factor | None:

@@ -15,12 +15,24 @@ from pergrad.graph.layout import (
     Layout,
     compressed,
     permute,
-    placed_along,
     reduce_to,
     reshape,
     smear,
 )
-from pergrad.graph.ops import Op, Result, Shape, Step, Why, declare, or_why, owners, positive, steps
+from pergrad.graph.ops import (
+    Op,
+    Result,
+    Shape,
+    Step,
+    Why,
+    cut_out,
+    cuts,
+    declare,
+    or_why,
+    owners,
+    positive,
+    steps,
+)
 from pergrad.ops.registry import Served, Situation, rule
 from pergrad.ops.rows import reduced
 
@@ -136,18 +148,17 @@ declare("slice", needs=["dim", "start", "end", "step"])
 declare("narrow_copy", needs=["dim", "start", "length"])
 
 
-@owners("select")
-def _select(op: Op, out: Layout) -> list[Result]:
+@cuts("select")
+def _one(op: Op) -> tuple[int, slice]:
     shape = op.in_shapes[0]
     assert shape is not None
     dim = positive(op.attr("dim"), len(shape))
     index = positive(op.attr("index"), shape[dim])
-    return [compressed(shape, placed_along(out.owner.unsqueeze(dim), dim, shape[dim],
-                                         slice(index, index + 1)))]  # fmt: skip
+    return dim, slice(index, index + 1)
 
 
-@owners("slice", "narrow_copy")
-def _slice(op: Op, out: Layout) -> list[Result]:
+@cuts("slice", "narrow_copy")
+def _several(op: Op) -> tuple[int, slice]:
     shape = op.in_shapes[0]
     assert shape is not None
     dim = positive(op.attr("dim"), len(shape))
@@ -156,11 +167,18 @@ def _slice(op: Op, out: Layout) -> list[Result]:
         end, step = op.attr("end"), op.attr("step")
     else:
         end, step = start + op.attr("length"), 1
-    if out.owner.shape[dim] == 1 and 2 * out.shape[dim] >= shape[dim]:
+    return dim, slice(*slice(start, end, step).indices(shape[dim]))
+
+
+@owners("select", "slice", "narrow_copy")
+def _cut(op: Op, out: Layout) -> list[Result]:
+    shape = op.in_shapes[0]
+    assert shape is not None
+    dim = positive(op.attr("dim"), len(shape))
+    if op.name != "select" and out.owner.shape[dim] == 1 and 2 * out.shape[dim] >= shape[dim]:
         # Claiming the few rows that get no gradient keeps the layout regular, hence fast.
         return [Layout(shape, out.owner)]
-    index = slice(*slice(start, end, step).indices(shape[dim]))
-    return [compressed(shape, placed_along(out.owner, dim, shape[dim], index))]
+    return [cut_out(op, out)]
 
 
 @steps("select")
