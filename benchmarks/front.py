@@ -4,7 +4,6 @@ Owns: which of the measured numbers stand on the first page. Nothing there is wr
 """
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +35,34 @@ def costs(records: dict[str, Record]) -> str:
         if name in records:
             cells = [_ratio(records[name], who) for who in ("pergrad", *PEERS)]
             lines.append(f"| {title} | **{cells[0]}** | {' | '.join(cells[1:])} |")
-    return "\n".join(lines)
+    shown = [records[name] for name in ROWS if name in records]
+    memory = [f"{r['contestants']['pergrad']['memory_ratio']:.2f}" for r in shown]
+    machines = {f"{r['environment']['cpu']}, {r['environment']['threads']} threads" for r in shown}
+    return "\n".join(lines) + (
+        "\n\nTime of the whole step, forward pass included; pergrad's peak memory is "
+        f"{', '.join(memory[:-1])} and {memory[-1]} of the plain step's. Medians, on "
+        f"{'; '.join(sorted(machines))}."
+    )
 
 
-def _printed(pattern: str) -> tuple[str, ...]:
-    """Numbers that an example printed, from the page that has its output."""
-    match = re.search(pattern, (ROOT / "docs" / "examples.md").read_text())
-    assert match, f"docs/examples.md no longer has {pattern}"
-    return match.groups()
+def _read(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def faster(records: dict[str, Record]) -> str:
+    """By how much compiled kernels shorten the time of norms, at most."""
+    both = [r["contestants"] for r in records.values() if "by_torch" in r["contestants"]]
+    shares = [1 - c["pergrad"]["ratio"]["median"] / c["by_torch"]["ratio"]["median"] for c in both
+              if not c["by_torch"]["failure"]]  # fmt: skip
+    return f"up to {100 * max(shares, default=0):.0f} % faster"
 
 
 def uses(records: dict[str, Record]) -> str:
     """What people do with it, each with one figure and where it is from."""
-    said, found = _printed(r"the 600 most against: +said (\S+), found (\S+)")
-    by_norm, by_loss = _printed(r"by gradient norm: (\d+) of 90\n +by loss: +(\d+) of 90")
-    compared = json.loads((ROOT / "benchmarks" / "results" / "correctness.json").read_text())
+    printed = _read("examples")
+    said, found = (printed["fashion"]["figures"][name] for name in ("said", "found"))
+    by_norm, by_loss = (printed["digits"]["figures"][name] for name in ("norm", "loss"))
+    compared = _read("correctness")
     cells = [c["kind"] for c in compared["cells"] if c["library"] == "pergrad"]
     others = sum(c["kind"] == "wrong" for c in compared["cells"])
     clip = _ratio(records["W8-clip-gpt"], "pergrad")

@@ -6,6 +6,7 @@ python benchmarks/tables.py --check    # only say whether the files are up to da
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -358,9 +359,12 @@ def _put(path: Path, old: str, text: str, start: str = START, end: str = END) ->
 
 
 def _first_page(records: dict[str, Record]) -> str:
-    """README.md with its two tables."""
+    """README.md with its two tables, and what compiled kernels give."""
     path = ROOT / "README.md"
     page = _replaced(path, front.costs(records))
+    page, places = re.subn(r"up to \d+ % faster", front.faster(records), page)
+    if places != 1:
+        raise SystemExit(f"{path} does not say in one place how much faster the kernels are")
     return _put(path, page, front.uses(records), front.START, front.END)
 
 

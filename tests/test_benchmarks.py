@@ -23,6 +23,7 @@ import against as against_checkouts  # noqa: E402
 import child  # noqa: E402
 import harness  # noqa: E402
 import plots  # noqa: E402
+import printed  # noqa: E402
 import processes  # noqa: E402
 import scaling  # noqa: E402
 import slow  # noqa: E402
@@ -256,6 +257,26 @@ def test_who_takes_too_long_is_stopped() -> None:
     process = processes.Process("W1-mlp", "plain", tiny=True)
     with pytest.raises(processes.FailedError, match="stopped: not done within 0 s"):
         process.answer(0)
+
+
+def test_the_examples_page_shows_what_was_printed() -> None:
+    """README.md has its figures from the same file; see `test_tables_are_those_of_the_results`."""
+    page = (ROOT / "docs" / "examples.md").read_text()
+    record = json.loads((ROOT / "benchmarks" / "results" / "examples.json").read_text())
+    assert record.keys() == printed.FIGURES.keys()
+    for name, one in record.items():
+        assert printed.printed(name, page) == one["figures"]
+
+
+def test_no_figure_of_the_first_page_is_written_by_hand() -> None:
+    """Numbers outside its generated parts are versions, shapes and settings of the examples."""
+    text = (ROOT / "README.md").read_text()
+    for start, end in (("<!-- uses", "<!-- end of uses"), ("<!-- costs", "<!-- end of costs")):
+        before, rest = text.split(start)
+        text = before + rest.split(end)[1]
+    text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", text, flags=re.DOTALL)
+    measured = re.findall(r"\d[\d.,]* ?%|\d+\.\d+e[-+]\d+|\d+ times|\d+ of \d+", text)
+    assert measured == [re.search(r"\d+ %", tables.front.faster(tables.read()))[0]]
 
 
 def test_tables_are_those_of_the_results() -> None:
