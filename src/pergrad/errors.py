@@ -161,7 +161,8 @@ def explained() -> dict[str, str]:
     """Section -> its text in docs/errors.md, without the examples that tests run."""
     here = Path(__file__).parent
     file = next(p for p in (here / "docs", here.parents[1] / "docs") if p.is_dir()) / "errors.md"
-    text = re.sub(r"```python\n.*?```\n", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+    tests = r"```python\n(?:(?!```).)*?\bsays\((?:(?!```).)*```\n"
+    text = re.sub(tests, "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
     parts = re.findall(r"^### (.+)\n((?:(?!#).*\n?)*)", text, re.MULTILINE)
     return {
         re.sub(r"\W+", "-", title.lower()): re.sub(r"\n{3,}", "\n\n", f"{title}\n{body}").strip()
