@@ -515,3 +515,20 @@ def test_repr(tmp_path: Path) -> None:
     run = pergrad.open_watch(tmp_path)
     assert "Run of Sequential" in repr(run)
     assert run.folder == tmp_path
+
+
+def test_keys_of_rows_do_not_depend_on_padding() -> None:
+    """So a key of a run's table is found among all rows of a data set."""
+    texts = [[5, 6, 7], [5, 6], [5, 6, 7, 8]]
+
+    def padded(width: int) -> dict[str, Tensor]:
+        ids = torch.tensor([text + [0] * (width - len(text)) for text in texts])
+        mask = (ids != 0).long()
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(ids == 0, -1)}
+
+    keys = pergrad.Watch.keys_of(padded(4))
+    assert len(set(keys)) == 3
+    assert pergrad.Watch.keys_of(padded(9)) == keys
+    first = {name: rows[1:2, :2] for name, rows in padded(9).items()}
+    assert pergrad.Watch.keys_of(first) == [keys[1]]
+    assert pergrad.Watch.keys_of({}) == []

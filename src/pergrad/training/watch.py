@@ -24,7 +24,7 @@ from pergrad.training.noise_scale import NoiseScale
 from pergrad.training.reader import Reading
 from pergrad.training.run import open_watch
 from pergrad.training.step_numbers import Piece
-from pergrad.training.trainers import attach, lightning_callback, transformers_callback
+from pergrad.training.trainers import Batch, attach, lightning_callback, transformers_callback
 
 if TYPE_CHECKING:
     from pergrad.training.recorder import Recorder
@@ -178,6 +178,15 @@ class Watch:
             MissingExtraError: transformers is not installed.
         """
         return transformers_callback(self)
+
+    @staticmethod
+    def keys_of(inputs: Any) -> list[str]:
+        """The keys that `hf`, `attach` and `lightning` give to the rows of a trainer's batch.
+
+        keys = watch.keys_of(collate(data))             # all of a data set, however it is padded
+        keys.index(run.top(1)["key"][0].as_py())        # the row that a run's table names
+        """
+        return Batch(inputs).keys() or []
 
     def attach(self, trainer: Any, examples: Callable[[Any], int] | None = None) -> None:
         """Watch a trainer of transformers or trl that computes its loss itself.
