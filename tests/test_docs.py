@@ -171,6 +171,19 @@ def test_all_is_all() -> None:
     assert "pergrad[scan]" in extras["report"]
 
 
+def test_pages_say_the_same_command_to_install() -> None:
+    """The checkout once, or all of it; parts by the name that pip knows once pergrad is there."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = extras["optional-dependencies"].keys()
+    texts = [*PAGES, *(ROOT / "examples").glob("*.py"), *(ROOT / "src").rglob("*.py")]
+    for path in texts:
+        for what in re.findall(r"pip\s+install\s+'([^'{]+)'", path.read_text()):
+            if what.startswith(("pergrad[", ".[")):
+                named = re.search(r"\[([\w,]+)\]", what)[1].split(",")
+                assert what == ".[all]" or what.startswith("pergrad["), f"{path.name}: {what}"
+                assert set(named) <= extras | {"extra"}, f"{path.name}: {what}"
+
+
 def test_the_citation_is_of_this_version() -> None:
     text = (ROOT / "CITATION.cff").read_text()
     assert re.search(r"^version: (.*)$", text, re.MULTILINE)[1] == pergrad.__version__
