@@ -89,4 +89,5 @@ def uses(records: dict[str, Record]) -> str:
             f"look at the **loss** first: it finds {by_loss} of 90, the norm {by_norm}",
         ),
     ]
-    return "\n".join(["| | |", "| --- | --- |", *(f"| {what} | {proof} |" for what, proof in rows)])
+    lines = ["| to | one figure, or why |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {what} | {proof} |" for what, proof in rows)])
