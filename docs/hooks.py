@@ -14,6 +14,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md"]
+SOUGHT = {"start.md": 2, "guides": 3, "errors.md": 3}  # who searches has a task, or a message
 LINK = re.compile(r"(\]\()([^)#\s]+)")
 
 
@@ -79,6 +80,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     if uri == "errors.md":
         markdown = _with_messages(markdown)
+    page.meta.setdefault("search", {})["boost"] = SOUGHT.get(uri.split("/")[0], 1)
     if own.startswith("docs/") and _notebooks().text_of(markdown):
         name = posixpath.basename(uri).replace(".md", ".ipynb")
         link = f"\n[This page as a notebook]({name}){{: download .notebook }}\n"
