@@ -109,6 +109,7 @@ bench: $(STAMP) browser  ## measure the costs against everyone else's, and write
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/scan.py
+	$(BIN)/python benchmarks/parts.py
 	$(BIN)/python benchmarks/report.py
 	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python benchmarks/tables.py

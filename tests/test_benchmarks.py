@@ -327,6 +327,24 @@ def test_scan_is_measured(tmp_path: Path) -> None:
     assert set(record["whole"]["memory_bytes"]) == {"10 %", "100 %"}
 
 
+def test_parts_are_measured(tmp_path: Path) -> None:
+    subprocess.run(
+        [
+            *(sys.executable, ROOT / "benchmarks" / "parts.py", "--out", tmp_path),
+            *("--parts", "12", "--rounds", "2", "--folder", tmp_path),
+        ],
+        check=True,
+        timeout=300,
+    )
+    record = json.loads((tmp_path / "parts.json").read_text())
+    assert record["parts"] == 12
+    assert record["examples"] == 12 * 16
+    assert record["open_seconds"]["median"] > 0
+    text = tables._parts({**record, "parts": 3000})
+    assert "3,000 parts" in text
+    assert "(claim: 5)" in text
+
+
 def test_what_is_for_a_gpu_runs_without_one(tmp_path: Path) -> None:
     subprocess.run(
         [

@@ -38,9 +38,17 @@ def read(path: Path) -> bytes:
 
 
 def write(
-    path: Path, content: bytes, *, mode: int = 0o600, durable: bool = False, make: bool = True
+    path: Path,
+    content: bytes,
+    *,
+    mode: int = 0o600,
+    durable: bool = False,
+    make: bool = True,
+    named: bool = True,
 ) -> None:
     """Never half a file, whoever reads it now, and also (`durable`) if the machine stops.
+
+    Unless `named`, that the file is there at all is durable only after `sync` of its folder.
 
     Through another name in the same folder, which follows no link, and that nobody can guess. What
     was at the path is replaced; a link there as well, not what it points to. The folder is made
@@ -63,7 +71,7 @@ def write(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if durable:
+    if durable and named:
         sync(path.parent)
 
 

@@ -1,5 +1,6 @@
 """Columns added to finished scores: the numbers of one scan, and nothing scored again."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,70 @@ def test_a_stop_while_they_are_put_beside(
     scan(broken(), out, **MORE)
     assert Store(out).superseded() == []
     check(out, whole)
+
+
+@pytest.mark.parametrize(("first", "once"), [(1, 1), (2, 1), (3, 1), (1, 64)])
+@pytest.mark.parametrize("second", range(5))
+def test_other_columns_after_a_stop_and_another(
+    first: int, second: int, once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some parts have the columns of a checkpoint that nobody asks for any more."""
+    out, state = tmp_path / "s", job().model.state_dict()
+    before = scan(broken(), out, batch_size=8).table()
+    points = [{n: t + k for n, t in state.items()} for k in range(3)]
+    want = scan(broken(), tmp_path / "d", batch_size=8, checkpoints={"d": points[1]}).table()
+    monkeypatch.setattr(adding, "PARTS_AT_ONCE", once)
+    remove = adding._remove
+    for name, point, at in (("c", points[0], first), ("d", points[1], second)):
+        left = iter(range(at))
+
+        def stopping(*arguments: Any, left: Any = left) -> None:
+            if next(left, None) is None:
+                raise Stop
+            remove(*arguments)
+
+        monkeypatch.setattr(adding, "_remove", stopping)
+        try:
+            scan(broken(), out, checkpoints={name: point})
+        except Stop:
+            assert pergrad.open_scores(out).table().equals(before)
+    monkeypatch.setattr(adding, "_remove", remove)
+    scores = scan(broken(), out, checkpoints={"d": points[1]})
+    assert scores.complete
+    assert scores.table().equals(want)
+    # what was scored of the first is still there, for the very same
+    with pytest.raises(pergrad.StoreError, match="checkpoint 'c' has other values"):
+        scan(broken(), out, checkpoints={"d": points[1], "c": points[2]})
+    scores = scan(broken(), out, checkpoints={"d": points[1], "c": points[0]})
+    other = scan(broken(), tmp_path / "c", batch_size=8, checkpoints={"c": points[0]})
+    assert np.array_equal(scores["norm@c"], other["norm@c"], equal_nan=True)
+
+
+def test_parts_say_for_which_columns_they_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reference of the same name, after the folder with the first one's scores was removed."""
+    out = tmp_path / "s"
+    scan(broken(), out, batch_size=8)
+    monkeypatch.setattr(adding, "PARTS_AT_ONCE", 1)
+    left, remove = iter(range(2)), adding._remove
+
+    def stopping(*arguments: Any) -> None:
+        if next(left, None) is None:
+            raise Stop
+        remove(*arguments)
+
+    monkeypatch.setattr(adding, "_remove", stopping)
+    with pytest.raises(Stop):
+        scan(broken(), out, against={"m": pergrad.MeanGradient(data(5))})
+    monkeypatch.setattr(adding, "_remove", remove)
+    for folder in [*out.glob("adding-*"), out / "references"]:
+        shutil.rmtree(folder, ignore_errors=True)
+    against = {"m": pergrad.MeanGradient(data(7))}
+    scores = scan(broken(), out, against=against)
+    want = scan(broken(), tmp_path / "want", batch_size=8, against=against)
+    assert np.array_equal(scores["dot:m"], want["dot:m"], equal_nan=True)
+    assert scores.table().schema.metadata is None
 
 
 def test_a_stop_while_the_rest_is_removed(tmp_path: Path, whole: pergrad.Scores) -> None:

@@ -323,6 +323,7 @@ def test_a_stop_while_they_are_put_beside(
     """Before anything is written or removed. Nobody reads a mean over some of the checkpoints, and
     then either more of them or those there were may be asked for.
     """
+    monkeypatch.setattr(adding, "PARTS_AT_ONCE", 1)
     whole = at_once(tmp_path / "whole").table()
     few = at_once(tmp_path / "few", ("a",)).table()
     at = 0
@@ -348,7 +349,7 @@ def test_a_stop_while_they_are_put_beside(
                 within.setattr(adding, "_remove", counted(adding._remove))
                 within.setattr(adding.shutil, "rmtree", counted(adding.shutil.rmtree))
                 within.setattr(Store, "save", counted(Store.save))
-                within.setattr(Store, "add", counted(Store.add))
+                within.setattr(Store, "put", counted(Store.put))
                 real(*arguments)
 
         stopped = False

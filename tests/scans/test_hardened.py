@@ -7,6 +7,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,9 +15,10 @@ import torch
 from scanning import Listed, data, job, scan
 
 import pergrad
+from pergrad import folders
 from pergrad.command import main
+from pergrad.scans import adding, writer
 from pergrad.scans import store as stores
-from pergrad.scans import writer
 from pergrad.scans.previews import recall
 from pergrad.scans.store import Store, digest_of
 from pergrad.scans.text import message_of, printable, storable
@@ -77,6 +79,8 @@ def changed(value: Any, *path: str) -> Any:
         (changed(KeyError, "columns", "norm"), "no column norm"),
         (changed({"scored": -1}, "counts"), "counts.scored"),
         (changed(None, "finished"), "no finished"),
+        (changed("\ud800", "columns", "loss", "unit"), "column loss has text that UTF-8 lacks"),
+        (changed({"type": "float", "unit": "", "meaning": ""}, "columns", "\udcff"), "UTF-8 lacks"),
     ],
 )
 def test_a_manifest_of_another_form_is_one_named_error(
@@ -90,6 +94,25 @@ def test_a_manifest_of_another_form_is_one_named_error(
     for use in (lambda: scan(job(), tmp_path), lambda: pergrad.open_scores(tmp_path)):
         with pytest.raises(pergrad.StoreError, match=rf"manifest.json(.|\n)*{says}(.|\n)*copy"):
             use()
+
+
+def test_a_manifest_without_keys_is_of_scores_without_keys(tmp_path: Path) -> None:
+    whole = scan(job(), tmp_path, batch_size=8).table()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["scored"]["keys_hash"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert scan(job(), tmp_path).table().equals(whole)
+
+
+@pytest.mark.parametrize("column", ["dot:m", "cosine:m", "norm:0"])
+def test_a_manifest_that_lost_a_column_is_not_given_it_again(column: str, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"against": {"m": pergrad.MeanGradient(data(3))}, "groups": "layer"}
+    scan(job(), tmp_path, batch_size=8, **more)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["columns"][column]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(pergrad.StoreError, match=r"the columns were(.|\n)*another folder"):
+        scan(job(), tmp_path, **more)
 
 
 def test_a_manifest_nested_without_end_or_a_fifo(tmp_path: Path) -> None:
@@ -117,6 +140,12 @@ def with_index(table: pa.Table, values: list[Any]) -> pa.Table:
     return table.set_column(0, "index", pa.array(values, pa.int64()))
 
 
+def no_text(rows: int) -> pa.Array:
+    """Strings that are no UTF-8."""
+    ends = pa.py_buffer(np.arange(rows + 1, dtype=np.int32).tobytes())
+    return pa.Array.from_buffers(pa.string(), rows, [None, ends, pa.py_buffer(b"\xff" * rows)])
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -126,6 +155,7 @@ def with_index(table: pa.Table, values: list[Any]) -> pa.Table:
         (lambda t: t.drop_columns(["norm"]), "cannot be read"),
         (lambda t: t.set_column(1, "loss", pa.array(["x"] * 40)), "column loss has string"),
         (lambda t: t.slice(0, 39), "has 39 rows, and its name says 40"),
+        (lambda t: t.set_column(3, "error", no_text(40)), "cannot be read"),
     ],
 )
 def test_a_part_of_something_else_is_one_named_error(
@@ -195,6 +225,67 @@ def test_renames_are_forced_to_the_disk(tmp_path: Path, monkeypatch: pytest.Monk
         assert ("sync", folder) in done[k:]
 
 
+def test_parts_are_named_on_the_disk_before_the_manifest_says_so_and_old_ones_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "ROWS_PER_PART", 8)
+    scan(job(), tmp_path, batch_size=8)
+    unsettled: set[Path] = set()
+    replace, unlink, sync = os.replace, Path.unlink, folders.sync
+
+    def replaced(a: Path, b: Path) -> None:
+        replace(a, b)
+        if b.name == "manifest.json":
+            assert not unsettled
+        elif b.parent.name == "parts":
+            unsettled.add(b)
+
+    def removed(path: Path, missing_ok: bool = False) -> None:
+        assert not (path.name.startswith("part-") and unsettled)
+        unlink(path, missing_ok=missing_ok)
+
+    def synced(place: Path) -> None:
+        sync(place)
+        unsettled.difference_update([path for path in unsettled if path.parent == place])
+
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(Path, "unlink", removed)
+    monkeypatch.setattr(folders, "sync", synced)
+    monkeypatch.setattr(adding, "PARTS_AT_ONCE", 2)
+    scan(job(), tmp_path, groups="layer")
+    scan(job(), tmp_path / "another", batch_size=8)
+    assert not unsettled
+
+
+def test_names_of_parts_are_forced_to_the_disk_within_a_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when the next part is far."""
+    monkeypatch.setattr(writer, "ROWS_PER_PART", 8)
+    scan(job(), tmp_path / "s", batch_size=8)
+    table = pergrad.open_scores(tmp_path / "s").table()
+    now, done = 100.0, []
+    monkeypatch.setattr(writer.time, "monotonic", lambda: now)
+    with (
+        stores.locked(tmp_path / "s") as store,
+        writer.Writer(store, np.ones(40, dtype=bool)) as out,
+    ):
+        for start, at, settled in (
+            (0, 100.1, False), (8, 100.5, False), (16, 101.2, True), (24, 101.3, False)
+        ):  # fmt: skip
+            now = at
+            out.add(table.slice(start, 8))
+            out._wait()
+            done.append(store.settled == settled)
+        now = 102.4
+        out.add(table.slice(32, 2))  # too few for a part
+        out._wait()
+        done.append(store.settled)
+        out.flush()
+        assert out.store.settled
+    assert all(done), done
+
+
 # --- who else writes ------------------------------------------------------------------------------
 
 
@@ -229,15 +320,31 @@ def test_a_part_written_as_the_other_scan_began_is_taken_back(tmp_path: Path) ->
     with stores.locked(tmp_path) as store:
         real = store._write
 
-        def late(path: Path, content: bytes) -> None:
+        def late(path: Path, content: bytes, **more: Any) -> None:
             (tmp_path / ".owner").write_text("another")
-            real(path, content)
+            real(path, content, **more)
 
         store._write = late  # type: ignore[method-assign]
         before = sorted((tmp_path / "parts").iterdir())
         with pytest.raises(pergrad.StoreError, match="Another scan has begun"):
             store.add(table.slice(3, 2))
         assert sorted((tmp_path / "parts").iterdir()) == before
+
+
+def test_a_part_removed_as_the_other_scan_began_is_no_disk_that_is_full(tmp_path: Path) -> None:
+    scan(job(), tmp_path, batch_size=8)
+    table = pergrad.open_scores(tmp_path).table()
+    with stores.locked(tmp_path) as store:
+
+        def removed(path: Path, content: bytes, **more: Any) -> None:
+            (tmp_path / ".owner").write_text("another")
+            raise pergrad.StoreError("Cannot write")
+
+        store._write = removed  # type: ignore[method-assign]
+        with pytest.raises(
+            pergrad.StoreError, match=r"Another scan has begun(.|\n)*start it again"
+        ):
+            store.add(table.slice(3, 2))
 
 
 def test_without_locks_the_mark_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,12 +428,17 @@ def test_an_error_drives_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_names_that_collide_are_refused(tmp_path: Path) -> None:
     with pytest.raises(pergrad.UsageError, match=r"have one name as text(.|\n)*Rename one"):
         scan(job(), tmp_path, groups={1: ["0.weight"], "1": ["0.bias"]})
+    mean = pergrad.MeanGradient(data(3))
+    with pytest.raises(pergrad.UsageError, match=r"references(.|\n)*one name as text(.|\n)*Rename"):
+        scan(job(), tmp_path, against={1: mean, "1": mean})
     task = job()
     batch = torch.utils.data.default_collate(data(2))
     few = pergrad.gradients(task.losses(task.model, batch), task.model)
     with pytest.raises(pergrad.UsageError, match=r"Two columns would be called(.|\n)*Rename one"):
         scan(task, tmp_path, against={"few": few, "few:0": pergrad.MeanGradient(data(3))})
     assert not (tmp_path / "manifest.json").exists()
+    scores = scan(job(), tmp_path / "one", batch_size=8, against={1: mean})
+    assert "dot:1" in scores.manifest["columns"]
 
 
 def test_message_of_is_bounded() -> None:
@@ -356,3 +468,24 @@ def test_a_report_replaces_nothing_but_a_file(kind: str, tmp_path: Path) -> None
     if kind == "link":
         assert (tmp_path / "precious").read_text() == "mine"
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_report_replaces_nothing_but_a_page(tmp_path: Path) -> None:
+    scores = scan(job(), tmp_path / "s", batch_size=8)
+    kept = (tmp_path / "s" / "manifest.json").read_bytes()
+    with pytest.raises(pergrad.UsageError, match=r"no page of a report(.|\n)*another path"):
+        scores.report(tmp_path / "s" / "manifest.json")
+    assert (tmp_path / "s" / "manifest.json").read_bytes() == kept
+    page = tmp_path / "page.html"
+    page.touch()
+    assert scores.report(scores.report(page)).read_text("utf-8").startswith("<!doctype html>")
+
+
+def test_the_path_of_a_report_drives_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scan(job(), tmp_path / "s", batch_size=8)
+    words = ["report", str(tmp_path / "s"), "--out", str(tmp_path / "\x1b[31m.html")]
+    monkeypatch.setattr("sys.argv", ["pergrad", *words])
+    assert main() == 0
+    assert capsys.readouterr().out.endswith("/\\x1b[31m.html\n")

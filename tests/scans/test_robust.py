@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_agrees
-from scanning import data, job, losses, model, numbers, reference, scan
+from scanning import Listed, data, job, losses, model, numbers, reference, scan
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer
 
 import pergrad
-from pergrad.scans import model_state, scorer
+from pergrad.scans import model_state, scorer, writer
 from pergrad.scans.tensors import all_finite, same
 
 X = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -250,3 +250,68 @@ def test_examples_that_kill_twice_are_named(tmp_path: Path) -> None:
     kept = pergrad.open_scores(tmp_path / "s").table()["index"].to_pylist()
     assert kept == list(range(20))
     assert scan(task, tmp_path / "s", batch_size=4).complete
+
+
+# --- data that do what data should not ------------------------------------------------------------
+
+
+def test_data_that_change_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Moving(Listed):
+        def __getitem__(self, i: int) -> Any:
+            os.chdir("/")
+            return self.items[i]
+
+    monkeypatch.chdir(tmp_path)
+    scores = scan(job(data=Moving(data(40), {})), "here", batch_size=8)
+    assert scores.folder == tmp_path / "here"
+    assert scores.complete
+    assert scores.report(tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_parameters_that_change_meanwhile(
+    given: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No scores of two models under one name."""
+    monkeypatch.setattr(writer, "ROWS_PER_PART", 8)
+    net = model()
+    params = {"first": net[0].weight} if given else None
+
+    class Training(Listed):
+        def __getitem__(self, i: int) -> Any:
+            if i == 20:
+                net[0].weight.data.mul_(2)
+            return self.items[i]
+
+    task = job(model=net, params=params, data=Training(data(40), {}))
+    with pytest.raises(pergrad.UsageError, match=r"changed while(.|\n)*copy.deepcopy"):
+        scan(task, tmp_path, batch_size=8)
+    assert len(pergrad.open_scores(tmp_path)) == 0
+    assert list((tmp_path / "set-aside").iterdir())
+    again = scan(job(model=net, params=params), tmp_path, batch_size=8).table()
+    assert again.equals(scan(job(model=net, params=params), tmp_path / "new", batch_size=8).table())
+
+
+def test_an_embedding_that_shortens_its_rows_is_scored(tmp_path: Path) -> None:
+    table = nn.Embedding(4, 3, max_norm=0.1)
+    task = job(
+        model=table, data=[i % 4 for i in range(20)], losses=lambda net, i: net(i).square().sum(1)
+    )
+    assert scan(task, tmp_path, batch_size=8).complete
+
+
+def test_too_few_items_are_the_fault_of_the_data(tmp_path: Path) -> None:
+    class Short(Listed):
+        def __getitems__(self, indices: list[int]) -> list[Any]:
+            return [self.items[i] for i in indices[1:]]
+
+    with pytest.raises(pergrad.UsageError, match=r"returned 7 items for 8(.|\n)*one for each"):
+        scan(job(data=Short(data(40), {})), tmp_path, batch_size=8)
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "parts").write_text("a file")
+    with pytest.raises(pergrad.StoreError, match=r"File exists \(.*/parts\)(.|\n)*Make room"):
+        scan(job(), tmp_path, batch_size=8)

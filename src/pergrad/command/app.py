@@ -35,6 +35,7 @@ from pergrad.command.common import (
 from pergrad.errors import UsageError
 from pergrad.scans import options
 from pergrad.scans.rows import as_table
+from pergrad.scans.text import printable
 from pergrad.training.run_folder import is_run
 
 HELP = """
@@ -344,7 +345,7 @@ def report(
     else:
         opened = pergrad.open_watch(folder) if is_run(folder) else pergrad.open_scores(folder)
     page = opened.report(out or folder / "report.html", title=title)
-    typer.echo(printing.as_json({"report": str(page)}) if as_json else str(page))
+    typer.echo(printing.as_json({"report": str(page)}) if as_json else printable(page))
 
 
 app.command()(runs.watch)

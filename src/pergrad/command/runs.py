@@ -14,6 +14,7 @@ import typer
 
 import pergrad
 from pergrad.errors import UsageError
+from pergrad.scans.text import printable
 from pergrad.training.run_folder import is_run
 
 
@@ -47,7 +48,7 @@ def watch(
     try:
         for number, page in enumerate(written):
             if not number:
-                typer.echo(str(page))
+                typer.echo(printable(page))
                 if show:
                     typer.launch(str(page))
     except KeyboardInterrupt:

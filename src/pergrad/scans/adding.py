@@ -8,9 +8,10 @@ The new columns are scored into a folder of their own, adding-{hash}/, by a scan
 which goes on after any stop. Until it is finished the scores are what they were. Then part after
 part is written again with all columns, and its old file removed; last the manifest. Where that
 stops in between, the manifest still says the old columns, which every part has, and the same scan
-goes on.
+goes on: a part says for which columns it was written. A scan for others writes all parts again.
 """
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -28,11 +29,12 @@ from pergrad.errors import StoreError
 from pergrad.scans import manifest
 from pergrad.scans.form import MEANS, mean_of, means_of
 from pergrad.scans.options import ScanOptions
+from pergrad.scans.parts import in_turn, pack, turn_of
 from pergrad.scans.store import Store, disk, schema
-from pergrad.scans.text import printable
+from pergrad.scans.text import printable, storable
 from pergrad.scans.work import Work
 
-_ADDABLE = ("norm:", "dot:", "cosine:", "loss@", "norm@")
+PARTS_AT_ONCE = 64  # are written again before the old ones are removed
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def added(old: Mapping[str, Any], new: Mapping[str, Any]) -> Added | None:
             return None
         names[kind] = [name for name in has if name not in had]
     columns = [name for name in new["columns"] if name not in old["columns"]]
-    if not columns or not all(name.startswith(_ADDABLE) for name in columns):
+    if not columns or not all(_belongs(name, *names.values()) for name in columns):
         return None
     if any(name not in new["columns"] for name in old["columns"]) or not old["finished"]:
         return None
@@ -83,6 +85,19 @@ def added(old: Mapping[str, Any], new: Mapping[str, Any]) -> Added | None:
         return None
     groups, references, points = (tuple(each) for each in names.values())
     return Added(groups, references, points, tuple(columns))
+
+
+def _belongs(column: str, *names: list[str]) -> bool:
+    """Whether a column is one of those groups, references and checkpoints, or a mean."""
+    groups, references, points = ([storable(name) for name in kind] for kind in names)
+    kind, _, name = column.partition(":")
+    if kind in ("dot", "cosine"):
+        return any(name == r or name.startswith(f"{r}:") for r in references)
+    return (
+        column in MEANS
+        or column in [f"norm:{group}" for group in groups]
+        or column in [f"{what}@{point}" for point in points for what in ("loss", "norm")]
+    )
 
 
 def options_for(options: ScanOptions, new: Added, work: Work, command: str | None) -> ScanOptions:
@@ -114,14 +129,16 @@ def put_beside(store: Store, staged: Store | None, new: Mapping[str, Any], what:
         # of some parts they are over more checkpoints soon: nobody is to read them meanwhile
         left = {name: about for name, about in store.columns.items() if name not in means}
         store.save({**(store.manifest or {}), "columns": left})
-    wanted = schema(new["columns"])
+    wanted, mark = schema(new["columns"]), _mark(new)
     _remove(store, store.superseded())
+    old: list[Path] = []
     for part in store.parts():
         content = part.load()
         if content is None:
             continue  # the survey has named it before
         table = store.whole(part, content)
-        if means or not set(extra) <= set(table.column_names):
+        turn, written_for = turn_of(table.schema)
+        if written_for != mark:
             columns = dict(zip(table.column_names, table.columns, strict=True))
             failed = pc.is_valid(table["error"])
             if rows_of is not None:
@@ -131,13 +148,25 @@ def put_beside(store: Store, staged: Store | None, new: Mapping[str, Any], what:
                 values = pa.array(mean_of(rows), wanted.field(mean).type)
                 columns[mean] = pc.if_else(failed, pa.scalar(None, values.type), values)
             arrays = [columns[name].cast(wanted.field(name).type) for name in wanted.names]
-            again = store.add(pa.Table.from_arrays(arrays, schema=wanted))
-            if again.path != part.path:
-                _remove(store, [part.path])
+            shape = in_turn(wanted, turn + 1, mark)
+            store.put(pack(pa.Table.from_arrays(arrays, schema=shape)))
+            old.append(part.path)
+        if len(old) == PARTS_AT_ONCE:
+            _remove(store, old)
+            old = []
+    _remove(store, old)
     store.save(dict(new))
     if staged is not None:
         with disk(store.folder):
             shutil.rmtree(staged.folder)
+    forget(store)  # a scan for some of these columns, that was stopped
+
+
+def _mark(new: Mapping[str, Any]) -> str:
+    """Of the model, the data and the settings that columns are of."""
+    settings = {n: v for n, v in new["settings"].items() if n not in ("batch_size", "device")}
+    about = [new["scored"], settings, list(new["columns"])]
+    return manifest.hash_of_strings([json.dumps(about, sort_keys=True)])
 
 
 def _where(failed: pa.Array, more: pa.Table, names: Sequence[str]) -> dict[str, Any]:
@@ -159,10 +188,14 @@ def forget(store: Store) -> None:
 
 
 def _remove(store: Store, paths: Sequence[Path]) -> None:
+    """Remove parts that are there in another form."""
+    if not paths:
+        return
+    store.settle()
     with disk(store.folder):
         for path in paths:
             path.unlink(missing_ok=True)
-            folders.sync(path.parent)
+        folders.sync(store.folder / "parts")
 
 
 def _refuse_failures(store: Store, staged: Store) -> None:

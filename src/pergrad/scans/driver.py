@@ -7,7 +7,7 @@ Does not know: how a block is scored (the engine does), or the files' form (the 
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from pergrad import inputs
 from pergrad.engine.run import Options as VerbOptions
-from pergrad.errors import StoreError
+from pergrad.errors import StoreError, UsageError
 from pergrad.scans import checkpoints, form, manifest, progress
 from pergrad.scans.adding import Added, added, forget, options_for, put_beside
 from pergrad.scans.groups import resolve_groups
@@ -62,12 +62,14 @@ def request(job: Job, folder: Path, options: ScanOptions) -> Request:
     if options.device is not None:
         inputs.check_device(options.device)
     if options.against is not None:
-        check_against(options.against)
+        options = replace(options, against=check_against(options.against))
     if options.engine == "ray":
         engine: Engine = OnRay(options.workers, options.address)
     else:  # torchrun is the local engine on every rank
         engine = Local(options.workers or 0)
     groups = resolve_groups(options.groups, job)
+    with suppress(OSError):  # where there is no current folder
+        folder = folder.absolute()  # the data may go elsewhere
     return Request(job, folder, options, engine, groups, checkpoints.named(options.checkpoints))
 
 
@@ -248,12 +250,13 @@ def score(
 ) -> None:
     """Let the engine score blocks, one part in `share` of all, and write what it finds."""
     wanted = scan.wanted
-    writer = Writer(scan.store, wanted)
-    with progress.bar(request.folder, request.options, len(wanted), int(wanted.sum())) as advance:
+    shown = progress.bar(request.folder, request.options, len(wanted), int(wanted.sum()))
+    with Writer(scan.store, wanted) as writer, shown as advance:
 
         def write(table: pa.Table) -> None:
             advance(writer.add(table) * share)
 
+        before = manifest.hash_of_parameters(request.job)
         try:
             request.engine.run(scan.work, blocks, write, smaller)
         except StoreError:
@@ -263,6 +266,14 @@ def score(
             # that nothing was wrong with these examples.
             writer.flush(failed=False)
             raise
+        if manifest.hash_of_parameters(request.job) != before:
+            writer.take_back()
+            raise UsageError(
+                "The model's parameters have changed while it was scored: something in the data, "
+                "the losses or another thread writes to them, and nobody knows when. What was "
+                f"scored since the scan began does not count; it is in {printable(request.folder)}"
+                "/set-aside. Score a copy that nobody writes to: copy.deepcopy(model)."
+            )
         writer.flush()
 
 

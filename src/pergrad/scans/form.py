@@ -159,6 +159,8 @@ def _wrong(manifest: dict[str, Any]) -> str | None:
                       {"type": str, "unit": str, "meaning": str})  # fmt: skip
         if wrong or about["type"] not in ALWAYS.get(name, TYPES):
             return wrong or f"the column {printable(name)} has another type"
+        if any(storable(text) != text for text in (name, about["unit"], about["meaning"])):
+            return f"the column {printable(name)} has text that UTF-8 lacks"
     absent = [name for name in ALWAYS if name not in columns]
     if absent:
         return f"it has no column {absent[0]}"

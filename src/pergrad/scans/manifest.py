@@ -60,6 +60,20 @@ def weights_of(model: nn.Module, params: Mapping[str, Tensor]) -> Iterable[tuple
         yield f"params {name}", p
 
 
+def hash_of_parameters(job: Job) -> str:
+    """Of what nothing may write to while it is scored; buffers may count, and an embedding with
+    `max_norm` shortens its rows as they are used.
+    """
+    shortened = {
+        id(module.weight) for module in job.model.modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+    }  # fmt: skip
+    own = {n: p for n, p in job.model.named_parameters() if id(p) not in shortened}
+    there = shortened | {id(p) for p in own.values()}
+    more = {f"params {n}": p for n, p in parameters_of(job).items() if id(p) not in there}
+    return hash_of_tensors({**own, **more}.items())
+
+
 def scored(job: Job) -> dict[str, Any]:
     """What is scored, so that it is recognised: the model, its weights, the data set."""
     params = parameters_of(job)
@@ -101,7 +115,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         found.append("the model's weights or buffers have other values")
     if was["examples"] != now["examples"]:
         found.append(f"the data set had {was['examples']:,} examples and has {now['examples']:,}")
-    elif was["keys_hash"] != now["keys_hash"]:
+    elif was.get("keys_hash") != now["keys_hash"]:
         found.append("the keys of the examples have changed")
     before, after = old["settings"], new["settings"]
     for kind, word in NAMED.items():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from pergrad.errors import UsageError
-from pergrad.scans.text import message_of
+from pergrad.scans.text import message_of, printable
 
 BY_COLUMN = {  # tables whose items are columns -> how their rows are had
     "pandas": 'list(data.itertuples(index=False, name=None)), or data.to_dict("records")',
@@ -123,10 +123,16 @@ def check_losses_function(losses: Any, data: object) -> None:
         ) from None
 
 
-def check_against(against: object) -> Mapping[str, Any]:
-    """A mapping from names to references."""
+def check_against(against: object) -> dict[str, Any]:
+    """Names, as text, and references."""
     if isinstance(against, Mapping):
-        return against
+        named = {str(name): value for name, value in against.items()}
+        if len(named) < len(against):
+            raise UsageError(
+                f"Two of the references {printable(list(against))} have one name as text, and so "
+                "one column. Rename one of them."
+            )
+        return named
     kind = type(against).__name__
     first, *others = _wrapped(against).split(" or ")
     raise UsageError(

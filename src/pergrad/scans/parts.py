@@ -1,7 +1,7 @@
 """The files that rows are in: their names, and which of them count.
 
-Owns: what a part's name says, reading it whole, and parts that were written again with more
-columns.
+Owns: what a part's name says, reading it whole, and parts that were written again with other
+columns: each of them says how often it was (its turn), and for which columns.
 Does not know: what the columns mean.
 """
 
@@ -21,6 +21,7 @@ from pergrad.errors import StoreError
 from pergrad.scans.text import printable
 
 _NAME = re.compile(r"part-(\d{12,})-(\d+)-([0-9a-f]{32})\.parquet")
+_TURN, _MARK = b"pergrad.turn", b"pergrad.columns"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +41,66 @@ class Part:
             return None
         return content if digest_of(content) == self.digest else None
 
-    def width(self) -> int:
-        """How many columns it has; 0 if it is damaged."""
+    def rank(self) -> tuple[int, int]:
+        """Its turn and how many columns it has; the least if it is damaged."""
         content = self.load()
         try:
-            return 0 if content is None else len(pq.read_schema(pa.BufferReader(content)))
+            found = None if content is None else pq.read_schema(pa.BufferReader(content))
         except pa.ArrowException:
-            return 0
+            found = None
+        return (-1, 0) if found is None else (turn_of(found)[0], len(found))
+
+
+def turn_of(schema: pa.Schema) -> tuple[int, str]:
+    """How often a part was written again, and the mark of the columns that was done for."""
+    about = schema.metadata or {}
+    turn, mark = about.get(_TURN, b"0"), about.get(_MARK, b"")
+    return int(turn) if turn.isdigit() and len(turn) < 10 else 0, mark.decode(errors="replace")
+
+
+def in_turn(schema: pa.Schema, turn: int, mark: str) -> pa.Schema:
+    """The schema of a part that is written again."""
+    return schema.with_metadata({_TURN: str(turn), _MARK: mark})
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A part that is not a file yet."""
+
+    first: int
+    rows: int
+    digest: str
+    content: bytes
+
+    @property
+    def name(self) -> str:
+        """Its name, which certifies the content."""
+        return f"part-{self.first:012d}-{self.rows}-{self.digest}.parquet"
+
+
+def pack(table: pa.Table) -> Packed:
+    """Rows as the bytes of a part."""
+    table = table.sort_by("index") if len(table) > 1 else table
+    sink = pa.BufferOutputStream()
+    floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
+    strings = [f.name for f in table.schema if pa.types.is_string(f.type)]
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=False,
+        use_byte_stream_split=floats,
+        column_encoding={"index": "DELTA_BINARY_PACKED"}
+        | dict.fromkeys(strings, "DELTA_BYTE_ARRAY"),
+        store_schema=True,
+    )
+    content = sink.getvalue().to_pybytes()
+    return Packed(table["index"][0].as_py(), len(table), digest_of(content), content)
 
 
 def digest_of(content: bytes) -> str:
     """What a file's name says of its content."""
     return blake2b(content, digest_size=16).hexdigest()
-
-
-def name_of(first: int, rows: int, digest: str) -> str:
-    """A part's name."""
-    return f"part-{first:012d}-{rows}-{digest}.parquet"
 
 
 def parts_in(folder: Path) -> list[Part]:
@@ -79,16 +123,17 @@ def parts_in(folder: Path) -> list[Part]:
 
 
 def latest(parts: Sequence[Part]) -> list[Part]:
-    """Without those that were written again with more columns, and not removed yet.
+    """Without those that were written again with other columns, and not removed yet.
 
-    No two parts of a scan begin with the same example, so such a pair is one part twice. Two that
-    are as wide as each other are none of ours, and stay: whoever reads them finds examples twice.
+    No two parts of a scan begin with the same example, so such a pair is one part twice, and the
+    one of the later turn counts; parts of earlier versions have no turn, and the wider one counts.
+    Where neither decides they are none of ours, and stay: who reads them finds examples twice.
     """
     kept: list[Part] = []
     for _, several in groupby(parts, key=lambda part: (part.first, part.rows)):
         same = list(several)
         if len(same) > 1:
-            widths = [part.width() for part in same]
-            same = [p for p, width in zip(same, widths, strict=True) if width == max(widths)]
+            ranks = [part.rank() for part in same]
+            same = [p for p, rank in zip(same, ranks, strict=True) if rank == max(ranks)]
         kept += same
     return kept

@@ -79,7 +79,7 @@ def _mean(
     kept = content if content and all(isinstance(t, Tensor) for t in content.values()) else None
     if kept is not None and _close(kept, mean):
         return {n: kept[n].to(m.device) for n, m in mean.items()}
-    if kept is None or not store.parts():
+    if kept is None or not _compared_with(store, name):
         _keep(store, safe, {n: t.cpu() for n, t in mean.items()})
     return mean
 
@@ -93,11 +93,17 @@ def _gradients(
     kept = _matrix(store, safe)
     if kept is not None and _alike(kept, J):
         return kept.to(J.device)
-    if kept is None or not store.parts():
+    if kept is None or not _compared_with(store, name):
         about, tensors = gradient_files.packed(J._factors, len(J))
         _keep(store, safe, {"about": about, "tensors": tensors})
         return (_matrix(store, safe) or J).to(J.device)  # as whoever goes on will have it
     return J
+
+
+def _compared_with(store: Store, name: str) -> bool:
+    """Whether there are scores with a reference of that name; else it was of a stopped scan."""
+    settings = store.manifest["settings"] if store.manifest and store.parts() else {}
+    return name in settings.get("against", {})
 
 
 def _matrix(store: Store, name: str) -> GradientMatrix | None:

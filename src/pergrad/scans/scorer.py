@@ -63,6 +63,11 @@ def fetch(
     seed_for(seed, block[0])
     many = getattr(data, "__getitems__", None)
     items = many(list(block)) if callable(many) else [data[i] for i in block]
+    if isinstance(items, list) and len(items) != len(block):
+        raise UsageError(
+            f"`data.__getitems__` returned {len(items)} items for {len(block)} numbers. Return one "
+            "for each number, in their order."
+        )
     return (collate or default_collate)(items)
 
 

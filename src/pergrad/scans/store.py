@@ -35,7 +35,7 @@ import pyarrow.parquet as pq
 from pergrad import folders
 from pergrad.errors import StoreError
 from pergrad.scans.form import TYPES, check_format
-from pergrad.scans.parts import Part, latest, name_of, parts_in
+from pergrad.scans.parts import Packed, Part, latest, pack, parts_in
 from pergrad.scans.parts import digest_of as digest_of  # also for other folders' files
 from pergrad.scans.text import printable
 
@@ -61,8 +61,9 @@ def disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        where = "" if error.filename is None else f" ({printable(error.filename)})"
         raise StoreError(
-            f"Cannot write to {printable(folder)}: {error.strerror or error}. What has been "
+            f"Cannot write to {printable(folder)}: {error.strerror or error}{where}. What has been "
             "written there before is whole and stays. Make room (or a folder that can be written "
             "to), and run the same scan again: it goes on where it stopped."
         ) from error
@@ -77,6 +78,7 @@ class Store:
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.owner: str | None = None  # the mark of who writes; None for a reader
+        self.settled = True  # whether the names of all parts are on the disk
         self.manifest: dict[str, Any] | None = self._read_manifest()
 
     # --- the manifest ----------------------------------------------------------------------------
@@ -105,19 +107,20 @@ class Store:
         return self.manifest["columns"]
 
     def save(self, manifest: dict[str, Any]) -> None:
-        """Replace the manifest."""
+        """Replace the manifest. What it says of the parts holds: they are on the disk before."""
         self._mine()
+        self.settle()
         # what UTF-8 lacks becomes an escape that JSON reads as the same
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         self._write(self.folder / "manifest.json", text.encode("utf-8", "backslashreplace"))
         self.manifest = manifest
 
-    def _write(self, path: Path, content: bytes) -> None:
+    def _write(self, path: Path, content: bytes, *, named: bool = True) -> None:
         with disk(self.folder):
             if not path.parent.exists():
                 path.parent.mkdir(exist_ok=True)
                 folders.sync(self.folder)
-            folders.write(path, content, mode=0o666, durable=True)
+            folders.write(path, content, mode=0o666, durable=True, named=named)
 
     def _mine(self) -> None:
         """Make sure that no other scan has begun to write here since this one did.
@@ -150,32 +153,39 @@ class Store:
         return sorted({part.path for part in found} - {part.path for part in latest(found)})
 
     def add(self, table: pa.Table) -> Part:
-        """Write rows as a new part."""
-        table = table.sort_by("index") if len(table) > 1 else table
-        sink = pa.BufferOutputStream()
-        floats = [f.name for f in table.schema if pa.types.is_floating(f.type)]
-        strings = [f.name for f in table.schema if pa.types.is_string(f.type)]
-        pq.write_table(
-            table,
-            sink,
-            compression="zstd",
-            use_dictionary=False,
-            use_byte_stream_split=floats,
-            column_encoding={"index": "DELTA_BINARY_PACKED"}
-            | dict.fromkeys(strings, "DELTA_BYTE_ARRAY"),
-            store_schema=True,
-        )
-        content = sink.getvalue().to_pybytes()
-        digest, first = digest_of(content), table["index"][0].as_py()
-        path = self.folder / "parts" / name_of(first, len(table), digest)
+        """Write rows as a new part, for good."""
+        part = self.put(pack(table))
+        self.settle()
+        return part
+
+    def put(self, packed: Packed) -> Part:
+        """Write a new part. Its content is on the disk; its name is after `settle`."""
+        path = self.folder / "parts" / packed.name
         self._mine()
-        self._write(path, content)
+        try:
+            self._write(path, packed.content, named=False)
+        except StoreError:
+            self._mine()  # another scan removes what it takes for left over
+            raise
+        self.settled = False
         try:
             self._mine()  # else the other scan may not have seen it, and scores the same
         except StoreError:
             path.unlink(missing_ok=True)
             raise
-        return Part(path, first, len(table), digest)
+        return Part(path, packed.first, packed.rows, packed.digest)
+
+    def settle(self) -> None:
+        """Force the names of the parts to the disk: until then a power cut may undo them."""
+        if self.settled:
+            return
+        self.settled = True  # before: a thread may add one meanwhile
+        try:
+            with disk(self.folder):
+                folders.sync(self.folder / "parts")
+        except BaseException:
+            self.settled = False
+            raise
 
     def damaged(self) -> list[Part]:
         """The parts whose content does not agree with their checksum. Reads everything."""
@@ -201,7 +211,8 @@ class Store:
         try:
             with pa.BufferReader(content) as source:
                 table = pq.ParquetFile(source).read(wanted.names, use_threads=False)
-            table = table.select(wanted.names)
+            table = table.select(wanted.names).replace_schema_metadata(None)
+            table.validate(full=True)  # text, among others, is text
             found = {field.name: field.type for field in table.schema}
         except (pa.ArrowException, KeyError, OSError, ValueError) as error:
             raise _foreign(part, f"it cannot be read ({printable(error)[:200]})") from None
@@ -216,7 +227,7 @@ class Store:
         if "index" in found:
             index = table["index"]
             total = self.manifest["scored"]["examples"] if self.manifest else 0
-            least, most = pc.min(index).as_py(), pc.max(index).as_py()
+            least, most = pc.min_max(index).as_py().values()
             if index.null_count or (len(table) and not 0 <= least <= most < total):
                 raise _foreign(part, f"it has examples that are not among the {total:,} scored")
         return table

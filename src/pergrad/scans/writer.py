@@ -1,19 +1,25 @@
 """Rows on their way to the disk: collected, and written as parts now and then.
 
-Owns: how many rows or seconds a part holds, and that each example is written once.
+Owns: how many rows or seconds a part holds, that each example is written once, and that the scan
+does not wait for the disk, unless that is slower than it is.
 Does not know: the form of a part (the store does), or how rows come about.
 """
 
 import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pergrad.scans.parts import Packed, Part, pack
 from pergrad.scans.store import Store
 
 ROWS_PER_PART = 2**16
 SECONDS_PER_PART = 10.0
+SECONDS_UNSETTLED = 1.0  # until the names of parts are forced to the disk, several at once
 
 
 class _Columns:
@@ -59,14 +65,31 @@ class _Columns:
 
 
 class Writer:
-    """Collects rows into parts."""
+    """Collects rows into parts, which a thread writes. To be left as a context is, so that it ends.
+
+    One part at a time; what the disk says no to is raised when the next is written, or at the end.
+    """
 
     def __init__(self, store: Store, wanted: np.ndarray) -> None:
         self.store, self.wanted = store, wanted.copy()
         self.good = _Columns()
         self.failed: list[pa.Table] = []
         self.rows = 0
-        self.last = time.monotonic()
+        self.last = self.settled = time.monotonic()
+        self.thread = ThreadPoolExecutor(1, "pergrad-writer")
+        self.writing: Future[None] | None = None
+        self.written: list[Part] = []
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.thread.shutdown()
 
     def add(self, table: pa.Table) -> int:
         """Take those rows that are wanted, each once; how many they are."""
@@ -85,17 +108,48 @@ class Writer:
         self.rows += len(table)
         now = time.monotonic()
         if self.rows >= ROWS_PER_PART or now - self.last > SECONDS_PER_PART:
-            self.flush()
+            self._send()
+        elif now - self.settled > SECONDS_UNSETTLED and not self.store.settled:
+            self._wait()
+            self._start([])
         return len(table)
 
     def flush(self, *, failed: bool = True) -> None:
-        """Write what has been collected; examples that failed go into a part of their own, after
-        the others, so that they can be tried again without touching any other.
+        """Write what has been collected, for good."""
+        self._send(failed=failed)
+        self._wait()
+        self.store.settle()
+
+    def take_back(self) -> None:
+        """What has been written does not count."""
+        self._wait()
+        for part in self.written:
+            self.store.set_aside(part.path)
+
+    def _send(self, *, failed: bool = True) -> None:
+        """Have it written; examples that failed go into a part of their own, after the others, so
+        that they can be tried again without touching any other.
         """
-        if self.good.rows:
-            self.store.add(self.good.table())
+        self._wait()
+        packed = [pack(self.good.table())] if self.good.rows else []
         self.good.clear()
         if self.failed and failed:
-            self.store.add(pa.concat_tables(self.failed))
+            packed.append(pack(pa.concat_tables(self.failed)))
             self.failed = []
         self.rows, self.last = 0, time.monotonic()
+        self._start(packed)
+
+    def _start(self, packed: Sequence[Packed]) -> None:
+        self.writing = self.thread.submit(self._write, packed)
+
+    def _wait(self) -> None:
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
+
+    def _write(self, packed: Sequence[Packed]) -> None:
+        for each in packed:
+            self.written.append(self.store.put(each))
+        if time.monotonic() - self.settled > SECONDS_UNSETTLED:
+            self.store.settle()
+            self.settled = time.monotonic()

@@ -62,6 +62,12 @@ def hashes(scripts: Sequence[str]) -> str:
     return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
 
 
+def _is_page(path: Path) -> bool:
+    """Whether a file is a page, or empty."""
+    with open(path, "rb") as file:
+        return file.read(9).lower() in (b"", b"<!doctype")
+
+
 def save(text: str, target: Path) -> Path:
     """Write a page, whole or not at all.
 
@@ -73,6 +79,11 @@ def save(text: str, target: Path) -> Path:
             raise UsageError(
                 f"{printable(target)} is there and is not an ordinary file, so it is not replaced. "
                 "Pass the path of a file, such as report.html."
+            )
+        if os.path.lexists(target) and not _is_page(target):
+            raise UsageError(
+                f"{printable(target)} is there and is no page of a report, so it is not replaced. "
+                "Pass another path, or remove that file if you do not need it."
             )
         # what UTF-8 lacks is written out, as a data set may say anything
         folders.write(target, text.encode("utf-8", "backslashreplace"), mode=0o666, make=False)
