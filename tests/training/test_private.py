@@ -2,7 +2,6 @@
 
 import io
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import naive
@@ -10,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_same
+from private_models import ARCHITECTURES
 from torch import Tensor, nn
 
 import pergrad
@@ -102,80 +102,6 @@ def counted(private: pergrad.Private, model: nn.Module) -> Any:
     for batch in private:
         private.backward(losses(model, batch))
         yield batch
-
-
-def _sequence() -> nn.Module:
-    return nn.Sequential(nn.Unflatten(1, (2, 2)), nn.LSTM(2, 3, batch_first=True), _Last())
-
-
-class _Last(nn.Module):
-    def forward(self, found: Any) -> Tensor:
-        return found[0][:, -1]
-
-
-class _Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.outer = nn.Linear(4, 4), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.outer(torch.tanh(self.inner(torch.tanh(self.inner(x)))))
-
-
-class _Attention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.heads, self.out = nn.MultiheadAttention(2, 1, batch_first=True), nn.Linear(4, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.reshape(-1, 2, 2)
-        return self.out(self.heads(x, x, x)[0].flatten(1))
-
-
-ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
-    "linear": lambda: nn.Linear(4, 3),
-    "two layers": network,
-    "layer norm": lambda: nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3)),
-    "group norm": lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.Linear(4, 3)),
-    "convolution": lambda: nn.Sequential(
-        nn.Unflatten(1, (1, 4)), nn.Conv1d(1, 3, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten()
-    ),
-    "lstm": _sequence,
-    "tied": _Tied,
-    "attention": _Attention,
-    "gelu": lambda: nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 3)),
-    "no bias": lambda: nn.Linear(4, 3, bias=False),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_one_example_moves_the_sum_by_clip_at_most(name: str, dtype: torch.dtype) -> None:
-    """Without noise and with the identity for an optimizer, over random batches."""
-    torch.manual_seed(0)
-    model = ARCHITECTURES[name]().to(dtype)
-    generator = torch.Generator().manual_seed(0)
-    eps = torch.finfo(dtype).eps
-
-    def total(x: Tensor, y: Tensor) -> Tensor:
-        data = list(zip(x, y, strict=True))
-        state = [p.detach().clone() for p in model.parameters()]
-        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-        private = pergrad.Private(model, optimizer, 0.1, 0.0, data, 1.0, 3)
-        for batch in private:
-            private.backward(losses(model, batch))
-        moved = [(a - p.detach()).flatten() for a, p in zip(state, model.parameters(), strict=True)]
-        for p, a in zip(model.parameters(), state, strict=True):
-            p.data.copy_(a)
-        return torch.cat(moved).double() * len(data)
-
-    for _ in range(6):
-        size = int(torch.randint(2, 6, (1,), generator=generator))
-        scale = 10 ** float(torch.rand(1, generator=generator) * 4 - 2)
-        x = scale * torch.randn(size, 4, generator=generator, dtype=torch.float64).to(dtype)
-        y = torch.randint(3, (size,), generator=generator)
-        moved = (total(x, y) - total(x[1:], y[1:])).norm()
-        assert moved <= 0.1 + 100 * eps * (1 + size)  # the weights' own rounding
 
 
 @pytest.mark.integrations
