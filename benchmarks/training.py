@@ -140,7 +140,7 @@ def measure(
     workload: workloads.Workload, seconds: float, rounds: int, *, tiny: bool = False
 ) -> dict[str, Any]:
     """Ratios to the plain step of every way."""
-    order, started, begun = random.Random(0), harness.environment(), time.monotonic()
+    started = harness.environment()
     processes = {way: Process(workload.name, way, tiny=tiny, script=Path(__file__)) for way in WAYS}
     try:
         ready = {way: process.answer(PATIENCE) for way, process in processes.items()}
@@ -149,16 +149,8 @@ def measure(
         once = min(first["plain"]["seconds"])
         steps = max(1, round(TURN_SECONDS / once))
         whole = EVERY * max(1, steps // EVERY)  # every tenth step is in each turn as often
-        taken: dict[str, list[float]] = {way: [] for way in WAYS}
-        peaks = {way: first[way]["peak"] for way in WAYS}
-        for n in range(rounds):
-            if n > 1 and time.monotonic() - begun > seconds:
-                break
-            for way in order.sample(list(WAYS), len(WAYS)):
-                count = whole if way == "watch" else min(steps, EVERY)
-                answer = processes[way].ask("turn", seconds=PATIENCE, steps=count)
-                taken[way].append(answer["seconds"])
-                peaks[way] = max(peaks[way], answer["peak"])
+        counts = {way: whole if way == "watch" else min(steps, EVERY) for way in WAYS}
+        taken, peaks = in_turns(processes, counts, seconds, rounds)
     finally:
         for process in processes.values():
             process.close()
@@ -184,6 +176,23 @@ def measure(
             for way in WAYS
         },
     }  # fmt: skip
+
+
+def in_turns(
+    processes: dict[str, Process], steps: dict[str, int], seconds: float, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Of each way: the mean seconds of a step, turn by turn, and the peak."""
+    order, begun = random.Random(0), time.monotonic()
+    taken: dict[str, list[float]] = {way: [] for way in processes}
+    peaks = dict.fromkeys(processes, 0)
+    for n in range(rounds):
+        if n > 1 and time.monotonic() - begun > seconds:
+            break
+        for way in order.sample(list(processes), len(processes)):
+            answer = processes[way].ask("turn", seconds=PATIENCE, steps=steps[way])
+            taken[way].append(answer["seconds"])
+            peaks[way] = max(peaks[way], answer["peak"])
+    return taken, peaks
 
 
 def _check(name: str, first: dict[str, dict[str, Any]]) -> float:
