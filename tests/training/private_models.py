@@ -1,4 +1,4 @@
-"""Small classifiers of four numbers; every op that private training must serve is in one of them."""
+"""Small classifiers of four numbers; each op that private training must serve is in one."""
 
 from collections.abc import Callable
 from typing import Any
