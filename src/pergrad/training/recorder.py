@@ -20,7 +20,15 @@ from pergrad.scans.report.preview import Preview
 from pergrad.scans.text import message_of, printable, storable
 from pergrad.training.noise_of_ranks import sums_of_ranks
 from pergrad.training.noise_scale import NoiseScale
-from pergrad.training.run_folder import EXAMPLES, FORMAT, STEPS, VERSION, RunFolder, table_of
+from pergrad.training.run_folder import (
+    FORMAT,
+    STEPS,
+    VERSION,
+    RunFolder,
+    examples_table,
+    table_of,
+    together,
+)
 from pergrad.training.step_numbers import (
     Baseline,
     Piece,
@@ -60,7 +68,7 @@ class Recorder:
         self._pieces: list[Piece] = []
         self._grad_norm, self._sharded = nan, False
         self._failure: str | None = None
-        self._examples: list[dict[str, Any]] = []
+        self._examples: list[Any] = []  # a table for each step: rows as dicts take ten times that
         self._steps: list[dict[str, Any]] = []
         self._tally: dict[str, list[float]] = {}  # key -> how often an outlier, largest ratio
         self._shown: dict[str, Preview] = {}
@@ -177,14 +185,10 @@ class Recorder:
             self.spikes.append(f"step {step}: {row['spike']}")
             _logger.warning("%s", printable(self.spikes[-1]))
         self._add_noise(row)
-        columns = [t.tolist() for t in (whole.loss, whole.tokens, whole.weight, whole.norm, scores,
-                                        ratios, outliers)]  # fmt: skip
-        names = ("loss", "tokens", "weight", "norm", "score", "ratio", "outlier")
-        for i, values in enumerate(zip(*columns, strict=True)):
-            about = dict(zip(names, values, strict=True))
-            about["tokens"] = round(about["tokens"])
-            self._examples.append({"step": step, "rank": self.rank, "row": i, "key": keys[i]}
-                                  | about)  # fmt: skip
+        self._examples.append(examples_table(step, self.rank, keys, {
+            "loss": whole.loss, "tokens": whole.tokens.round().long(), "weight": whole.weight,
+            "norm": whole.norm, "score": scores, "ratio": ratios, "outlier": outliers,
+        }))  # fmt: skip
         self._remember(whole, keys, ratios, outliers)
         self._log(row, int(outliers.sum()))
 
@@ -259,7 +263,7 @@ class Recorder:
                          "clip": self.clip, **self._settings}  # fmt: skip
                 self.folder.save(about)
             if self._examples:
-                self.folder.add("examples", self.rank, table_of(self._examples, EXAMPLES))
+                self.folder.add("examples", self.rank, together(self._examples))
                 self._examples = []
             if self._steps:
                 self.folder.add("steps", self.rank, table_of(self._steps, STEPS))
@@ -278,7 +282,7 @@ class Recorder:
         except StoreError as error:
             self.off = str(error)
             self.say(str(error))
-        if len(self._examples) > MOST_ROWS:
+        if sum(map(len, self._examples)) > MOST_ROWS:
             self.off = f"{MOST_ROWS:,} rows wait for the disk, so no more are read."
             self.say(self.off)
 

@@ -16,11 +16,11 @@ distributed run writes files of its own; whoever reads takes all of them as one 
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import filelock
 import pyarrow as pa
@@ -30,6 +30,9 @@ from pergrad import folders
 from pergrad.errors import StoreError
 from pergrad.scans.store import digest_of
 from pergrad.scans.text import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT, VERSION = "pergrad run", 1
 _NAME = re.compile(r"part-(\d{4,})-(\d{12,})-(\d+)-([0-9a-f]{32})\.parquet")
@@ -260,6 +263,22 @@ def is_run(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.get("format") == FORMAT
+
+
+def examples_table(
+    step: int, rank: int, keys: Sequence[str | None], columns: Mapping[str, "Tensor"]
+) -> pa.Table:
+    """The rows of one step's examples."""
+    values: dict[str, Any] = {name: column.numpy() for name, column in columns.items()}
+    values |= {"step": [step] * len(keys), "rank": [rank] * len(keys), "key": keys}
+    values["row"] = range(len(keys))
+    arrays = [pa.array(values[field.name], field.type) for field in EXAMPLES]
+    return pa.Table.from_arrays(arrays, schema=EXAMPLES)
+
+
+def together(tables: list[pa.Table]) -> pa.Table:
+    """Rows of several steps."""
+    return pa.concat_tables(tables).combine_chunks()
 
 
 def table_of(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
