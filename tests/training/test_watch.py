@@ -1,6 +1,7 @@
 """Watching a run: its numbers are the loop's, and the run is the same to the bit."""
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,18 +148,30 @@ def test_a_resumed_run_goes_on(tmp_path: Path) -> None:
     assert run.steps()["step"].to_pylist() == [0, 2, 4, 6, 8, 10, 12]
 
 
-def test_the_folder_of_another_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [[10, 20], [0]])
+def test_the_folder_of_another_run(tmp_path: Path, steps: list[int]) -> None:
+    """Also where its steps are there already."""
     with pergrad.Watch(tmp_path) as watch:
         train(watch, [0], model_of())
     other = nn.Linear(4, 3).double()
     plain = train(None, [0, 10], nn.Linear(4, 3).double())
     assert plain
     with pergrad.Watch(tmp_path) as watch:
-        train(watch, [10, 20], other)
+        train(watch, steps, other)
     assert len(watch.failures) == 1
     assert "another run" in watch.failures[0]
     assert "a folder of its own" in watch.failures[0]
     assert pergrad.open_watch(tmp_path).steps()["step"].to_pylist() == [0]
+
+
+def test_steps_that_are_stored_are_said_once(tmp_path: Path, caplog) -> None:
+    caplog.set_level(logging.WARNING, "pergrad.watch")
+    for _ in range(2):
+        with pergrad.Watch(tmp_path, every=1) as watch:
+            train(watch, range(3), model_of())
+        assert watch.failures == []
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert re.search(r"has step 0(.|\n)*not read again(.|\n)*a folder of its own", said)
 
 
 def test_folders_of_something_else(tmp_path: Path) -> None:

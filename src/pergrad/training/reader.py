@@ -154,6 +154,11 @@ class Reading:
             # Only passes of ours would need gathered weights; ranks may differ in who needs one.
             chosen = replace(chosen, check_layout="never")
         scalar = isinstance(losses, Tensor) and losses.dim() == 0 and losses.requires_grad
+        if isinstance(losses, Tensor) and losses.dim() == 0 and not scalar:
+            raise UsageError(
+                "The loss has no graph: it was computed under torch.no_grad() or detached. Pass it "
+                "as it comes out of the forward pass, before backward."
+            )
         checked = losses if scalar else inputs.check_losses(losses)
         graph = walk(checked, named)
         if scalar:

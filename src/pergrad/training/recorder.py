@@ -59,7 +59,7 @@ class Recorder:
         self.off: str | None = None  # why nothing is recorded any more
         self.rank, self.ranks = 0, 1
         self.last = -1  # the last step of this folder
-        self._started = False
+        self._started = self._warned = False
         self._done: set[int] = set()
         self._baseline = Baseline()
         self._reference = nan
@@ -99,7 +99,17 @@ class Recorder:
 
     def wants(self, step: int) -> bool:
         """Whether a step is to be read: it is not stored already."""
-        return self.off is None and (step == self._step or step not in self._done)
+        if self.off is not None:
+            return False
+        stored = step != self._step and step in self._done
+        if stored and not self._warned:
+            self._warned = True
+            _logger.warning(
+                "%s has step %d of this run already, so that is not read again, nor are other "
+                "steps that are there. Another run of the same model needs a folder of its own.",
+                printable(self.folder.folder), step,
+            )  # fmt: skip
+        return not stored
 
     def describe(self, model: str, parameters: list[list[Any]], settings: dict[str, Any]) -> None:
         """What is trained; a folder of another run is refused. Raises StoreError."""

@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pergrad.errors import UnsupportedError, UsageError
+from pergrad.graph import nodes
 from pergrad.graph.layout import Layout, along, compressed
-from pergrad.graph.ops import attribute, saved
+from pergrad.graph.ops import attribute, saved, traits
 from pergrad.graph.walk import Edge, Graph, Slot
 from pergrad.ops.joining import SINKS  # with it, what is read of an op's node is declared
 
@@ -54,7 +55,46 @@ def take_apart(graph: Graph) -> Trunk:
     """The terms of the scalar at the graph's root."""
     trunk = Trunk()
     _descend(graph, graph.root[0], graph.root[1], 1.0, trunk)
+    if len(trunk.terms) + len(trunk.others) > 1:
+        known = _from_data(graph)
+        alone = [
+            t for t in trunk.terms
+            if not any(known[graph.edges[t.node][k][0]] for k in t.inputs)
+        ]  # fmt: skip
+        trunk.terms = [t for t in trunk.terms if t not in alone]
+        trunk.others += [t.node for t in alone]
     return trunk
+
+
+def _from_data(graph: Graph) -> list[bool]:
+    """Of each node, whether its rows are known to be made of data, and not of parameters.
+
+    A penalty on a weight may have as many rows as there are examples, or a multiple. What it is
+    compared with, or multiplied by, is no data: only what a weight is applied to is, or looked up.
+    """
+    found = [False] * len(graph.nodes)
+    for i in range(len(graph.nodes) - 1, -1, -1):
+        below, op = graph.edges[i], graph.op(i)
+        leaf = nodes.leaf_variable(graph.nodes[i])
+        if leaf is not None:
+            found[i] = not isinstance(leaf, nn.Parameter) and (i, 0) not in graph.targets
+        elif op in _PRODUCTS and _PRODUCTS[op] < len(below) and below[_PRODUCTS[op]][0] < 0:
+            found[i] = True
+        else:
+            outside = op not in _NO_DATA
+            found[i] = traits(op).looks_up or any(
+                found[child] if child >= 0 else outside for child, _ in below
+            )
+    return found
+
+
+# Where the rows of a product come in; the other side is the weight.
+_PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "mv": 0, "addmv": 1}
+# What a penalty does to a weight before it is reduced.
+_BY_ELEMENT = {
+    "add", "sub", "rsub", "mul", "div", "pow", "where", "masked_fill", "lerp", "addcmul", "addcdiv",
+    "maximum", "minimum", "fmod", "remainder", "atan2", "hypot", "prod", "cat", "stack", "dot",
+}  # fmt: skip
 
 
 def _descend(graph: Graph, i: int, number: int, factor: Tensor | float, trunk: Trunk) -> None:
@@ -201,6 +241,10 @@ _LOSSES: dict[str, Callable[[str, Any], Tensor]] = {
     "multi_margin_loss": _of_two(F.multi_margin_loss, "p", "margin", tensors=("weight",)),
     "multilabel_margin_loss": _of_two(F.multilabel_margin_loss),
 }
+
+
+# Ops whose operands without a gradient say nothing about where rows come from.
+_NO_DATA = {*_PRODUCTS, *_BY_ELEMENT, *_LOSSES, *_REDUCTIONS, *_SAME}
 
 
 # --- Whose rows -----------------------------------------------------------------------------------

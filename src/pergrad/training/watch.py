@@ -333,22 +333,26 @@ class Block:
             return None
         recorder = self._watch._recorder
         try:
+            named = inputs.named(self._model)
+            self._describe(recorder, named)
             if recorder.wants(self._step):
-                self.reading = self._begin(recorder)
+                self.reading = self._begin(recorder, named)
         except Exception as error:
             recorder.fail(error)
         return self.reading
 
-    def _begin(self, recorder: "Recorder") -> Reading | None:
+    def _describe(self, recorder: "Recorder", named: Mapping[str, Tensor]) -> None:
         watch = self._watch
         assert watch is not None
+        if watch._described:
+            return
+        watch._described = True
+        shapes = [[n, list(p.shape), str(p.dtype)] for n, p in named.items()]
+        of = type(self._model).__qualname__ if isinstance(self._model, nn.Module) else ""
+        recorder.describe(of, shapes, {"every": watch.every, "groups": watch.groups})
+
+    def _begin(self, recorder: "Recorder", named: Mapping[str, Tensor]) -> Reading | None:
         first = recorder.begins(self._step)
-        named = inputs.named(self._model)
-        if not watch._described:
-            watch._described = True
-            shapes = [[n, list(p.shape), str(p.dtype)] for n, p in named.items()]
-            of = type(self._model).__qualname__ if isinstance(self._model, nn.Module) else ""
-            recorder.describe(of, shapes, {"every": watch.every, "groups": watch.groups})
         self._first = not first or _norm_of(named)[0] == 0  # gradients so far are this step's
         examples, options = self._given
         batch_dim, rest = options.pop("batch_dim", 0), options.pop("rest", False)
