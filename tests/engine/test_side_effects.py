@@ -578,6 +578,25 @@ def test_retained_tensors_beside_objects_whose_class_has_no_hash(generation: int
         passes(h, losses, model)
 
 
+class Kind(Tensor):
+    """As DTensor, a class of tensors, in which parameters come, too."""
+
+
+@pytest.mark.parametrize("generation", [0, 1, 2])
+def test_parameters_can_be_moved_whatever_was_collected(generation: int) -> None:
+    """torch swaps those of other classes, and does not if anybody has a weak reference."""
+    user_state._old.stop()
+    model = nn.Linear(3, 1)
+    pergrad.norms(model(torch.randn(2, 3)).squeeze(1), model)
+    sharded = nn.Linear(3, 1)
+    sharded.weight = nn.Parameter(torch.randn(1, 3).as_subclass(Kind))
+    assert type(sharded.weight) is Kind
+    gc.collect(generation)
+    pergrad.norms(model(torch.randn(2, 3)).squeeze(1), model)
+    assert weakref.getweakrefs(sharded.weight) == []
+    torch.utils.swap_tensors(sharded.weight, nn.Parameter(torch.randn(1, 3).as_subclass(Kind)))
+
+
 def test_all_objects_are_looked_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Linear(3, 1)
     user_state._old.stop()

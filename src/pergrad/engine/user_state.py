@@ -253,10 +253,12 @@ def _with_history(objects: Sequence[Any]) -> list[Tensor]:
     classes = _tensor_classes()
     with nodes.no_overrides():
         try:  # a thousand objects in every pass, and `issubclass` takes twice as long
-            return [o for o in objects if type(o) in classes and o.requires_grad]
+            found = [o for o in objects if type(o) in classes and o.requires_grad]
         except TypeError:  # a class whose own class has no hash
             numbers = set(map(id, classes))
-            return [o for o in objects if id(type(o)) in numbers and o.requires_grad]
+            found = [o for o in objects if id(type(o)) in numbers and o.requires_grad]
+        # torch does not move a parameter of another class to which somebody has a weak reference
+        return [o for o in found if type(o) is Tensor or not getattr(o, "_is_param", False)]
 
 
 def _tensor_classes() -> set[type]:
