@@ -144,7 +144,7 @@ def within_range(squares: Tensor, factor: Factor) -> Tensor:
         alive = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         for tensor in part.tensors():
             if tensor.is_floating_point():
-                alive &= (tensor != 0).flatten(1).any(1)
+                alive &= (tensor != 0).unsqueeze(-1).flatten(1).any(1)
         rows, part = rows[alive], part.select(alive)
     if not len(rows):
         return squares
