@@ -506,8 +506,9 @@ def test_a_penalty_beside_the_examples(tmp_path: Path) -> None:
     assert row["noise_scale"] is None
 
 
-def test_a_loss_scaled_up(tmp_path: Path) -> None:
-    """As by a GradScaler: the noise scale is the same."""
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_loss_scaled_up(tmp_path: Path, in_place: bool) -> None:
+    """As by a GradScaler, or in place by transformers' Trainer: the noise scale is the same."""
     found = []
     for scale in (1.0, 2.0**16):
         model = model_of().eval()
@@ -515,7 +516,10 @@ def test_a_loss_scaled_up(tmp_path: Path) -> None:
             x, y = batch(0)
             loss = F.cross_entropy(model(x), y)
             with watch(loss, model, 6):
-                (scale * loss).backward()
+                if in_place:
+                    loss *= scale
+                (loss if in_place else scale * loss).backward()
+        assert watch.failures == []
         (row,) = pergrad.open_watch(tmp_path / str(scale)).steps().to_pylist()
         found.append((row["noise_scale"], row["p50"], row["loss"]))
     assert found[0] == pytest.approx(found[1], rel=1e-9)

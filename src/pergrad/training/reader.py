@@ -240,6 +240,11 @@ class Reading:
         return self._losses
 
     @property
+    def scalar(self) -> Tensor | None:
+        """A scalar loss as it was before the pass, detached; None if losses were given."""
+        return None if self._summands is None else self._summands.loss
+
+    @property
     def has_losses(self) -> bool:
         """Whether the values of the losses, or parts, can be had."""
         return self._losses is not None

@@ -100,7 +100,7 @@ class Summands:
         """
         if self.values is None or not self.exact:
             return
-        values, loss = self.values.detach().double(), self.loss.detach().double()
+        values, loss = self.values.detach().double(), self.loss.double()
         eps = torch.finfo(self.loss.dtype).eps
         off = (values.sum() - loss).abs() > _ULPS * eps * values.abs().sum()
         if bool(off & torch.isfinite(loss)):
@@ -154,7 +154,8 @@ def summands(
     exact = not trunk.others and not (trunk.constant and rest)
     tokens, unit = _counts(trunk.terms, layouts, examples, loss)
     how = " + ".join(words)
-    return Summands(loss, values, how, without, exact, tokens, unit)  # type: ignore[arg-type]
+    value = loss.detach().clone()  # a trainer may multiply it in place
+    return Summands(value, values, how, without, exact, tokens, unit)  # type: ignore[arg-type]
 
 
 def _words(term: Term, examples: int) -> str:

@@ -383,7 +383,7 @@ class Block:
     def _end(self, recorder: "Recorder", read: Reading) -> None:
         watch = self._watch
         assert watch is not None
-        piece = piece_of(read, self._loss, watch.groups)
+        piece = piece_of(read, watch.groups)
         _check_scale(read, piece)
         count = len(piece.norm)
         given = self._keys() if callable(self._keys) else self._keys
@@ -407,7 +407,7 @@ class Block:
         recorder.add(piece, grad_norm, sharded)
 
 
-def piece_of(read: Reading, loss: Tensor, groups: str | None) -> Piece:
+def piece_of(read: Reading, groups: str | None) -> Piece:
     """What was read of a micro-batch, as the gradients of the examples' own mean losses.
 
     Raises:
@@ -423,8 +423,8 @@ def piece_of(read: Reading, loss: Tensor, groups: str | None) -> Piece:
     own = torch.full_like(norm, float("nan"))
     if read.has_losses:
         own = _plain(read.losses) / (unit * tokens)
-    scalar = loss.dim() == 0
-    total = float(loss.detach()) * read.factor if scalar else float((factors * own).sum())
+    scalar = read.scalar  # a trainer may have multiplied the loss itself in place meanwhile
+    total = float((factors * own).sum()) if scalar is None else float(scalar) * read.factor
     by_group: dict[str, Tensor] = {}
     if groups == "layer":
         for name, norms in read.norms_by_parameter.items():
