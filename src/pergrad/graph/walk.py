@@ -7,6 +7,7 @@ Does not know: layouts, rules, factors.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -142,6 +143,7 @@ class Graph:
         return found
 
 
+@lru_cache(maxsize=8)  # layouts of a training loop are the same from step to step
 def _pattern(layout: Layout) -> tuple[int, ...]:
     """Equal for equal owners in tensors of equal shape."""
     owners = layout.owner.reshape(-1)

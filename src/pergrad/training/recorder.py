@@ -195,10 +195,12 @@ class Recorder:
             self.spikes.append(f"step {step}: {row['spike']}")
             _logger.warning("%s", printable(self.spikes[-1]))
         self._add_noise(row)
-        self._examples.append(examples_table(step, self.rank, keys, {
+        columns = {
             "loss": whole.loss, "tokens": whole.tokens.round().long(), "weight": whole.weight,
             "norm": whole.norm, "score": scores, "ratio": ratios, "outlier": outliers,
-        }))  # fmt: skip
+        }  # fmt: skip
+        if count:
+            self._examples.append(examples_table(step, self.rank, keys, columns))
         self._remember(whole, keys, ratios, outliers)
         self._log(row, int(outliers.sum()))
 

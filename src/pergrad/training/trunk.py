@@ -10,7 +10,7 @@ Does not know: parameters' gradients, plans, measurements.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from typing import Any
 
@@ -262,13 +262,12 @@ def start_layout(graph: Graph, term: Term, examples: int, batch_dim: int) -> Lay
             f"The loss comes from `{term.op}` of a single number, in which no examples lie apart. "
             "Give pergrad.reading the losses (B,) in its place."
         )
-    numbers = torch.arange(examples, device="cpu")
     dims = len(shape)
     flat = term.op == "nll_loss"  # (R, classes), whatever the rows were before
     if not -dims <= batch_dim < dims and not flat and dims > 1:
         raise UsageError(f"batch_dim is {batch_dim}, but `{term.op}` reduces a tensor {shape}.")
     if batch_dim and not flat and dims > 1 and shape[batch_dim] == examples:
-        return along(shape, batch_dim % dims, numbers)
+        return along(shape, batch_dim % dims, torch.arange(examples, device="cpu"))
     rows = shape[0]
     chosen = selected_rows(graph, term, examples) if batch_dim == 0 else None
     if chosen is not None:
@@ -281,8 +280,13 @@ def start_layout(graph: Graph, term: Term, examples: int, batch_dim: int) -> Lay
         )
     each = rows // examples
     _check_whole(graph, term, examples, each, batch_dim)
-    owners = numbers.repeat(each) if batch_dim else numbers.repeat_interleave(each)
-    return along(shape, 0, owners)
+    return _equal_shares(shape, examples, bool(batch_dim))
+
+
+@lru_cache(maxsize=8)  # a training loop has the same shapes step by step
+def _equal_shares(shape: tuple[int, ...], examples: int, in_turns: bool) -> Layout:
+    numbers, each = torch.arange(examples, device="cpu"), shape[0] // examples
+    return along(shape, 0, numbers.repeat(each) if in_turns else numbers.repeat_interleave(each))
 
 
 def _check_whole(graph: Graph, term: Term, examples: int, each: int, batch_dim: int) -> None:
