@@ -133,3 +133,5 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "parameters of one's own": _Scaled,
     "pictures": _convolutions,
 }
+# These take numbers for words, and so have no gradient that is not finite.
+READ_AS_WORDS = {"text", "transformer", "bag of words"}

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import pergrad
+from pergrad.training.noise_of_ranks import add_noise
 
 
 class Block(nn.Module):
@@ -115,6 +116,22 @@ def shard(model: Model, **options: bool) -> nn.Module:
     return fully_shard(model, **options)
 
 
+def noise_of_the_first_step() -> pergrad.NoiseScale:
+    """From the gradients of all examples of both ranks."""
+    plain, grads, weights = built(False, torch.float64), [], []
+    for rank in (0, 1):
+        generator = torch.Generator().manual_seed(rank)
+        for _ in range(2):
+            ids = torch.randint(11, (3 + rank, 5), generator=generator)
+            own = losses_of(plain(ids)[1], ids) * len(ids)  # each example's mean
+            grads.append(naive.flat(naive.loop_grads(own, plain)))
+            weights += [1 / len(ids) / 2] * len(ids)  # DDP and FSDP take the ranks' mean
+    G, w = torch.cat(grads), torch.tensor(weights, dtype=torch.float64)
+    noise = pergrad.NoiseScale()
+    noise.add(G.norm(dim=1), (w[:, None] * G).sum(0).norm(), w)
+    return noise
+
+
 def _enter(rank: int, wrap: Callable, recompute: bool, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/meet")
@@ -132,6 +149,12 @@ def _enter(rank: int, wrap: Callable, recompute: bool, folder: str) -> None:
             assert sorted((row["step"], row["rank"], row["examples"]) for row in rows) == [
                 (0, 0, 6), (0, 1, 8), (2, 0, 6), (2, 1, 8)
             ]  # fmt: skip
+            want = noise_of_the_first_step()
+            for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+                rows = pergrad.open_watch(f"{folder}/{dtype}").steps().to_pylist()
+                add_noise(got := pergrad.NoiseScale(), [row for row in rows if row["step"] == 0])
+                assert got.trace == pytest.approx(want.trace, rel=tolerance)
+                assert got.sq_norm == pytest.approx(want.sq_norm, rel=tolerance)
         dist.barrier()
     except BaseException:
         dist.destroy_process_group()
