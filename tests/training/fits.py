@@ -144,6 +144,42 @@ def fit_sft(folder: Path, watched: bool, **more: Any) -> tuple[dict[str, Any], A
     return state, watch, trainer
 
 
+def fit_dpo(folder: Path, watched: bool) -> tuple[dict[str, Any], Any, Any]:
+    """Three steps of trl's DPO: an example is a pair, whose texts are two rows."""
+    from datasets import Dataset
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from trl import DPOConfig, DPOTrainer
+
+    words = tokenizer()
+    words.backend_tokenizer.pre_tokenizer = WhitespaceSplit()
+    generator = torch.Generator().manual_seed(0)
+
+    def text(n: int) -> str:
+        return " ".join(f"w{i}" for i in torch.randint(2, 60, (n,), generator=generator).tolist())
+
+    pairs = [
+        {"prompt": text(3), "chosen": " " + text(2 + i % 3), "rejected": " " + text(3)}
+        for i in range(24)
+    ]
+    args = DPOConfig(
+        output_dir=str(folder / "out"), max_steps=3, per_device_train_batch_size=4, report_to=[],
+        use_cpu=True, save_strategy="no", disable_tqdm=True, bf16=False, max_length=16,
+        gradient_checkpointing=False,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    trainer = DPOTrainer(
+        language_model(), ref_model=language_model(), args=args, processing_class=words,
+        train_dataset=Dataset.from_list(pairs),
+    )  # fmt: skip
+    watch = pergrad.Watch(folder / "run", every=1)
+    if watched:
+        watch.attach(trainer, examples=lambda inputs: len(inputs["input_ids"]) // 2)
+    trainer.train()
+    state = state_of(trainer.model, trainer.optimizer)
+    watch.close()
+    return state, watch, trainer
+
+
 LIGHTNING: list[dict[str, Any]] = [
     {},
     {"accumulate": 2},

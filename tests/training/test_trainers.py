@@ -14,7 +14,17 @@ from typing import Any
 import naive
 import pytest
 import torch.nn.functional as F
-from fits import LIGHTNING, SETTINGS, collate, fit, fit_lightning, fit_sft, language_model, rows
+from fits import (
+    LIGHTNING,
+    SETTINGS,
+    collate,
+    fit,
+    fit_dpo,
+    fit_lightning,
+    fit_sft,
+    language_model,
+    rows,
+)
 from helpers import assert_same
 from torch import nn
 
@@ -129,6 +139,16 @@ def test_trl(tmp_path: Path, more: dict[str, Any]) -> None:
     steps = pergrad.open_watch(tmp_path / "watched" / "run").steps()
     micro = more.get("gradient_accumulation_steps", 1)
     assert steps["examples"].to_pylist() == [4 * micro] * 3
+
+
+def test_dpo(tmp_path: Path) -> None:
+    plain, _, _ = fit_dpo(tmp_path / "plain", False)
+    watched, watch, _ = fit_dpo(tmp_path / "watched", True)
+    assert_same(plain, watched)
+    assert watch.failures == []
+    run = pergrad.open_watch(tmp_path / "watched" / "run")
+    assert run.steps()["examples"].to_pylist() == [4, 4, 4]  # pairs
+    assert all(norm > 0 for norm in run.examples()["norm"].to_pylist())
 
 
 @pytest.mark.parametrize("more", LIGHTNING, ids=lambda m: "+".join(m) or "plain")
