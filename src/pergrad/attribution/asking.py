@@ -15,6 +15,7 @@ from pergrad.attribution import kernel
 from pergrad.attribution.adam import Adam, adam_of
 from pergrad.attribution.batches import Batches, described
 from pergrad.attribution.fit import DAMPING, Fit, check_damping
+from pergrad.attribution.terms import check_terms
 from pergrad.errors import UsageError
 from pergrad.scans.checkpoints import Checkpoint
 from pergrad.scans.job import Job
@@ -36,6 +37,7 @@ class Asked:
     top: int | None = None
     damping: float | None = None
     hashes: tuple[str, ...] = field(default=())
+    terms: int | None = None
 
     @property
     def cosine(self) -> bool:
@@ -53,6 +55,7 @@ class Asked:
         if self.method in ("solve", "refined", "kernel"):
             return (
                 "change for each unit that w[i] rises, in the mean loss (1/N) sum of w[i] loss[i]"
+                + (f"; inverse approximated by {self.terms} terms" if self.terms else "")
             )
         weighted = " times its rate, summed over checkpoints" if self.checkpoints else ""
         named = {"dots": "inner product of gradients", "cosines": "cosine of gradients",
@@ -69,6 +72,7 @@ class Asked:
             "rates": list(self.rates),
             "adam": [each.hash() for each in self.adam],
             "top": self.top,
+            **({} if self.terms is None else {"terms": self.terms}),
         }
 
     def fitted(self) -> dict[str, Any] | None:
@@ -113,6 +117,7 @@ def asked(
     method: Any,
     top: Any,
     damping: Any,
+    terms: Any = None,
 ) -> Asked:
     """The method, from the arguments of `influence`.
 
@@ -153,6 +158,17 @@ def asked(
             "refine takes steps towards a solve with a curvature, and none is given: pass "
             "curvature=pergrad.curvature(job, ...)."
         )
+    check_terms(terms)
+    if terms is not None and curvature is None:
+        raise UsageError(
+            "terms are those of a curvature's inverse, and none is given: pass "
+            "curvature=pergrad.curvature(job, ...)."
+        )
+    if terms is not None and refine != 0:
+        raise UsageError(
+            "terms approximate the curvature's inverse, and refining solves with it exactly: pass "
+            "refine=0, or leave out terms."
+        )
     if damping is not None:
         check_damping(damping)
         if curvature is None and method is None:
@@ -161,7 +177,7 @@ def asked(
                 'method="kernel".'
             )
     if curvature is not None:
-        return _with_curvature(curvature, STEPS if refine is None else refine, top, damping)
+        return _with_curvature(curvature, STEPS if refine is None else refine, top, damping, terms)
     if method == "kernel":
         kernel.check_size(len(job))
         return Asked("kernel", top=top, damping=kernel.DAMPING if damping is None else damping)
@@ -172,12 +188,14 @@ def asked(
     return Asked(name, None, 0, points, weights, moments, top, None, hashes)
 
 
-def _with_curvature(fit: Fit, steps: int, top: int | None, damping: float | None) -> Asked:
+def _with_curvature(
+    fit: Fit, steps: int, top: int | None, damping: float | None, terms: int | None
+) -> Asked:
     if damping is None:
         # what is best for one solve is too little for a system of all parameters
         damping = REFINED_DAMPING if steps and fit.damping == DAMPING else fit.damping
     name = "refined" if steps else "solve"
-    return Asked(name, fit.damped(damping), steps, top=top, damping=damping)
+    return Asked(name, fit.damped(damping), steps, top=top, damping=damping, terms=terms)
 
 
 def _checkpoints(job: Job, checkpoints: Any) -> tuple[tuple[Checkpoint, ...], tuple[str, ...]]:

@@ -40,6 +40,7 @@ from pergrad.attribution.progress import tell
 from pergrad.engine.run import PassOptions
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
+from pergrad.matrix import GradientMatrix
 from pergrad.scans.job import Job
 from pergrad.scans.model_state import prepared
 
@@ -145,6 +146,7 @@ class _Run:
         self.params = batches.params
         self.total = len(batches.job)
         self.last = time.monotonic()
+        self.first: GradientMatrix | None = None
 
     def fit(self, labels: Any, damping: float, mode: str) -> Fit:
         """What the folder has, or what is missing to it."""
@@ -207,6 +209,8 @@ class _Run:
     def _blocks(self, first: Batch) -> list[Block]:
         losses, _ = next(self._losses(first, 0))
         J = api.gradients(losses, self.params, **self.options)
+        if self.labels == "given":
+            self.first = J  # the first batch's, which the first pass begins with
         return blocks_of(J._factors)
 
     def _losses(self, batch: Batch, stage: int) -> Iterator[tuple[Tensor, bool]]:
@@ -274,13 +278,21 @@ class _Run:
     def _pass(self, stage: int, begin: int, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add all examples from `begin` on, and keep the state now and then."""
         for batch in self.batches.over(range(begin, self.total)):
-            for losses, last in self._losses(batch, stage):
-                J = api.gradients(losses, self.params, retain_graph=not last, **self.options)
+            for J in self._matrices(batch, stage):
                 with J._working(), torch.no_grad():
                     self._add(stage, sums, J, batch)
             self._keep(stage, batch.rows.stop, sums)
             tell(PASSES[stage], batch.rows.stop, self.total)
         return sums
+
+    def _matrices(self, batch: Batch, stage: int) -> Iterator[GradientMatrix]:
+        """The gradients of a batch for each label."""
+        if self.first is not None and stage == 0 and batch.rows.start == 0:
+            yield self.first
+            self.first = None
+            return
+        for losses, last in self._losses(batch, stage):
+            yield api.gradients(losses, self.params, retain_graph=not last, **self.options)
 
     def _add(self, stage: int, sums: dict[str, Tensor], J: Any, batch: Batch) -> None:
         factors = J._factors

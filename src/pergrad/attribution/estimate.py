@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from pergrad.attribution.blocks import MOST_SIDE, Block, outers, uses
-from pergrad.factors import Correlation, Factor, Rows
+from pergrad.factors import Correlation, Factor, Outer, Rows
+from pergrad.factors.workspace import chunks, limit
 
 Kind = Literal["kfac", "ekfac", "shampoo", "diagonal"]
 
@@ -74,17 +75,29 @@ class Estimator:
         left, right = self.rotated
         total: dict[str, Tensor] = {}
         for part in outers(use):
-            g, a = self.block.extended(part)
+            g, a = part.g.to(part.dtype), part.a.to(part.dtype)
             n, N, T, _ = g.shape
-            count = g.new_tensor(float(n * T))
+            each = g.new_full((N,), float(n * T))
             if T > 1 and not isinstance(use, Correlation):
-                there = (part.g != 0).any(3) & (part.a != 0).any(3)
+                there = (g != 0).any(3) & (a != 0).any(3)
                 g, a = g * there[..., None], a * there[..., None]
-                count = there.sum().to(g) / N
-            piece = {"left": _second(g, full=left), "right": _second(a, full=right),
-                     "positions": count}  # fmt: skip
+                each = there.sum((0, 2)).to(g)
+            row, column = self._ones
+            piece = {
+                "left": _bordered(_second(g, full=left), g, each) if row
+                else _second(g, full=left),
+                "right": _bordered(_second(a, full=right), a, each) if column
+                else _second(a, full=right),
+                "positions": each.mean(),
+            }  # fmt: skip
             total = {k: total[k] + v if k in total else v for k, v in piece.items()}
         return total
+
+    @property
+    def _ones(self) -> tuple[bool, bool]:
+        """Whether the left and the right side have a one more, for a bias."""
+        biased, row = self.block.bias is not None, self.block.bias_is_row
+        return biased and row, biased and not row
 
     def _looked_up(self, use: Rows) -> dict[str, Tensor]:
         where, _, ids = use.entries
@@ -187,7 +200,7 @@ class Estimator:
                     out[0].index_add_(0, keys % self.block.rows, rows.square())
                     continue
                 for part in outers(use):
-                    out += _squares(*self.block.extended(part), left, right)
+                    out += _squares(part, self._ones, left, right)
             return out
         for G in self.block.dense(factors):
             G = G if left is None else left.mT @ G
@@ -210,15 +223,46 @@ def _trace(M: Tensor) -> Tensor:
     return M.diagonal(dim1=-2, dim2=-1).sum() if M.dim() == 3 else M.sum()
 
 
-def _squares(g: Tensor, a: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """(N, p, d): Σ_n (Ql' (Σ_t g a') Qr)²."""
-    g = g if left is None else g @ left
-    a = a if right is None else a @ right
-    if g.shape[2] == 1:  # one position: a square of products is a product of squares
+def _bordered(M: Tensor, x: Tensor, each: Tensor) -> Tensor:
+    """The second moments of x (n, N, T, d), a one after each, from those of x alone."""
+    N, d = M.shape[:2]
+    if M.dim() == 2:
+        return torch.cat([M, each[:, None]], 1)
+    out = M.new_empty((N, d + 1, d + 1))
+    out[:, :d, :d], out[:, d, d] = M, each
+    out[:, d, :d] = out[:, :d, d] = x.sum((0, 2))
+    return out
+
+
+def _squares(
+    part: Outer, ones: tuple[bool, bool], left: Tensor | None, right: Tensor | None
+) -> Tensor:
+    """(N, p, d): Σ_n (Ql' (Σ_t g a') Qr)²; `ones` says which of g and a have a one more."""
+    g, a = part.g.to(part.dtype), part.a.to(part.dtype)
+    row, column = ones
+    N, T, p, d = g.shape[1], g.shape[2], g.shape[3] + row, a.shape[3] + column
+    turned = T * (p * p + d * d) <= p * d * (p + d)  # whether to turn factors, or what they make
+    if turned or T == 1:
+        g, a = _times(g, left, one=row), _times(a, right, one=column)
+    if T == 1:  # one position: a square of products is a product of squares
         return torch.einsum("bnp,bnd->npd", g[:, :, 0].square(), a[:, :, 0].square())
-    out = g.new_zeros((g.shape[1], g.shape[3], a.shape[3]))
-    step = max(1, 2**24 // max(1, out.numel()))
-    for first in range(0, len(g), step):
-        G = g[first : first + step].mT @ a[first : first + step]
+    out = g.new_zeros((N, p, d))
+    for some in chunks(len(g), 4 * N * p * d * g.element_size(), limit(g.device)):
+        G = g[some].mT @ a[some]
+        if not turned:
+            if column:
+                G = torch.cat([G, g[some].sum(2)[..., None]], 3)
+            if row:
+                G = torch.cat([G, a[some].sum(2)[:, :, None]], 2)
+            G = _times(G if left is None else left.mT @ G, right, one=False)
         out += G.square_().sum(0)
     return out
+
+
+def _times(x: Tensor, Q: Tensor | None, *, one: bool) -> Tensor:
+    """x Q, or with a one after each x."""
+    if not one:
+        return x if Q is None else x @ Q
+    if Q is None:
+        return torch.cat([x, x.new_ones((*x.shape[:-1], 1))], -1)
+    return x @ Q[..., :-1, :] + Q[..., -1:, :]

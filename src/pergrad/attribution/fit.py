@@ -6,6 +6,7 @@ Does not know: how it was estimated, or its files.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from pergrad.attribution.blocks import Block
+from pergrad.attribution.terms import FewTerms
 from pergrad.errors import UsageError
 from pergrad.factors import Dense, Factor
 from pergrad.matrix import GradientMatrix
@@ -82,6 +84,17 @@ class Fit(Preconditioner):
         """The blocks, by their weight's name."""
         return {c.block.weight: c for c in self.curved}
 
+    def in_terms(self, terms: int) -> FewTerms:
+        """The inverse as a sum of `terms` Kronecker products, so that factors stay factors.
+
+        An approximation, for gradients of few positions: 8 terms lose next to nothing (an LDS of
+        .666 of .667 on digits), 4 a lot. Its `off` is how far it is from the inverse.
+
+        Raises:
+            UsageError: it is not a positive number.
+        """
+        return FewTerms(self, terms)
+
     @property
     def examples(self) -> int:
         """How many examples it was estimated from."""
@@ -96,7 +109,7 @@ class Fit(Preconditioner):
         check_damping(damping)
         return Fit(self.curved, self.shapes, self.about, self.folder, damping, self.job)
 
-    @property
+    @cached_property
     def added(self) -> dict[str, float]:
         """What the damping adds, for each parameter."""
         found: dict[str, float] = {}
@@ -130,12 +143,15 @@ class Fit(Preconditioner):
     def solve_rows(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The same for name -> (K, *shape)."""
         found: dict[str, Tensor] = {}
-        added = self.added  # once: it takes the mean of every Lambda
         for c in self.curved:
-            G = c.block.matrix(rows)
-            G = c.back(c.rotate(G) / (c.Lambda.to(G) + added[c.block.weight]))
-            found |= c.block.grads(G, self.shapes)
+            found |= self.solve_block(c, rows)
         return found
+
+    def solve_block(self, c: Curved, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same of one block's parameters."""
+        G = c.block.matrix(rows)
+        G = c.back(c.rotate(G) / (c.Lambda.to(G) + self.added[c.block.weight]))
+        return c.block.grads(G, self.shapes)
 
     # --- as a preconditioner ---------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ Does not know: what its arguments may be (`asking`), how files are read again (`
 
     manifest.json            what was asked of what, sign, unit; residuals when it is finished
     keys-…, shown-…          names and previews, see `shown`
-    solved{k}-…              (H + damping)⁻¹ times the gradients of query block k, until it is done
+    solved{k}-…              with refining: (H + damping)⁻¹ times the gradients of query block k
     refining{k}-{step}-…     conjugate gradients half-way
     gram-…                   rows of the kernel
     pairs{k}-…, ends{k}-…    scores, see `ranking`
@@ -26,6 +26,7 @@ from pergrad import api
 from pergrad.attribution import kernel, ranking, shown
 from pergrad.attribution.adam import step_cosines
 from pergrad.attribution.asking import Asked, asked
+from pergrad.attribution.basis import Solved
 from pergrad.attribution.batches import Batch, Batches, check_evaluating, check_job, described
 from pergrad.attribution.fit import Fit
 from pergrad.attribution.folder import Folder, differences, tensors_from_bytes, tensors_to_bytes
@@ -61,6 +62,7 @@ def influence(
     method: Literal["kernel"] | None = None,
     top: int | None = None,
     damping: float | None = None,
+    terms: int | None = None,
     show: Callable[[int], Any] | None = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -103,6 +105,8 @@ def influence(
         damping: a share of each block's mean curvature. Default: that of the curvature, which is
             1 with refining unless it was given another than .1; for the kernel .5 of the mean
             squared norm.
+        terms: the curvature's inverse as so many Kronecker products, with refine=0: faster for
+            layers of few positions, and an approximation; 8 lose next to nothing. Default: exactly.
         show: how a person sees query i of a data set in a report, as in `Job(show=)`; a Job of
             queries has its own.
         batch_size: how many examples go through the model at once; by default what memory allows.
@@ -139,7 +143,8 @@ def influence(
     check_job(job)
     if mode not in ("eval", "as is"):
         raise UsageError(f'mode is {mode!r}; pass "eval" or "as is".')
-    what = asked(job, curvature, refine, checkpoints, rates, cosine, adam, method, top, damping)
+    what = asked(job, curvature, refine, checkpoints, rates, cosine, adam, method, top, damping,
+                 terms)  # fmt: skip
     folder = Folder(out, WHAT)
     with ExitStack() as stack:
         stack.enter_context(folder.locked())
@@ -181,6 +186,7 @@ class _Run:
         self.folder, self.batches, self.queries = folder, batches, queries
         self.what, self.options = what, options
         self.total = len(batches.job)
+        self.all_queries: GradientMatrix | None = None  # if known, as factors
         self.dtype = api.result_dtype(batches.params)
         # 1/N of the data that the curvature is of, whichever examples are scored with it
         count = what.fit.examples if what.fit is not None else 1
@@ -269,6 +275,7 @@ class _Run:
             each = size * (6 if self.what.refine else 2)
         else:
             J = next(self.queries.matrices(range(min(count, self.queries.batches.size))))
+            self.all_queries = J if len(J) == count and not self.what.checkpoints else None
             each = bytes_of(J._unique_tensors()) // len(J) * max(1, len(self.what.checkpoints))
         return [[s.start, s.stop] for s in chunks(count, each, budget)]
 
@@ -279,15 +286,17 @@ class _Run:
         if self.what.method == "kernel":
             self._kernel(k, rows)
             return None
-        if self.what.fit is not None:
+        if self.what.refine:
             V, residuals = self._solved(k, rows)
             self._stream(self._keeper(k, rows), lambda: [V], self._with_rows, rows)
             return residuals
+        if self.what.fit is not None:
+            held = self._preconditioned
+            self._stream(self._keeper(k, rows), lambda: held(rows), self._with, rows)
+            return None
         by_adam = bool(self.what.adam)
-        held = self._held_rows if by_adam else self._held
-        self._stream(
-            self._keeper(k, rows), lambda: held(rows), self._adam if by_adam else self._with, rows
-        )
+        held, compare = (self._held_rows, self._adam) if by_adam else (self._held, self._with)
+        self._stream(self._keeper(k, rows), lambda: held(rows), compare, rows)
         return None
 
     def _keeper(self, k: int, rows: range) -> ranking.Keeper:
@@ -315,10 +324,15 @@ class _Run:
         held = []
         for c in range(len(self.what.rates)):
             self._put(c)
-            matrices = list(self.queries.matrices(rows))
+            known, self.all_queries = self.all_queries, None
+            if known is not None and len(known) == len(rows):
+                matrices = [known]
+            else:
+                matrices = list(self.queries.matrices(rows))
             if self.what.checkpoints:
                 matrices = [of_its_own(J, self._models) for J in matrices]
-            held.append((matrices, torch.cat([J.norms() for J in matrices])))
+            norms = torch.cat([J.norms() for J in matrices]) if self.what.cosine else None
+            held.append((matrices, norms))
         return held
 
     def _held_rows(self, rows: range) -> list[Any]:
@@ -354,7 +368,7 @@ class _Run:
                 for batch in self.batches.over(stretch):
                     J = self._gradients(batch)
                     found = compare(J, queries[c], c).detach().cpu().double()
-                    self._check(found, batch)
+                    self._check(found, J, batch, rows)
                     scores[batch.rows.start - first : batch.rows.stop - first] += rate * found
             keeper.add((self.scale * scores).to(self.dtype).numpy())
             tell(f"queries {rows.start} to {rows.stop - 1}", stretch.stop, self.total)
@@ -363,19 +377,29 @@ class _Run:
     def _gradients(self, batch: Batch) -> GradientMatrix:
         return api.gradients(self.batches.losses(batch), self.batches.params, **self.options)
 
-    def _check(self, scores: Tensor, batch: Batch) -> None:
-        bad = (~scores.isfinite()).any(1).nonzero()
-        if len(bad):
+    def _check(self, scores: Tensor, J: GradientMatrix, batch: Batch, rows: range) -> None:
+        bad = (~scores.isfinite()).nonzero()
+        if not len(bad):
+            return
+        i, q = bad[0].tolist()
+        if bool(J[i : i + 1].norms().isfinite().all()):
             raise UsageError(
-                f"Example {batch.rows[int(bad[0, 0])]} has a gradient that is not finite, so it "
-                "has no influence. What came before is kept: take it out into another folder, or "
-                "mend the losses and make the same call again."
+                f"Query {rows.start + q} has a gradient that is not finite or too large to be "
+                f"multiplied with that of example {batch.rows[i]}, so it has no influences. Take "
+                "it out, or find out why (see `job.losses(job.model, batch)`)."
             )
+        raise UsageError(
+            f"Example {batch.rows[i]} has a gradient that is not finite, so it has no influence. "
+            "What came before is kept: take it out into another folder, or mend the losses and "
+            "make the same call again."
+        )
 
     # --- how an example is compared with queries -------------------------------------------------
 
     def _with(self, J: GradientMatrix, held: Any, c: int) -> Tensor:
         """(B, Q): inner products or cosines with factors."""
+        if isinstance(held, Solved):
+            return held.against(J)
         matrices, norms = held
         products = torch.cat([J @ K.T for K in matrices], 1)
         if not self.what.cosine:
@@ -394,22 +418,27 @@ class _Run:
             lost.append(step_cosines(own, J[rows].dense(), K))
         return torch.cat(lost)
 
+    def _preconditioned(self, rows: range) -> list[Any]:
+        """The queries' gradients times the fit's inverse."""
+        fit, terms = self.what.fit, self.what.terms
+        assert fit is not None
+        if terms is None:
+            return [Solved(fit, self.queries.matrices(rows))]
+        inverse = fit.in_terms(terms)
+        return [([J.precondition(inverse) for J in self.queries.matrices(rows)], None)]
+
     # --- with a curvature ------------------------------------------------------------------------
 
-    def _solved(self, k: int, rows: range) -> tuple[dict[str, Tensor], list[float] | None]:
-        """The queries' gradients times the inverse, and how far from solved they are."""
+    def _solved(self, k: int, rows: range) -> tuple[dict[str, Tensor], list[float]]:
+        """The queries' gradients times the refined inverse, and how far from solved they are."""
         fit, files = self.what.fit, self.folder.files(f"solved{k}")
         assert fit is not None
         if not files:
             G = self.queries.rows(rows)
-            norms, left = lengths(G), None
-            if self.what.refine:
-                tensors, left = self._refined(k, G)
-            else:
-                tensors = fit.solve_rows(G)
-            scale = torch.where(norms == 0, 1.0, norms)
-            residuals = [] if left is None else (left / scale).tolist()
-            whole = {**tensors, "residuals": torch.tensor(residuals, dtype=torch.float64)}
+            norms = lengths(G)
+            tensors, left = self._refined(k, G)
+            shares = left / torch.where(norms == 0, 1.0, norms)
+            whole = {**tensors, "residuals": shares.cpu()}
             self.folder.add(
                 f"solved{k}", rows.start, rows.stop, tensors_to_bytes(whole), "safetensors"
             )
@@ -417,7 +446,7 @@ class _Run:
         tensors = tensors_from_bytes(self.folder.read(self.folder.files(f"solved{k}")[-1][2]))
         residuals = tensors.pop("residuals").tolist()
         home = next(iter(self.batches.params.values())).device
-        return {n: t.to(home) for n, t in tensors.items()}, residuals or None
+        return {n: t.to(home) for n, t in tensors.items()}, residuals
 
     def _refined(self, k: int, G: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         fit, kind = self.what.fit, f"refining{k}"
@@ -464,14 +493,6 @@ class _Run:
         """One table of the ends of all queries."""
         if self.folder.files("ranked"):
             return
-        import pyarrow as pa
-
-        columns: dict[str, list[Any]] = {}
-        for k, rows in enumerate(blocks):
-            assert self.what.top is not None
-            ends = ranking.Ends(self.folder, f"ends{k}", len(rows), self.what.top, self._numpy)
-            for end, (scores, index) in (("top", ends.high), ("bottom", ends.low)):
-                columns.setdefault(f"{end}_index", []).extend(index)
-                columns.setdefault(f"{end}_score", []).extend(scores)
-        table = pa.table({"query": pa.array(range(len(self.queries))), **columns})
+        assert self.what.top is not None
+        table = ranking.of_blocks(self.folder, blocks, self.what.top, self._numpy)
         shown.keep_table(self.folder, "ranked", len(self.queries), table)

@@ -9,12 +9,16 @@ Does not know: how a score is computed, or who reads it.
 
 import io
 import time
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from pergrad.attribution.folder import Folder
 from pergrad.errors import StoreError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 SECONDS_BETWEEN_FILES = 10.0
 ROWS_PER_FILE = 2**16
@@ -148,3 +152,16 @@ def ends(kept: Ranked, new: Ranked, top: int, sign: int) -> Ranked:
     index = np.concatenate([kept[1], new[1]], 1)
     order = np.argsort(-sign * scores, 1, kind="stable")[:, :top]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(index, order, 1)
+
+
+def of_blocks(folder: Folder, blocks: Sequence[range], top: int, dtype: str) -> "pa.Table":
+    """One table of the ends of all queries, from those of each block of queries."""
+    import pyarrow as pa
+
+    columns: dict[str, list[Any]] = {}
+    for k, rows in enumerate(blocks):
+        ends = Ends(folder, f"ends{k}", len(rows), top, dtype)
+        for end, (scores, index) in (("top", ends.high), ("bottom", ends.low)):
+            columns.setdefault(f"{end}_index", []).extend(index)
+            columns.setdefault(f"{end}_score", []).extend(scores)
+    return pa.table({"query": pa.array(range(sum(len(rows) for rows in blocks))), **columns})

@@ -158,6 +158,11 @@ def influence(
             help="Steps of conjugate gradients. [default: 5 with a curvature]", show_default=False,
         ),
     ] = None,
+    terms: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="With --refine 0: the curvature's inverse as N "
+                     "Kronecker products, an approximation.", show_default=False),
+    ] = None,
     method: Annotated[
         Method | None,
         typer.Option(help="kernel: exact, without a curvature, by a solve of N x N.",
@@ -219,7 +224,7 @@ def influence(
         with left.bar(out, quiet):
             fit = None if curvature is None else left.opened(curvature, chosen)
             found = pergrad.influence(
-                chosen, asked, out, curvature=fit, refine=refine,
+                chosen, asked, out, curvature=fit, refine=refine, terms=terms,
                 checkpoints=[str(each) for each in checkpoint] if checkpoint else None,
                 rates=rate or None, cosine=cosine,
                 adam=[left.state_of(each) for each in adam] if adam else None,
