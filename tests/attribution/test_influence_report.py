@@ -207,11 +207,11 @@ def test_in_a_browser(browser: webdriver.Chrome, tmp_path: Path) -> None:
         return len(browser.find_elements("css selector", selector))
 
     assert count(".query") == 3
-    assert count(".query .card") == 3 * 2 * 10
+    assert count(".query .card") == 3 * 3 * 10  # highest, lowest, nearest
     assert count(".query .more") == 3 * 2  # an eleventh
     assert count("img[src=x]") == 0
     browser.find_element("css selector", ".query .more").click()
-    assert count(".query .card") == 3 * 2 * 10 + 1
+    assert count(".query .card") == 3 * 3 * 10 + 1
     first = browser.find_element("css selector", ".query .card")
     first.click()
     said = browser.find_element("css selector", "#full-content").text
@@ -223,3 +223,52 @@ def test_in_a_browser(browser: webdriver.Chrome, tmp_path: Path) -> None:
     assert count(".query") == 1
     assert browser.find_element("id", "found").text == "1 of 3 queries"
     assert not [e for e in browser.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
+
+
+def test_the_baselines_neighbours_stand_beside(tmp_path: Path) -> None:
+    """What goes into the last layer, less its mean, by hand; and kept in the folder."""
+    task = replace(job("perceptron"), show=picture)
+    found = asked(tmp_path / "found")
+    text = pergrad.Influence(tmp_path / "found").report(tmp_path / "page.html").read_text()
+    drawn = data(text)
+    queries = job("perceptron", count=14).data[11:]
+    known, own = (
+        task.model[:2](torch.stack([x for x, _ in items])).detach()
+        for items in (task.data, queries)
+    )
+    mean = known.mean(0)
+    cosines = torch.nn.functional.cosine_similarity(
+        (own - mean)[:, None], (known - mean)[None], dim=2
+    )
+    for q, query in enumerate(drawn["queries"]):
+        values, order = cosines[q].topk(10)
+        assert [i for i, _ in query["near"]] == order.tolist()
+        assert [c for _, c in query["near"]] == pytest.approx(values.tolist())
+        assert all(str(i) in drawn["scored"] for i in order.tolist())
+    same = (
+        sum(
+            len({i for i, _ in query["near"]} & {i for i, _ in query["high"][:10]})
+            for query in drawn["queries"]
+        )
+        / 3
+    )
+    assert f"the last layer, {same:.1f} are among the 10 highest" in words(text)
+    again = asked(tmp_path / "found")  # which computes nothing
+    assert again.manifest == found.manifest
+
+
+def test_without_neighbours(tmp_path: Path) -> None:
+    """A model whose last layer sees no example in its first dimension has none, nor says so."""
+
+    def turned(net: torch.nn.Module, batch: Any) -> torch.Tensor:
+        return (batch[0] @ (net.weight @ net.inner.weight).T)[:, 0]
+
+    net = torch.nn.Linear(6, 1, bias=False)
+    net.inner = torch.nn.Linear(6, 6, bias=False)  # type: ignore[assignment]
+    task = pergrad.Job(
+        net, job("perceptron", torch.float32).data, turned, show=lambda i: f"text {i}"
+    )
+    found = pergrad.influence(task, task.data[:2], tmp_path / "found")
+    text = found.report(tmp_path / "page.html").read_text()
+    assert all(query["near"] == [] for query in data(text)["queries"])
+    assert "without gradients names" not in words(text)

@@ -24,15 +24,28 @@ def baselines(
     """name -> (Q, N): all that there are for these queries and examples."""
     random = np.random.default_rng(seed + 1)
     found = {"random": random.standard_normal((len(asked), len(job)))}
-    sides = [_last_inputs(replace(each, model=job.model, params=None)) for each in (asked, job)]
-    if sides[0] is not None and sides[1] is not None and sides[0].shape[1] == sides[1].shape[1]:
-        mean = sides[1].mean(0)
-        unit = [x - mean for x in sides]
-        unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30) for x in unit]
-        found["last layer's neighbours"] = unit[0] @ unit[1].T
+    cosines = neighbours(job, asked)
+    if cosines is not None:
+        found["last layer's neighbours"] = cosines
     if text is not None:
         found["BM25"] = bm25(texts_of(asked, text), texts_of(job, text))
     return found
+
+
+def neighbours(job: Job, asked: Job) -> np.ndarray | None:
+    """(Q, N): cosines of what goes into the last layer, less its mean over the examples.
+
+    None where the first dimension of what goes in is not the example.
+
+    Cost: a forward pass for each example and each query.
+    """
+    sides = [_last_inputs(replace(each, model=job.model, params=None)) for each in (asked, job)]
+    if sides[0] is None or sides[1] is None or sides[0].shape[1] != sides[1].shape[1]:
+        return None
+    mean = sides[1].mean(0)
+    unit = [x - mean for x in sides]
+    unit = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-30) for x in unit]
+    return unit[0] @ unit[1].T
 
 
 def check_text(text: object) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pergrad.attribution.folder import Folder
 from pergrad.attribution.ranking import read_pairs, strongest
-from pergrad.attribution.shown import EACH_END, QUERIES, read_table, recall
+from pergrad.attribution.shown import EACH_END, QUERIES, nearest, read_table, recall
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
 
@@ -217,8 +217,9 @@ class Influence:
     ) -> Path:
         """Write one HTML page: each query, and the examples that help and harm it most.
 
-        With the pictures and texts that `Job(show=)` and `influence(show=)` gave. It needs no
-        network, nor the model or the data.
+        With the pictures and texts that `Job(show=)` and `influence(show=)` gave, and beside them
+        the examples nearest to each query in what goes into the last layer, which take no gradient.
+        It needs no network, nor the model or the data.
 
         Args:
             path: the page's file; one that is there is replaced.
@@ -242,7 +243,8 @@ class Influence:
             side: self._names(kind) for side, kind in (("asked", "askedkeys"), ("scored", "keys"))
         }
         ends = self.ends(EACH_END)[:QUERIES]
-        text = page.html(self.manifest, self.folder, ends, keys, previews, title=title)
+        near = nearest(self._folder)
+        text = page.html(self.manifest, self.folder, ends, keys, previews, near=near, title=title)
         return shell.save(text, Path(path))
 
     def _names(self, kind: str) -> list[str] | None:

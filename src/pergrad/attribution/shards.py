@@ -74,6 +74,19 @@ def check_next(first: int, wanted: int, path: object) -> None:
         )
 
 
+def ends(folder: Folder) -> list[tuple[int, Tensor, float]]:
+    """(number, vector, norm) of the first and of the last example there is."""
+    scales = {(first, stop): path for first, stop, path in folder.files("scales")}
+    rows = [each for each in folder.files("rows") if each[:2] in scales]
+    found = []
+    for (first, stop, path), at in ((rows[0], 0), (rows[-1], -1)) if rows else ():
+        numbers = np.load(io.BytesIO(folder.read(scales[first, stop])), allow_pickle=False)[at]
+        half = np.load(path, mmap_mode="r", allow_pickle=False)[at]
+        vector = torch.from_numpy(np.array(half)).float() * float(numbers[0])
+        found.append((first if at == 0 else stop - 1, vector, float(numbers[1])))
+    return found
+
+
 class Shards:
     """All vectors of a finished folder, in memory that the system may take back.
 

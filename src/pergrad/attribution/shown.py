@@ -4,12 +4,18 @@ Owns: the keys; which examples a report shows; calling a job's `show` for them; 
 Does not know: how scores are computed, or how a report looks.
 
     keys-…, askedkeys-…         the names of the examples and of the queries
+    near-…                      the nearest examples to each query, without gradients
     shown-…, askedshown-…       previews of the strongest examples, and of the queries
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from torch.utils.data import Subset
+
+from pergrad.attribution.baselines import neighbours
 from pergrad.attribution.folder import Folder
 from pergrad.errors import UsageError
 from pergrad.scans import manifest
@@ -20,9 +26,13 @@ from pergrad.scans.text import message_of
 if TYPE_CHECKING:
     from pergrad.attribution.found import Influence
 
+Near = list[tuple[np.ndarray, np.ndarray]]
+
 QUERIES = 200  # of so many a report shows the strongest examples
 EACH_END = 24  # and so many of these
 MOST = 5_000  # previews in all
+NEAR = 10  # nearest examples of each query
+MOST_FOR_NEAR = 2**20  # examples; their inputs of the last layer are held
 
 
 def keep_table(folder: Folder, kind: str, count: int, table: Any) -> None:
@@ -75,18 +85,47 @@ def remember(folder: Folder, found: "Influence", job: Job, asked: Job) -> None:
     """Keep what `show` returns for the queries, and for the examples at either end of each.
 
     One that `show` raises for, or that cannot be drawn, is kept with that error. Replaces what was
-    kept before, since `show` may have changed.
+    kept before, since `show` may have changed. With `show`, the nearest examples are kept, too: what
+    a baseline without gradients says stands beside the scores.
 
-    Cost: a call of `show` for up to 5,000 examples.
-    """
+    Cost: a call of `show` for up to 5,000 examples; once, a forward pass for each example.
+    """  # noqa: E501
     queries = range(min(QUERIES, found.shape[0]))
     if asked.show is not None:
         _keep(folder, "askedshown", asked.show, queries)
     if job.show is not None:
+        near = _nearest(folder, job, asked, queries)
         each = max(1, min(EACH_END, MOST // (2 * len(queries))))
         ends = found.ends(each)
         chosen = {int(i) for q in queries for index, _ in ends[q] for i in index}
+        for i in (int(index[k]) for k in range(NEAR) for index, _ in near if k < len(index)):
+            if len(chosen) < MOST:
+                chosen.add(i)
         _keep(folder, "shown", job.show, sorted(chosen))
+
+
+def _nearest(folder: Folder, job: Job, asked: Job, queries: range) -> Near:
+    """The nearest examples, computed if they are not kept yet."""
+    if not folder.files("near") and len(job) <= MOST_FOR_NEAR:
+        import pyarrow as pa
+
+        cosines = neighbours(job, replace(asked, data=Subset(asked.data, queries), key=None))
+        columns: dict[str, list[Any]] = {"index": [], "cosine": []}
+        for row in () if cosines is None else cosines:
+            order = np.argsort(-row, kind="stable")[:NEAR]
+            columns["index"].append(order)
+            columns["cosine"].append(row[order])
+        types = (("index", pa.list_(pa.int64())), ("cosine", pa.list_(pa.float64())))
+        table = pa.table({n: pa.array(columns[n], kind) for n, kind in types})
+        keep_table(folder, "near", len(queries), table)
+    return nearest(folder)
+
+
+def nearest(folder: Folder) -> Near:
+    """For each query the numbers and cosines of the nearest examples; empty without."""
+    table = read_table(folder, "near")
+    rows = [] if table is None else table.to_pylist()
+    return [(np.array(r["index"], int), np.array(r["cosine"])) for r in rows]
 
 
 def _keep(folder: Folder, kind: str, show: Callable[[int], Any], chosen: Sequence[int]) -> None:

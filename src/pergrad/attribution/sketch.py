@@ -8,10 +8,12 @@ Does not know: how gradients are projected (`projection`), or what is asked (`in
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import prod
 from os import PathLike
 from typing import Any, Literal, Unpack
+
+from torch.utils.data import Subset
 
 from pergrad import api
 from pergrad.attribution.asking import Asked
@@ -30,7 +32,7 @@ from pergrad.attribution.folder import Folder, differences
 from pergrad.attribution.index import Sketch
 from pergrad.attribution.progress import tell
 from pergrad.attribution.projection import Coordinates, TensorSketch, plain_blocks
-from pergrad.attribution.shards import Writer
+from pergrad.attribution.shards import Writer, ends
 from pergrad.engine.run import PassOptions
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
@@ -60,7 +62,7 @@ def sketch(
                               8 |g_q|² |g_i|² / size
 
     Goes on where an earlier call with the same arguments stopped, and opens the folder if it is
-    finished.
+    finished. Of a data set that has grown at its end only the new examples are added.
 
     Args:
         job: the model, the training data, and the losses.
@@ -110,14 +112,15 @@ def sketch(
         about = _about(job, curvature, size, seed, mode, options)
         old = folder.manifest()
         if old is not None:
-            _same(folder, old, about)
+            _same(folder, _grown(old, job), about)
         writer = Writer(folder, size)
+        blocks = _blocks(batches, old, curvature, options)
+        about["blocks"] = None if blocks is None else [asdict(block) for block in blocks]
+        how = _projection(curvature, blocks, size, seed)
+        _same_data(folder, batches, how, options)
         if old is None or writer.next < len(job):
-            blocks = _blocks(batches, old, curvature, options)
-            about["blocks"] = None if blocks is None else [asdict(block) for block in blocks]
-            if old is None:
+            if old is None or len(job) > old["scored"]["examples"]:
                 folder.save_manifest({**about, "finished": False})
-            how = _projection(curvature, blocks, size, seed)
             _stream(batches, how, writer, options)
             folder.save_manifest({**about, "finished": True})
     return open_sketch(out, job, curvature=curvature)
@@ -229,6 +232,41 @@ def _same(folder: Folder, old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
             f"The sketch in {folder.path} is of something else: {'; '.join(differ)}. Nothing was "
             "changed. Give this one another folder, or bring back what was."
         )
+
+
+def _grown(old: Mapping[str, Any], job: Job) -> Mapping[str, Any]:
+    """What was sketched, told as if it had been this data set, if that begins with it."""
+    count = old["scored"]["examples"]
+    if count >= len(job):
+        return old
+    keys = old["scored"]["keys_hash"]
+    if keys is not None and job.key is not None:
+        if keys != described(replace(job, data=Subset(job.data, range(count))))["keys_hash"]:
+            return old
+        keys = described(job)["keys_hash"]
+    return {**old, "scored": {**old["scored"], "examples": len(job), "keys_hash": keys}}
+
+
+def _same_data(
+    folder: Folder, batches: Batches, how: Coordinates | TensorSketch, options: PassOptions
+) -> None:
+    """The first and the last example that are sketched are those of the data set.
+
+    Raises:
+        StoreError: they are not.
+    """
+    for i, vector, norm in ends(folder):
+        batch = batches.at([i])
+        J = api.gradients(batches.losses(batch), batches.params, **options)
+        now, most = how.project(J)[0].cpu(), float(vector.abs().max())
+        off = max(float((now - vector).abs().max()) - 5e-3 * most,
+                  abs(float(J.norms()[0]) - norm) - 5e-3 * norm)  # fmt: skip
+        if not off <= 0:
+            raise StoreError(
+                f"The sketch in {folder.path} is of another data set: example {i} has another "
+                "gradient now. Nothing was changed. Give this one another folder, or bring back "
+                "what was; new examples go to the end."
+            )
 
 
 def _blocks(

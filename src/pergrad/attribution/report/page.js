@@ -32,13 +32,13 @@
     return parts;
   }
 
-  function open(row, score) {
+  function open(row, score, what) {
     const box = element("div", "big");
     const list = element("dl");
     const add = (term, value) => list.append(element("dt", "", term), element("dd", "", value));
     add("example", data.names[row]);
     add("index", String(row));
-    add("score", number(score));
+    add(what, number(score));
     box.append(...seen(data.scored[row] || {}, data.names[row]), list);
     get("full-content").replaceChildren(box);
     get("full").showModal();
@@ -47,7 +47,7 @@
     if (event.target === get("full")) get("full").close();
   });
 
-  function card([row, score], most) {
+  function card([row, score], most, what) {
     const item = element("li");
     const button = element("button", "card");
     button.type = "button";
@@ -58,22 +58,22 @@
     bar.style.width = `${most > 0 ? (100 * Math.abs(score)) / most : 0}%`;
     numbers.append(bar);
     button.append(numbers);
-    button.addEventListener("click", () => open(row, score));
+    button.addEventListener("click", () => open(row, score, what));
     item.append(button);
     return item;
   }
 
-  function end(title, rows, most) {
+  function end(title, rows, most, what = "score") {
     const parts = [element("h3", "", title)];
     const list = element("ul", "cards");
     if (rows.some(([row]) => data.scored[row]?.text)) list.classList.add("texts");
-    list.append(...rows.slice(0, FIRST).map((row) => card(row, most)));
+    list.append(...rows.slice(0, FIRST).map((row) => card(row, most, what)));
     parts.push(list);
     if (rows.length > FIRST) {
       const more = element("button", "more", `Show ${rows.length - FIRST} more`);
       more.type = "button";
       more.addEventListener("click", () => {
-        list.append(...rows.slice(FIRST).map((row) => card(row, most)));
+        list.append(...rows.slice(FIRST).map((row) => card(row, most, what)));
         more.remove();
         list.children[FIRST].querySelector("button").focus();
       });
@@ -94,6 +94,7 @@
     const most = Math.max(...[...query.high, ...query.low].map(([, score]) => Math.abs(score)));
     const words = get("queries").dataset;
     both.append(...end(words.high, query.high, most), ...end(words.low, query.low, most));
+    if (query.near.length) both.append(...end(words.near, query.near, 1, "cosine"));
     box.append(asked, both);
     return box;
   }

@@ -18,6 +18,7 @@ from pergrad.scans.report.preview import Preview
 
 PREVIEW_BYTES = 8_000_000  # of pictures and texts, in the page
 OURS = "pergrad.attribution.report"
+NEAR = 10  # nearest examples, and highest scores that they are compared with
 HUB = 10  # an example among so many of the strongest of most queries is told of
 METHODS = {
     "dots": "inner products", "cosines": "cosines", "less": "LESS", "solve": "one solve",
@@ -35,6 +36,7 @@ def html(
     keys: Names,
     previews: Mapping[str, Mapping[int, Preview]],
     *,
+    near: Sequence[tuple[np.ndarray, np.ndarray]] = (),
     title: str | None,
 ) -> str:
     """The page's text.
@@ -45,15 +47,22 @@ def html(
         ends: for each listed query the numbers and scores of the highest and of the lowest.
         keys: the names of the "scored" examples and of the "asked" queries, None without.
         previews: what a person sees of both, by number.
+        near: for each listed query the numbers and cosines of the nearest examples; empty without.
         title: the page's title; by default it names the model's class.
     """
     model, total = manifest["scored"]["model"] or "a model", manifest["asked"]["examples"]
-    shown, without = _shown(ends, previews)
+    every = [[*both, *near[q : q + 1]] for q, both in enumerate(ends)]
+    shown, without = _shown(every, previews)
     named = keys["scored"]
-    chosen = sorted({int(i) for both in ends for index, _ in both for i in index})
+    chosen = sorted({int(i) for lists in every for index, _ in lists for i in index})
     data = {
         "queries": [
-            {"name": _name(keys["asked"], q), "high": _listed(high), "low": _listed(low)}
+            {
+                "name": _name(keys["asked"], q),
+                "high": _listed(high),
+                "low": _listed(low),
+                "near": _listed(near[q]) if q < len(near) else [],
+            }
             for q, (high, low) in enumerate(ends)
         ],
         "names": {i: _name(named, i) for i in chosen},
@@ -64,7 +73,7 @@ def html(
     return shell.template(shell.own("page.html", OURS)).render(
         title=title or f"Influence: {model}",
         headline=headline(manifest["scored"]["examples"], total),
-        findings=findings(manifest, ends, named),
+        findings=findings(manifest, ends, named, near),
         words=("Helps most", "Harms most") if helps else ("Raises it most", "Lowers it most"),
         tiles=_tiles(manifest),
         listed=len(ends),
@@ -85,7 +94,12 @@ def headline(examples: int, queries: int) -> str:
     return f"Which of {examples:,} training examples drive {asked}?"
 
 
-def findings(manifest: Mapping[str, Any], ends: Ends, keys: list[str] | None) -> list[str]:
+def findings(
+    manifest: Mapping[str, Any],
+    ends: Ends,
+    keys: list[str] | None,
+    near: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+) -> list[str]:
     """What else there is to say, a sentence each."""
     settings = manifest["settings"]
     words = [f"A positive score means that {manifest['sign']}. Unit: {manifest['unit']}."]
@@ -99,6 +113,13 @@ def findings(manifest: Mapping[str, Any], ends: Ends, keys: list[str] | None) ->
         worst = f"After {settings['refine']} refining steps the worst residual is "
         good = "the solve is close" if max(residuals) < 0.1 else "more steps would change scores"
         words.append(f"{worst}{number(max(residuals))} of the query's gradient: {good}.")
+    same = [len(set(high[:NEAR].tolist()) & set(index.tolist()))
+            for ((high, _), _), (index, _) in zip(ends, near, strict=False)]  # fmt: skip
+    if same:
+        words.append(
+            f"Of the {NEAR} that a baseline without gradients names, the nearest in what goes into "
+            f"the last layer, {sum(same) / len(same):.1f} are among the {NEAR} highest, on average."
+        )
     hubs = Counter(int(i) for (index, _), _ in ends for i in index[:HUB])
     for i, times in hubs.most_common(1):
         if times > max(2, len(ends) / 2):
@@ -148,7 +169,8 @@ def _listed(end: tuple[np.ndarray, np.ndarray]) -> list[list[float]]:
 
 
 def _shown(
-    ends: Ends, previews: Mapping[str, Mapping[int, Preview]]
+    ends: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]],
+    previews: Mapping[str, Mapping[int, Preview]],
 ) -> tuple[dict[str, dict[int, Any]], int]:
     """Previews of queries and examples by number, until the page is full; how many more are left.
 
