@@ -105,3 +105,19 @@ def test_a_curvature_of_other_data(tmp_path: Path) -> None:
     other = replace(task, data=[*task.data[1:], task.data[0]])
     with pytest.raises(StoreError, match=r"losses were \[.*and are \[.*Give this one another fold"):
         pergrad.curvature(other, tmp_path)
+
+
+def test_keys_twice_in_a_sketch(case: Any, tmp_path: Path) -> None:
+    task, options = case
+    with pytest.raises(pergrad.UsageError, match=r"examples 0 and 3 have the same key, '0'.*Give"):
+        pergrad.sketch(replace(task, key=lambda i: str(i % 3)), tmp_path / "index", **options)
+
+
+@pytest.mark.parametrize("as_job", [False, True])
+def test_a_query_at_fault_is_called_a_query(as_job: bool, tmp_path: Path) -> None:
+    task = job("perceptron", torch.float32)
+    queries: Any = [task.data[0], (torch.full((6,), float("nan")), 1)]
+    if as_job:
+        queries = replace(task, data=queries)
+    with pytest.raises(pergrad.UsageError, match=r"^Query 1 has a loss that is not finite.*Take"):
+        pergrad.influence(task, queries, tmp_path)

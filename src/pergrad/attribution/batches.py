@@ -33,6 +33,7 @@ class Batches:
     job: Job
     size: int
     seed: int = 0
+    noun: str = "Example"  # what one of them is called in a message
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -68,11 +69,11 @@ class Batches:
                 f"`losses` returned {len(losses)} numbers for a batch of {len(batch.rows)} "
                 "examples. Return one per example, in the batch's order."
             )
-        check_finite(losses, batch, "loss")
+        check_finite(losses, batch, "loss", self.noun)
         return losses
 
 
-def check_finite(values: Tensor, batch: Batch, what: str) -> None:
+def check_finite(values: Tensor, batch: Batch, what: str, noun: str = "Example") -> None:
     """Every example's numbers are finite.
 
     Raises:
@@ -82,9 +83,8 @@ def check_finite(values: Tensor, batch: Batch, what: str) -> None:
     if not bool(good.all()):
         at = batch.rows[int((~good).nonzero()[0, 0])]
         raise UsageError(
-            f"Example {at} has a {what} that is not finite, and would spoil every number that is "
-            "a sum over examples. Take it out, or find out why (see "
-            "`job.losses(job.model, batch)`)."
+            f"{noun} {at} has a {what} that is not finite, and would spoil every number that it "
+            "goes into. Take it out, or find out why (see `job.losses(job.model, batch)`)."
         )
 
 

@@ -85,8 +85,12 @@ def queries_of(
                 f"The queries are about other parameters than the job: `{differ[0]}` is on one "
                 "side alone, or has another shape or dtype there. Give both Jobs the same `params`."
             )
-        return Queries(batches_of(queries, batch_size, seed), -1, options)
+        return Queries(_named(batches_of(queries, batch_size, seed)), -1, options)
     if hasattr(queries, "__len__") and len(queries) == 0:
         raise UsageError("There are no queries: `queries` is empty. Pass at least one example.")
     asked = replace(job, data=queries, key=None, show=show)
-    return Queries(batches_of(asked, batch_size, seed), 1, options)
+    return Queries(_named(batches_of(asked, batch_size, seed)), 1, options)
+
+
+def _named(batches: Batches) -> Batches:
+    return replace(batches, noun="Query")

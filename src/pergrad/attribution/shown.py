@@ -66,10 +66,22 @@ def keep_keys(folder: Folder, kind: str, job: Job) -> None:
     Raises:
         UsageError: two are the same.
     """
-    if job.key is None:
+    keys = check_keys(job)
+    if keys is None:
         return
     import pyarrow as pa
 
+    keep_table(folder, kind, len(keys), pa.table({"key": pa.array(keys, pa.string())}))
+
+
+def check_keys(job: Job) -> list[str] | None:
+    """The names of a job's examples, all different; None without.
+
+    Raises:
+        UsageError: two are the same.
+    """
+    if job.key is None:
+        return None
     keys = [manifest.key_of(job, i) for i in range(len(job))]
     seen: dict[str, int] = {}
     for i, name in enumerate(keys):
@@ -78,7 +90,7 @@ def keep_keys(folder: Folder, kind: str, job: Job) -> None:
                 f"The examples {seen[name]} and {i} have the same key, {name!r}, so a table of "
                 "scores could not tell them apart. Give `key` a name for each example."
             )
-    keep_table(folder, kind, len(keys), pa.table({"key": pa.array(keys, pa.string())}))
+    return keys
 
 
 def remember(folder: Folder, found: "Influence", job: Job, asked: Job) -> None:

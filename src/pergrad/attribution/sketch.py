@@ -33,6 +33,7 @@ from pergrad.attribution.index import Sketch
 from pergrad.attribution.progress import tell
 from pergrad.attribution.projection import Coordinates, TensorSketch, plain_blocks
 from pergrad.attribution.shards import Writer, ends
+from pergrad.attribution.shown import check_keys
 from pergrad.engine.run import PassOptions
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
@@ -105,6 +106,7 @@ def sketch(
         raise UsageError(f'mode is {mode!r}; pass "eval" or "as is".')
     _check_fit(job, curvature)
     _check_size(size, Batches(job, 1))
+    check_keys(job)
     folder = Folder(out, WHAT)
     with folder.locked(), prepared(job.model, mode):
         check_evaluating(job)
