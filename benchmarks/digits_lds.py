@@ -61,6 +61,7 @@ def main(out: Path) -> None:
         fit = pergrad.curvature(job, out / f"fit-{kind}", kind=kind, labels="all")
         score(kind, curvature=fit, refine=0)
     fit = pergrad.curvature(job, out / "fit-ekfac", labels="all")
+    score("ekfac-terms-8", curvature=fit, refine=0, terms=8)
     score("ekfac-refined", curvature=fit)
     score("kernel", method="kernel")
     for size in (256, 1024):

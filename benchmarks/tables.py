@@ -16,6 +16,7 @@ import front
 import harness
 import targets
 import workloads
+from attributors import shown
 from contestants import CONTESTANTS
 
 ROOT = Path(__file__).parents[1]
@@ -360,6 +361,11 @@ def full(records: dict[str, Record], imported: Record | None, scaling: Record | 
     reported = read_other("report")
     if reported:
         parts.append(_report(reported))
+    influences, foretold = read_other("influences"), read_other("digits-lds")
+    if influences:
+        parts.append(shown.influences(influences, _table, _machine(influences)))
+    if foretold:
+        parts.append(shown.foretold(foretold, _table))
     return "\n\n".join(parts)
 
 
@@ -402,6 +408,13 @@ def missed(records: dict[str, Record], imported: Record | None, *, claim: bool) 
             for r in trained["workloads"]
             for name, way in r["ways"].items()
             if way["bound"] is not None and way["ratio"]["median"] > way["bound"]
+        ]
+    influences = read_other("influences")
+    if not claim and influences:
+        found += [
+            f"influences of {name}, {method}: {ratio:.1f} times faster ({target:g})"
+            for name, method, ratio, target in shown.faster(influences)
+            if ratio < target
         ]
     scanned = read_other("scan")
     if claim and scanned:

@@ -3,7 +3,7 @@
 Owns: the expansion of 1 / (Lambda + damping), its error, and what it makes of outer products.
 Does not know: how a curvature was estimated, data sets, queries.
 
-    1 / (Lambda + damping)  ~  the sum over r < terms of u_r v_r'        (the best such sum)
+    1 / (Lambda + damping)  ~  the sum over r < terms of u_r v_r'    (where gradients are, the best)
     (F + damping)⁻¹ (g a')  ~  the sum over r of (Ql diag(u_r) Ql' g) (Qr diag(v_r) Qr' a)'
 
 A gradient of T positions becomes one of T x terms. Where that is no smaller than the gradient
@@ -51,8 +51,8 @@ class _Expanded:
 class FewTerms(Preconditioner):
     """A curvature's inverse in a few terms; made by `fit.in_terms(8)`.
 
-    `off` is how far the expansion is from the inverse, as a share of the inverse's norm, over the
-    blocks that are expanded.
+    `off` is how far scores are expected to be off, relative to their size: the error of
+    1 / (Lambda + damping), where both gradients have the energy Lambda.
     """
 
     def __init__(self, fit: "Fit", terms: int) -> None:
@@ -63,9 +63,9 @@ class FewTerms(Preconditioner):
         for c in fit.curved:
             if c.block.how == "outer" and c.left is not None and c.right is not None:
                 D = 1 / (c.Lambda.double() + fit.added[c.block.weight])
-                U, V = _best(D, terms)
-                whole += float(D.square().sum())
-                missing += float((D - U @ V).square().sum())
+                U, V = _best(D, terms, c.Lambda.double())
+                whole += float((D * c.Lambda).square().sum())
+                missing += float(((D - U @ V) * c.Lambda).square().sum())
                 self._expanded[c.block.weight] = _Expanded(
                     _sandwiched(c.left, U.permute(2, 0, 1)),
                     _sandwiched(c.right, V.permute(1, 0, 2)),
@@ -117,17 +117,31 @@ class FewTerms(Preconditioner):
         return found
 
     def __repr__(self) -> str:
-        return f"{self.fit!r}\ninverse in {self.terms} terms, off by {self.off:.1%} of its norm"
+        return f"{self.fit!r}\ninverse in {self.terms} terms, scores off by {self.off:.1%}"
 
 
-def _best(D: Tensor, terms: int) -> tuple[Tensor, Tensor]:
-    """(N, p, R), (N, R, d): the closest product of rank R to D (N, p, d)."""
-    wide = D.shape[1] <= D.shape[2]
-    M = D if wide else D.mT
+def _best(D: Tensor, terms: int, Lambda: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, p, R), (N, R, d): the product of rank R closest to D (N, p, d), weighted by energy.
+
+    An entry counts by how large gradients are there on both sides, Lambda, taken as a product of
+    its means by rows and by columns. Unweighted, most of the terms would go to where there is
+    nothing (an LDS of .565 instead of .682 on digits, with eight).
+    """
+    rows, columns = (_positive(Lambda.mean(k)) for k in (2, 1))
+    M = rows[:, :, None] * D * columns[:, None, :]
+    wide = M.shape[1] <= M.shape[2]
+    M = M if wide else M.mT
     _, vectors = torch.linalg.eigh(M @ M.mT)
     U = vectors[..., -terms:]
     V = U.mT @ M
-    return (U, V) if wide else (V.mT, U.mT)
+    U, V = (U, V) if wide else (V.mT, U.mT)
+    return U / rows[:, :, None], V / columns[:, None, :]
+
+
+def _positive(weights: Tensor) -> Tensor:
+    """Relative to the largest, and none so small that dividing by it loses digits."""
+    most = weights.amax(1, True)
+    return (weights / torch.where(most > 0, most, 1.0)).clamp_min(1e-4)
 
 
 def _sandwiched(Q: Tensor, values: Tensor) -> Tensor:
