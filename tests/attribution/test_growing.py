@@ -121,3 +121,13 @@ def test_a_query_at_fault_is_called_a_query(as_job: bool, tmp_path: Path) -> Non
         queries = replace(task, data=queries)
     with pytest.raises(pergrad.UsageError, match=r"^Query 1 has a loss that is not finite.*Take"):
         pergrad.influence(task, queries, tmp_path)
+
+
+def test_pieces_of_a_sketch(case: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, options = case
+    index = pergrad.sketch(task, tmp_path / "index", **options)
+    want = index.scores(task.data[:3])
+    for piece, cached in ((7, 3), (4, 4), (20, 1)):
+        monkeypatch.setattr("pergrad.attribution.shards.PIECE", piece)
+        monkeypatch.setattr("pergrad.attribution.shards.IN_CACHE", cached)
+        torch.testing.assert_close(index.scores(task.data[:3]), want)

@@ -21,6 +21,7 @@ from pergrad.errors import StoreError
 
 BYTES_PER_FILE = 2**25
 PIECE = 2**14  # examples that are compared at a time
+IN_CACHE = 2**9  # and of these, that are turned to full precision at a time
 
 
 class Writer:
@@ -118,8 +119,18 @@ class Shards:
 
     def against(self, queries: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(first example, inner products (n, Q), norms (n,)) with queries (Q, size), in pieces."""
+        wide = queries.mT.contiguous()
+        # some rows at a time: in full precision they stay in the processor's cache
+        half = torch.empty((IN_CACHE, queries.shape[1]), dtype=torch.float16)
+        full = torch.empty(half.shape)
         for begin, rows, numbers in self.pieces:
             for lo in range(0, len(rows), PIECE):
-                some = torch.from_numpy(np.array(rows[lo : lo + PIECE])).float()
-                scale, norms = numbers[lo : lo + PIECE].unbind(1)
-                yield begin + lo, (some @ queries.mT) * scale[:, None], norms
+                hi = min(lo + PIECE, len(rows))
+                found = torch.empty((hi - lo, len(queries)))
+                for first in range(lo, hi, IN_CACHE):
+                    count = min(IN_CACHE, hi - first)
+                    half.numpy()[:count] = rows[first : first + count]
+                    full[:count].copy_(half[:count])
+                    torch.mm(full[:count], wide, out=found[first - lo : first - lo + count])
+                scale, norms = numbers[lo:hi].unbind(1)
+                yield begin + lo, found.mul_(scale[:, None]), norms
