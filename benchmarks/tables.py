@@ -409,13 +409,6 @@ def missed(records: dict[str, Record], imported: Record | None, *, claim: bool) 
             for name, way in r["ways"].items()
             if way["bound"] is not None and way["ratio"]["median"] > way["bound"]
         ]
-    influences = read_other("influences")
-    if not claim and influences:
-        found += [
-            f"influences of {name}, {method}: {ratio:.1f} times faster ({target:g})"
-            for name, method, ratio, target in shown.faster(influences)
-            if ratio < target
-        ]
     scanned = read_other("scan")
     if claim and scanned:
         claims, memory = scanned["claims"], scanned["whole"]["memory_bytes"]
@@ -461,6 +454,9 @@ def main() -> None:
         path.write_text(text)
     for name in missed(records, imported, claim=False):
         print(f"target missed: {name}")
+    for name, method, ratio, target in shown.faster(read_other("influences") or {"workloads": {}}):
+        if ratio < target:
+            print(f"target missed: influences of {name}, {method}: {ratio:.1f} ({target:g})")
     failed = missed(records, imported, claim=True)
     sys.exit(f"Claims of README.md that do not hold: {'; '.join(failed)}." if failed else 0)
 

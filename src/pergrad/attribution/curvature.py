@@ -10,7 +10,8 @@ Does not know: what is summed (`estimate`), or what a fit does with gradients (`
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from os import PathLike
 from typing import Any, Literal, Unpack
 
@@ -37,12 +38,14 @@ from pergrad.attribution.folder import (
 )
 from pergrad.attribution.likelihood import outputs_of, resolve_labels
 from pergrad.attribution.progress import tell
+from pergrad.attribution.together import Team
 from pergrad.engine.run import PassOptions
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
 from pergrad.matrix import GradientMatrix
 from pergrad.scans.job import Job
 from pergrad.scans.model_state import prepared
+from pergrad.scans.runners.torchrun import ranks
 
 WHAT = "pergrad curvature"
 SECONDS_BETWEEN_STATES = 20.0
@@ -60,6 +63,7 @@ def curvature(
     batch_size: int | None = None,
     seed: int = 0,
     mode: Literal["eval", "as is"] = "eval",
+    engine: Literal["local", "torchrun"] = "local",
     **options: Unpack[PassOptions],
 ) -> Fit:
     """Estimate the curvature of the loss, to precondition gradients with.
@@ -83,6 +87,8 @@ def curvature(
         batch_size: how many examples go through the model at once; by default what memory allows.
         seed: of the labels drawn. An example's labels do not depend on its batch.
         mode: "eval" (dropout off, batch norm by its running statistics), or "as is".
+        engine: "local": this process. "torchrun": this call is made on every rank, and each takes
+            its share of the batches; the folder is on a disk that all of them see.
         **options: on_mixing, check_layout, chunk_bytes, as in `pergrad.norms`.
 
     Returns:
@@ -92,6 +98,7 @@ def curvature(
         UsageError: an argument is wrong, or an example has numbers that are not finite.
         StoreError: the folder is about another model, data set or settings.
         MixedExamplesError, UnsupportedError: as in `pergrad.norms`.
+        WorkerError: another rank has failed or is gone.
         MissingExtraError: a package is missing; `pip install 'pergrad[attribution]'` brings it.
 
     Cost: for each example one forward pass, and a backward pass with the products of each layer's
@@ -128,11 +135,19 @@ def curvature(
             )
     elif labels is None and job.outputs is None:
         labels = "given"
+    if engine not in ("local", "torchrun"):
+        raise UsageError(f'engine is {engine!r}; pass "local" or "torchrun".')
     folder = Folder(out, WHAT)
-    with folder.locked(), prepared(job.model, mode):
+    with ExitStack() as stack:
+        team = Team(stack.enter_context(ranks())) if engine == "torchrun" else None
+        if team is None or team.leads:
+            stack.enter_context(folder.locked())
+        stack.enter_context(prepared(job.model, mode))
         check_evaluating(job)
         batches = batches_of(job, batch_size, seed)
-        run = _Run(folder, batches, kind, options)
+        if team is not None:
+            batches = replace(batches, size=team.of_first(batches.size))
+        run = _Run(folder, batches, kind, options, team)
         return run.fit(labels, damping, mode)
 
 
@@ -140,8 +155,14 @@ class _Run:
     """One call of `curvature`, with the folder open."""
 
     def __init__(
-        self, folder: Folder, batches: Batches, kind: estimate.Kind, options: PassOptions
+        self,
+        folder: Folder,
+        batches: Batches,
+        kind: estimate.Kind,
+        options: PassOptions,
+        team: Team | None = None,
     ) -> None:
+        self.team, self.writes = team, team is None or team.leads
         self.folder, self.batches, self.kind, self.options = folder, batches, kind, options
         self.params = batches.params
         self.total = len(batches.job)
@@ -154,7 +175,11 @@ class _Run:
         outputs = None if labels == "given" else outputs_of(self.batches, first)
         self.labels = resolve_labels(labels, outputs)
         about = self._about(mode)
-        old = self.folder.manifest()
+        if self.team is not None:
+            self.team.check_same(about, differences)
+        old, done = self.folder.manifest(), self.folder.files("fit")
+        if self.team is not None:
+            self.team.wait()  # until all have seen what is there, before the first one writes
         if old is not None:
             self._same(old, about)
         self.blocks = (
@@ -162,17 +187,20 @@ class _Run:
         )
         about["blocks"] = [asdict(block) for block in self.blocks]
         self.estimators = [estimate.Estimator(block, self.kind) for block in self.blocks]
-        if old is None:
+        if old is None and self.writes:
             self.folder.save_manifest({**about, "finished": False})
-        done = self.folder.files("fit")
         if done:
             tensors = tensors_from_bytes(self.folder.read(done[-1][2]))
         else:
             tensors = self._estimated()
-            self.folder.add("fit", 0, self.total, tensors_to_bytes(tensors), "safetensors")
-            self.folder.save_manifest({**about, "finished": True})
-        for _, _, path in self.folder.files("state"):
-            path.unlink(missing_ok=True)
+        if self.writes:
+            if not done:
+                self.folder.add("fit", 0, self.total, tensors_to_bytes(tensors), "safetensors")
+                self.folder.save_manifest({**about, "finished": True})
+            for _, _, path in self.folder.files("state"):
+                path.unlink(missing_ok=True)
+        if self.team is not None:
+            self.team.wait()  # until it is written
         shapes = {n: tuple(p.shape) for n, p in self.params.items()}
         curved = [
             Curved(block, **{
@@ -254,6 +282,8 @@ class _Run:
             }
             sums = self._pass(0, begin, sums) if self.kind != "diagonal" else sums
             state, begin = self._turned(sums), 0
+            if self.team is not None:
+                state = self.team.share(state)
         for i, e in enumerate(self.estimators):
             for part in ("left", "right", "A", "S"):
                 if f"{i} {part}" in state:
@@ -287,12 +317,38 @@ class _Run:
 
     def _pass(self, stage: int, begin: int, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add all examples from `begin` on, and keep the state now and then."""
+        if self.team is not None:
+            return self._together(self.team, stage, begin, sums)
         for batch in self.batches.over(range(begin, self.total)):
             for J in self._matrices(batch, stage):
                 with J._working(), torch.no_grad():
                     self._add(stage, sums, J, batch)
             self._keep(stage, batch.rows.stop, sums)
             tell(PASSES[stage], batch.rows.stop, self.total)
+        return sums
+
+    def _together(
+        self, team: Team, stage: int, begin: int, sums: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The same with the other ranks: each adds its share, and they add up what they have."""
+        size = self.batches.size
+        for starts, after in team.starts(begin, self.total, size):
+
+            def share(starts: range = starts) -> dict[str, Tensor]:
+                bases = {n: t for n, t in sums.items() if stage == 1 and not _added(n, stage)}
+                part = bases | {n: torch.zeros_like(t) for n, t in sums.items() if n not in bases}
+                for start in starts:
+                    batch = self.batches.at(range(start, min(start + size, self.total)))
+                    for J in self._matrices(batch, stage):
+                        with J._working(), torch.no_grad():
+                            self._add(stage, part, J, batch)
+                return {n: t for n, t in part.items() if n not in bases}
+
+            for n, t in team.summed(share).items():
+                sums[n] = sums[n] + t if n in sums else t
+            if self.writes:
+                self._keep(stage, after, sums)
+            tell(PASSES[stage], after, self.total)
         return sums
 
     def _matrices(self, batch: Batch, stage: int) -> Iterator[GradientMatrix]:
@@ -364,3 +420,8 @@ def block_from_json(block: Mapping[str, Any]) -> dict[str, Any]:
         "source": tuple(block["source"]),
         "steps": None if steps is None else tuple((k, tuple(how)) for k, how in steps),
     }
+
+
+def _added(name: str, stage: int) -> bool:
+    """Whether a pass adds to what is kept under this name."""
+    return stage == 0 or name.endswith(" Lambda")
