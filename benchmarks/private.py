@@ -143,10 +143,11 @@ class Worker:
     def turn(self, steps: int) -> child.Answer:
         """The mean of so many steps, after one to get warm again."""
         self.once()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         for _ in range(steps):
             self.once()
-        return {"seconds": (time.perf_counter() - start) / steps}
+        return {"seconds": (time.perf_counter() - start) / steps,
+                "processor": (time.process_time() - used) / steps}  # fmt: skip
 
 
 def measure(
@@ -160,17 +161,13 @@ def measure(
         first = {w: p.ask("first", seconds=training.PATIENCE) for w, p in processes.items()}
         once = min(first["plain"]["seconds"])
         steps = dict.fromkeys(WAYS, min(10, max(1, round(training.TURN_SECONDS / once))))
-        taken, peaks = training.in_turns(processes, steps, seconds, rounds)
+        taken, used, peaks = training.in_turns(processes, steps, seconds, rounds)
         error = _check(workload.name, processes)  # last: its model is one more in memory
     except FailedError as failed:
         raise SystemExit(f"{workload.name}: {failed}") from None
     finally:
         for process in processes.values():
             process.close()
-
-    def ratios(to: str, way: str) -> dict[str, Any]:
-        pairs = zip(taken[way], taken[to], strict=True)
-        return harness.Spread.of([a / b for a, b in pairs]).record(4)
 
     plain_peak = peaks["plain"] - ready["plain"]["imports"]
     return {
@@ -179,12 +176,14 @@ def measure(
         "environment": started,
         "error": error,
         "bound": BOUND,
-        "of_opacus": ratios("opacus", "pergrad"),
+        "of_opacus": training.ratios(taken["pergrad"], taken["opacus"]),
+        "processor_of_opacus": training.ratios(used["pergrad"], used["opacus"]),
         "ways": {
             way: {
                 "title": WAYS[way],
                 "milliseconds": harness.Spread.of(taken[way]).record(3, 1e3),
-                "ratio": ratios("plain", way),
+                "ratio": training.ratios(taken[way], taken["plain"]),
+                "processor_ratio": training.ratios(used[way], used["plain"]),
                 "memory_ratio": round((peaks[way] - ready[way]["imports"]) / plain_peak, 4),
             }
             for way in WAYS
@@ -223,8 +222,12 @@ def main() -> None:
         record = measure(workload, args.seconds, args.rounds, tiny=args.tiny)
         records = [r for r in records if r["workload"] != workload.name] + [record]
         words = ", ".join(f"{w} {r['ratio']['median']:.3f}" for w, r in record["ways"].items())
-        share = record["of_opacus"]["median"]
-        print(f"{workload.name:<12} {words}; {share:.3f} of Opacus's", flush=True)
+        share, used = (record[n]["median"] for n in ("of_opacus", "processor_of_opacus"))
+        print(
+            f"{workload.name:<12} {words}; {share:.3f} of Opacus's time, {used:.3f} of its "
+            "processor time",
+            flush=True,
+        )
         harness.save("private", {"workloads": records}, args.out)
 
 

@@ -130,10 +130,11 @@ class Worker:
         """The mean of so many steps, after one to get warm again."""
         if self.way != "watch":  # there that one would be the watched one of ten
             self._once()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         for _ in range(steps):
             self._once()
-        return {"seconds": (time.perf_counter() - start) / steps}
+        return {"seconds": (time.perf_counter() - start) / steps,
+                "processor": (time.process_time() - used) / steps}  # fmt: skip
 
 
 def measure(
@@ -150,7 +151,7 @@ def measure(
         steps = max(1, round(TURN_SECONDS / once))
         whole = EVERY * max(1, steps // EVERY)  # every tenth step is in each turn as often
         counts = {way: whole if way == "watch" else min(steps, EVERY) for way in WAYS}
-        taken, peaks = in_turns(processes, counts, seconds, rounds)
+        taken, used, peaks = in_turns(processes, counts, seconds, rounds)
     finally:
         for process in processes.values():
             process.close()
@@ -164,9 +165,8 @@ def measure(
             way: {
                 "title": WAYS[way],
                 "milliseconds": harness.Spread.of(taken[way]).record(3, 1e3),
-                "ratio": harness.Spread.of(
-                    [a / b for a, b in zip(taken[way], taken["plain"], strict=True)]
-                ).record(4),
+                "ratio": ratios(taken[way], taken["plain"]),
+                "processor_ratio": ratios(used[way], used["plain"]),
                 "memory_ratio": round((peaks[way] - ready[way]["imports"]) / plain_peak, 4),
                 # beyond a warm step, in plain steps: what is planned and verified once
                 "first_step": round((first[way]["seconds"][0] - first["plain"]["seconds"][0])
@@ -180,10 +180,13 @@ def measure(
 
 def in_turns(
     processes: dict[str, Process], steps: dict[str, int], seconds: float, rounds: int
-) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Of each way: the mean seconds of a step, turn by turn, and the peak."""
+) -> tuple[dict[str, list[float]], dict[str, list[float]], dict[str, int]]:
+    """Of each way: the mean seconds of a step by the clock and of the processor, turn by turn, and
+    the peak.
+    """
     order, begun = random.Random(0), time.monotonic()
     taken: dict[str, list[float]] = {way: [] for way in processes}
+    used: dict[str, list[float]] = {way: [] for way in processes}
     peaks = dict.fromkeys(processes, 0)
     for n in range(rounds):
         if n > 1 and time.monotonic() - begun > seconds:
@@ -191,8 +194,14 @@ def in_turns(
         for way in order.sample(list(processes), len(processes)):
             answer = processes[way].ask("turn", seconds=PATIENCE, steps=steps[way])
             taken[way].append(answer["seconds"])
+            used[way].append(answer["processor"])
             peaks[way] = max(peaks[way], answer["peak"])
-    return taken, peaks
+    return taken, used, peaks
+
+
+def ratios(one: list[float], other: list[float]) -> dict[str, Any]:
+    """Turn by turn."""
+    return harness.Spread.of([a / b for a, b in zip(one, other, strict=True)]).record(4)
 
 
 def _check(name: str, first: dict[str, dict[str, Any]]) -> float:
