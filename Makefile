@@ -108,6 +108,7 @@ bench: $(STAMP) browser  ## measure the costs against everyone else's, and write
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/private.py
 	$(BIN)/python benchmarks/scan.py
 	$(BIN)/python benchmarks/parts.py
 	$(BIN)/python benchmarks/report.py
@@ -116,7 +117,7 @@ bench: $(STAMP) browser  ## measure the costs against everyone else's, and write
 
 integrations: $(STAMP)  ## watch inside trainers of transformers, trl and lightning, and BM25; part of `make test`
 	$(PIP) install --quiet -c constraints.txt -e '.[dev,integrations]'
-	$(BIN)/python -m pytest -q -m integrations tests/training tests/attribution tests/test_docs.py
+	$(BIN)/python -m pytest -q -m integrations tests/training tests/attribution tests/test_docs.py tests/test_benchmarks.py
 
 # torchvision and timm go to a folder of their own and without what they ask for: next to a CPU build
 # of torch the only torchvision may be one for CUDA, and transformers fails where it finds that.

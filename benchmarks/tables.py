@@ -72,13 +72,14 @@ def _training(record: dict[str, Any]) -> str:
                     found["workload"],
                     way["title"],
                     f"{way['ratio']['median']:.3f} ({low:.3f}–{high:.3f})",
+                    _processor(way, "processor_ratio"),
                     bound,
                     f"{way['ratio']['runs']}",
                     _number(way["memory_ratio"]),
                     f"{way['first_step']:.1f}",
                 ]
             )
-    head = ["", "", "time", "bound", "turns", "peak memory", "first step"]
+    head = ["", "", "time", "processor time", "bound", "turns", "peak memory", "first step"]
     return (
         "### training\n\nA step is zero_grad, forward, the mean of the losses, backward and AdamW; "
         "that alone is 1. Each way has a process of its own, and all take turns. Weights after "
@@ -86,6 +87,40 @@ def _training(record: dict[str, Any]) -> str:
         f"takes beyond the plain way's first, in plain steps.\n\n{_table(head, rows, 2)}\n\n"
         f"{_machines(record['workloads'])}."
     )
+
+
+def _private(record: dict[str, Any]) -> str:
+    """A private step by pergrad and by Opacus."""
+    rows = []
+    for found in record["workloads"]:
+        for name, way in found["ways"].items():
+            if name == "plain":
+                continue
+            ours = name == "pergrad"
+            rows.append(
+                [
+                    found["workload"],
+                    way["title"],
+                    _share(way["ratio"]),
+                    _processor(way, "processor_ratio"),
+                    _share(found["of_opacus"]) if ours else "",
+                    _processor(found, "processor_of_opacus") if ours else "",
+                    f"≤ {found['bound']:.2f}" if ours else "",
+                    _number(way["memory_ratio"]),
+                ]
+            )
+    head = ["", "", "time", "processor time", "of Opacus's", "processor time", "bound",
+            "peak memory"]  # fmt: skip
+    return (
+        "### private\n\nA step with clipping to norm 1, noise and AdamW, as a share of the step "
+        "that is not private, and of Opacus's. What both give the optimizer without noise was the "
+        f"same.\n\n{_table(head, rows, 2)}\n\n{_machines(record['workloads'])}."
+    )
+
+
+def _processor(record: dict[str, Any], name: str) -> str:
+    """The same by the processor's time, which others on the machine disturb less."""
+    return f"{record[name]['median']:.3f}" if name in record else ""
 
 
 def _scan(record: dict[str, Any]) -> str:
@@ -349,6 +384,9 @@ def full(records: dict[str, Record], imported: Record | None, scaling: Record | 
     trained = read_other("training")
     if trained:
         parts.append(_training(trained))
+    private = read_other("private")
+    if private:
+        parts.append(_private(private))
     scanned = read_other("scan")
     if scanned:
         parts.append(_scan(scanned))
@@ -408,6 +446,14 @@ def missed(records: dict[str, Record], imported: Record | None, *, claim: bool) 
             for r in trained["workloads"]
             for name, way in r["ways"].items()
             if way["bound"] is not None and way["ratio"]["median"] > way["bound"]
+        ]
+    private = read_other("private")
+    if not claim and private:
+        found += [
+            f"{r['workload']}, private: {r['of_opacus']['median']:.3f} of Opacus's "
+            f"({r['bound']:.2f})"
+            for r in private["workloads"]
+            if r["of_opacus"]["median"] > r["bound"]
         ]
     scanned = read_other("scan")
     if claim and scanned:

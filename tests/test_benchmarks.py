@@ -24,6 +24,7 @@ import child  # noqa: E402
 import harness  # noqa: E402
 import plots  # noqa: E402
 import printed  # noqa: E402
+import private  # noqa: E402
 import processes  # noqa: E402
 import scaling  # noqa: E402
 import slow  # noqa: E402
@@ -297,6 +298,33 @@ def test_training_is_measured(tmp_path: Path) -> None:
     assert all(way["ratio"]["median"] > 0 for way in record["ways"].values())
     assert record["error"] < 1e-5
     assert "W1-mlp" in tables._training({"workloads": [record]})
+
+
+@pytest.mark.integrations
+def test_private_steps_are_measured(tmp_path: Path) -> None:
+    """What Opacus gives the optimizer is compared, too."""
+    arguments = ["--tiny", "--rounds", "2", "--workloads", "W1", "--out", str(tmp_path)]
+    subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "private.py", *arguments], check=True, timeout=300
+    )
+    (record,) = json.loads((tmp_path / "private.json").read_text())["workloads"]
+    assert list(record["ways"]) == ["plain", "pergrad", "opacus"]
+    assert record["of_opacus"]["median"] > 0
+    assert record["error"] < 1e-3
+    assert "Opacus" in tables._private({"workloads": [record]})
+
+
+def test_private_steps_that_differ_end_the_measurement() -> None:
+    class Worker:
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+        def ask(self, do: str, *, seconds: float, save: str) -> None:
+            torch.save(torch.tensor([1.0, self.value]), save)
+
+    workers = {"pergrad": Worker(1.0), "opacus": Worker(1.1)}
+    with pytest.raises(SystemExit, match="clipped means differ"):
+        private._check("W1", workers)
 
 
 def test_other_weights_and_norms_end_the_measurement() -> None:
