@@ -243,8 +243,8 @@ class Private:
             drawn = torch.normal(0.0, std, p.shape, generator=self._generator, dtype=p.dtype)
             total = drawn.to(p.device) if std else torch.zeros_like(p)
             if name in sums:
-                total = sums[name] + total
-            p.grad = total / self.expected
+                total.add_(sums[name])
+            p.grad = total.div_(self.expected)
         self._sums = {}
         self._ours = True
         try:
