@@ -36,6 +36,16 @@ PENALTIES: dict[str, Penalty] = {
     "of products with a distance": lambda m: (
         ((m[0].weight - anchor(m)) @ anchor(m).T).square().sum()
     ),
+    "of a constant times a weight": lambda m: (anchor(m) @ m[0].weight.T).square().mean(),
+    "of a constant times a weight, by a loss": lambda m: F.smooth_l1_loss(
+        anchor(m) @ m[0].weight.T, torch.eye(6).to(m[0].weight)
+    ),
+    "smooth": lambda m: (
+        ((torch.eye(6) - torch.eye(6).roll(1, 0)).to(m[0].weight) @ m[0].weight).square().sum()
+    ),
+    "smooth, by a convolution": lambda m: (
+        F.conv1d(m[0].weight[:, None], torch.tensor([[[1.0, -1.0]]]).to(m[0].weight)).abs().mean()
+    ),
     "hinge": lambda m: (1 - m[0].weight).relu().sum(),
     "weighted": lambda m: (anchor(m) * m[0].weight.square()).sum(),
     "clamped": lambda m: m[0].weight.clamp(min=0.1).mean(),
@@ -99,6 +109,23 @@ def test_a_penalty_beside_what_cannot_be_taken_apart() -> None:
         loss.backward()
     with pytest.raises(pergrad.UsageError, match=r"`exp`(.|\n)*the losses \(B,\)"):
         _ = read.norms
+
+
+def test_a_model_of_one_weight_beside_its_decay() -> None:
+    """What is applied to data stays the examples' where nothing else could be."""
+    model, x = nn.Linear(4, 1, bias=False).double(), torch.randn(6, 4).double()
+    losses = lambda: (model(x)[:, 0] - 1).square()  # noqa: E731
+    loss = losses().mean() + model.weight.square().sum()
+    with pergrad.reading(loss, model, 6, rest=True) as read:
+        loss.backward()
+    want = naive.norms(naive.loop_grads(losses() / 6, model))
+    assert_agrees(read.norms, want, want)
+    hidden = model(x)
+    loss = (hidden - 1).square().mean() + hidden.abs().mean()
+    with pergrad.reading(loss, model, 6) as read:
+        loss.backward()
+    want = naive.norms(naive.loop_grads((losses() + model(x)[:, 0].abs()) / 6, model))
+    assert_agrees(read.norms, want, want)
 
 
 def test_summands_that_are_examples() -> None:

@@ -56,14 +56,45 @@ def take_apart(graph: Graph) -> Trunk:
     trunk = Trunk()
     _descend(graph, graph.root[0], graph.root[1], 1.0, trunk)
     if len(trunk.terms) + len(trunk.others) > 1:
-        known = _from_data(graph)
-        alone = [
-            t for t in trunk.terms
-            if not any(known[graph.edges[t.node][k][0]] for k in t.inputs)
-        ]  # fmt: skip
+        alone = _alone(graph, trunk)
         trunk.terms = [t for t in trunk.terms if t not in alone]
         trunk.others += [t.node for t in alone]
     return trunk
+
+
+def _alone(graph: Graph, trunk: Trunk) -> list[Term]:
+    """Terms whose rows are not known to be made of data.
+
+    Nor are those of a constant matrix times one weight, beside another term that is: the loss is
+    no different from a smoothness penalty's, unless data that it is made of are seen elsewhere.
+    """
+    known = _from_data(graph)
+    starts = {t.node: [graph.edges[t.node][k][0] for k in t.inputs] for t in trunk.terms}
+    starts |= {i: [child for child, _ in graph.edges[i] if child >= 0] for i in trunk.others}
+    of_data = {i: _cone(graph, s) for i, s in starts.items() if any(known[child] for child in s)}
+    alone = [t for t in trunk.terms if t.node not in of_data]
+    for term in trunk.terms:
+        rows = of_data.get(term.node)
+        if rows is None or term.op in ("nll_loss", "nll_loss2d"):  # classes are of examples
+            continue
+        leaves = [i for i in rows if nodes.leaf_variable(graph.nodes[i]) is not None]
+        applied = any(traits(graph.op(i)).looks_up for i in rows) or any(known[i] for i in leaves)
+        rivals = [other for i, other in of_data.items() if i != term.node]
+        inner = {i for i in rows if known[i]}
+        if rivals and len(leaves) == 1 and not applied and not inner & set().union(*rivals):
+            alone.append(term)
+    return alone
+
+
+def _cone(graph: Graph, starts: list[int]) -> set[int]:
+    """These nodes and all below, whether or not a parameter was asked for there."""
+    found, stack = set(starts), list(starts)
+    while stack:
+        for child, _ in graph.edges[stack.pop()]:
+            if child >= 0 and child not in found:
+                found.add(child)
+                stack.append(child)
+    return found
 
 
 def _from_data(graph: Graph) -> list[bool]:
