@@ -13,8 +13,6 @@ Owns: the ways and the record.
 Does not know: models (`workloads`), turns (`training`), how a table is written (`tables`).
 """
 
-import argparse
-import json
 import sys
 import tempfile
 import time
@@ -205,30 +203,13 @@ def _check(name: str, processes: dict[str, Process]) -> float:
     return error
 
 
+def _said(record: dict[str, Any]) -> str:
+    share, used = (record[n]["median"] for n in ("of_opacus", "processor_of_opacus"))
+    return f"; {share:.3f} of Opacus's time, {used:.3f} of its processor time"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--workloads", nargs="+", default=WORKLOADS, metavar="WORKLOAD")
-    parser.add_argument("--seconds", type=float, default=80, help="for each workload, about")
-    parser.add_argument("--rounds", type=int, default=15, help="at most")
-    parser.add_argument("--tiny", action="store_true", help="the size that tests use")
-    parser.add_argument("--add", action="store_true", help="keep the record's other workloads")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for the JSON")
-    args = parser.parse_args()
-    path = args.out / "private.json"
-    records = json.loads(path.read_text())["workloads"] if args.add and path.exists() else []
-    for workload in workloads.chosen(list(args.workloads)):
-        record = measure(workload, args.seconds, args.rounds, tiny=args.tiny)
-        records = [r for r in records if r["workload"] != workload.name] + [record]
-        words = ", ".join(f"{w} {r['ratio']['median']:.3f}" for w, r in record["ways"].items())
-        share, used = (record[n]["median"] for n in ("of_opacus", "processor_of_opacus"))
-        print(
-            f"{workload.name:<12} {words}; {share:.3f} of Opacus's time, {used:.3f} of its "
-            "processor time",
-            flush=True,
-        )
-        harness.save("private", {"workloads": records}, args.out)
+    training.command("private", __doc__, WORKLOADS, measure, _said)
 
 
 if __name__ == "__main__":

@@ -222,25 +222,36 @@ def _check(name: str, first: dict[str, dict[str, Any]]) -> float:
     return largest
 
 
-def main() -> None:
+def command(
+    name: str,
+    doc: str,
+    names: tuple[str, ...],
+    measured: Callable[..., dict[str, Any]],
+    said: Callable[[dict[str, Any]], str] = lambda record: "",
+) -> None:
+    """Measure the workloads asked for, say what was found, and save it under this name."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workloads", nargs="+", default=WORKLOADS, metavar="WORKLOAD")
+    parser.add_argument("--workloads", nargs="+", default=names, metavar="WORKLOAD")
     parser.add_argument("--seconds", type=float, default=80, help="for each workload, about")
     parser.add_argument("--rounds", type=int, default=15, help="at most")
     parser.add_argument("--tiny", action="store_true", help="the size that tests use")
     parser.add_argument("--add", action="store_true", help="keep the record's other workloads")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for the JSON")
     args = parser.parse_args()
-    path = args.out / "training.json"
+    path = args.out / f"{name}.json"
     records = json.loads(path.read_text())["workloads"] if args.add and path.exists() else []
     for workload in workloads.chosen(list(args.workloads)):
-        record = measure(workload, args.seconds, args.rounds, tiny=args.tiny)
+        record = measured(workload, args.seconds, args.rounds, tiny=args.tiny)
         records = [r for r in records if r["workload"] != workload.name] + [record]
         words = ", ".join(f"{w} {r['ratio']['median']:.3f}" for w, r in record["ways"].items())
-        print(f"{workload.name:<12} {words}", flush=True)
-        harness.save("training", {"workloads": records}, args.out)
+        print(f"{workload.name:<12} {words}{said(record)}", flush=True)
+        harness.save(name, {"workloads": records}, args.out)
+
+
+def main() -> None:
+    command("training", __doc__, WORKLOADS, measure)
 
 
 if __name__ == "__main__":

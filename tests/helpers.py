@@ -3,22 +3,35 @@
 import importlib
 import random
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pergrad.factors.constants import Constants
 from pergrad.factors.methods import choice
 from pergrad.factors.methods.choice import Method
 
+Made = tuple[Callable[[], Tensor], nn.Module]  # losses, and of which model
+
 # "Agrees" in float64. 1e-9 is far above rounding (2e-16 times the ops and sums on the way) and far
 # below anything that a wrong row, sign or missing term could hide in.
 TOLERANCE = 1e-9
+
+
+def made(make: Callable[[], Made], dtype: torch.dtype = torch.float64) -> Made:
+    """What it makes, in this dtype and the same every time."""
+    before = torch.get_default_dtype()
+    torch.manual_seed(1)
+    torch.set_default_dtype(dtype)
+    try:
+        return make()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def assert_agrees(

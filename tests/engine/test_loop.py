@@ -8,13 +8,12 @@ import naive
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_agrees, assert_rows_agree
+from helpers import Made, assert_agrees, assert_rows_agree, made
 from torch import Tensor, nn
 
 import pergrad
 
 B = 6
-Made = tuple[Callable[[], Tensor], nn.Module]
 
 
 def batch_norms() -> Made:
@@ -80,21 +79,11 @@ EACH = pytest.mark.parametrize("make", MODELS)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
-def _made(make: Callable[[], Made], dtype: torch.dtype = torch.float64) -> Made:
-    before = torch.get_default_dtype()
-    torch.manual_seed(1)
-    torch.set_default_dtype(dtype)
-    try:
-        return make()
-    finally:
-        torch.set_default_dtype(before)
-
-
 @DTYPES
 @EACH
 @pytest.mark.parametrize("chunk_bytes", [None, 1, 3000])
 def test_every_verb(make: Callable[[], Made], dtype: torch.dtype, chunk_bytes: int | None) -> None:
-    losses, model = _made(make, dtype)
+    losses, model = made(make, dtype)
     G = naive.loop_grads(losses(), model)
     norms = naive.norms(G)
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
@@ -126,7 +115,7 @@ def test_every_verb(make: Callable[[], Made], dtype: torch.dtype, chunk_bytes: i
 @EACH
 def test_no_warning_of_what_was_asked_for(make: Callable[[], Made]) -> None:
     """Least of all one of a missing rule for an op that the user has never heard of."""
-    losses, model = _made(make)
+    losses, model = made(make)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pergrad.norms(losses(), model, on_mixing="exact")
@@ -134,7 +123,7 @@ def test_no_warning_of_what_was_asked_for(make: Callable[[], Made]) -> None:
 
 @EACH
 def test_the_price_before_it_is_paid(make: Callable[[], Made]) -> None:
-    losses, model = _made(make)
+    losses, model = made(make)
     assert f'Examples interact: with on_mixing="exact" the mixed parameters cost up to {B} ' in str(
         pergrad.explain(losses(), model)
     )
@@ -145,7 +134,7 @@ def test_at_most_one_pass_for_each_loss(
     make: Callable[[], Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plain passes from the losses, and rows of batched ones; and two rows that are compared."""
-    losses, model = _made(make)
+    losses, model = made(make)
     real, rows = torch.autograd.grad, []
 
     def counted(outputs: Any, inputs: Any, seeds: Any = None, **more: Any) -> Any:
@@ -163,7 +152,7 @@ def test_at_most_one_pass_for_each_loss(
 
 
 def test_a_batched_pass_that_is_wrong_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    losses, model = _made(dense_batch_norms)
+    losses, model = made(dense_batch_norms)
     norms = naive.norms(naive.loop_grads(losses(), model))
     real, batched = torch.autograd.grad, []
 
@@ -186,7 +175,7 @@ def test_rounding_is_not_compared(
     size: float, believed: bool, noisy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One parameter holds nothing but noise of this size beside the others, in one of two ways."""
-    losses, model = _made(dense_batch_norms)
+    losses, model = made(dense_batch_norms)
     bias = model[0].bias  # before a batch norm: its gradient is 0
     norms = naive.norms(naive.loop_grads(losses(), model))
     real, batched, plain = torch.autograd.grad, [], []
@@ -213,7 +202,7 @@ def test_a_wrong_value_beside_rounding_is_not_believed(
     wrong: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The plain way to a bias before a batch norm gives rounding, the batched one more."""
-    losses, model = _made(dense_batch_norms)
+    losses, model = made(dense_batch_norms)
     norms = naive.norms(naive.loop_grads(losses(), model))
     real, batched = torch.autograd.grad, []
 
@@ -233,7 +222,7 @@ def test_a_wrong_value_beside_rounding_is_not_believed(
 
 def test_users_code_sees_no_batched_tensor() -> None:
     """A hook and a Function are called once for each loss, with that loss's gradient."""
-    losses, model = _made(dense_batch_norms)
+    losses, model = made(dense_batch_norms)
     seen: list[Tensor] = []
 
     class Noting(torch.autograd.Function):
@@ -259,7 +248,7 @@ def test_users_code_sees_no_batched_tensor() -> None:
 
 @pytest.mark.parametrize("make", MODELS[:-1])  # torch differentiates no sparse gradient
 def test_differentiable(make: Callable[[], Made]) -> None:
-    losses, model = _made(make)
+    losses, model = made(make)
     params = list(model.parameters())
     got = pergrad.norms(losses(), model, on_mixing="exact", create_graph=True).square().sum()
     rows = [torch.autograd.grad(loss, params, create_graph=True) for loss in losses()]

@@ -8,7 +8,7 @@ import naive
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import assert_agrees, assert_rows_agree
+from helpers import Made, assert_agrees, assert_rows_agree, made
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -16,7 +16,6 @@ import pergrad
 from pergrad.engine import run as engine
 
 R, K = 4, 3  # rows of data, and losses for each
-Made = tuple[Callable[[], Tensor], nn.Module]
 
 
 def _images() -> tuple[nn.Module, Tensor]:
@@ -85,16 +84,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 EXACT: dict[str, Any] = {"on_mixing": "exact"}
 
 
-def _made(make: Callable[[], Made], dtype: torch.dtype = torch.float64) -> Made:
-    before = torch.get_default_dtype()
-    torch.manual_seed(1)
-    torch.set_default_dtype(dtype)
-    try:
-        return make()
-    finally:
-        torch.set_default_dtype(before)
-
-
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many losses every backward pass from the losses, or row of a batched one, was for."""
@@ -111,7 +100,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @DTYPES
 @EACH
 def test_every_verb(make: Callable[[], Made], dtype: torch.dtype) -> None:
-    losses, model = _made(make, dtype)
+    losses, model = made(make, dtype)
     G = naive.loop_grads(losses(), model)
     norms = naive.norms(G)
     tolerance = 1e-9 if dtype == torch.float64 else 1e-4
@@ -145,7 +134,7 @@ def test_every_verb(make: Callable[[], Made], dtype: torch.dtype) -> None:
 
 @EACH
 def test_one_pass_for_each_loss_of_a_row(make: Callable[[], Made], passes: list[int]) -> None:
-    losses, model = _made(make)
+    losses, model = made(make)
     pergrad.norms(losses(), model, **EXACT)  # layouts are measured, and the parts found
     passes.clear()
     pergrad.norms(losses(), model, check_layout="once", **EXACT)
@@ -154,7 +143,7 @@ def test_one_pass_for_each_loss_of_a_row(make: Callable[[], Made], passes: list[
 
 @EACH
 def test_no_warning_of_what_was_asked_for(make: Callable[[], Made]) -> None:
-    losses, model = _made(make)
+    losses, model = made(make)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pergrad.norms(losses(), model, **EXACT)
@@ -162,7 +151,7 @@ def test_no_warning_of_what_was_asked_for(make: Callable[[], Made]) -> None:
 
 def test_a_warning_of_what_was_not() -> None:
     """It names the first place where losses meet, the price and how to do without."""
-    losses, model = _made(outputs)
+    losses, model = made(outputs)
     want = naive.norms(naive.loop_grads(losses(), model))
     told = r"3 losses depend on each row(.|\n)*`addmm` of module `6`(.|\n)*3 backward passes"
     with pytest.warns(
@@ -171,14 +160,14 @@ def test_a_warning_of_what_was_not() -> None:
         got = pergrad.norms(losses(), model)
     assert len(caught) == 1
     assert_agrees(got, want, want)
-    losses, model = _made(outputs_first)
+    losses, model = made(outputs_first)
     with pytest.warns(pergrad.FallbackWarning, match=r"`losses\.view\(3, 4\)\.sum\(0\)`"):
         pergrad.norms(losses(), model)
 
 
 @pytest.mark.parametrize("make", [heads, tokens])
 def test_the_refusal_names_the_price(make: Callable[[], Made]) -> None:
-    losses, model = _made(make)
+    losses, model = made(make)
     told = r"`losses\.view\(4, 3\)\.sum\(1\)`(.|\n)*on_mixing=\"exact\"(.|\n)*3 backward passes"
     with pytest.raises(pergrad.MixedExamplesError, match=told):
         pergrad.norms(losses(), model)
@@ -186,7 +175,7 @@ def test_the_refusal_names_the_price(make: Callable[[], Made]) -> None:
 
 @EACH
 def test_explain_names_the_price_and_what_to_do(make: Callable[[], Made]) -> None:
-    losses, model = _made(make)
+    losses, model = made(make)
     summed = "losses.view(3, 4).sum(0)" if make is outputs_first else "losses.view(4, 3).sum(1)"
     table = pergrad.explain(losses(), model)
     assert f"`{summed}`" in table.price
@@ -199,7 +188,7 @@ def test_explain_names_the_price_and_what_to_do(make: Callable[[], Made]) -> Non
 
 def test_explain_names_the_price_of_the_loop() -> None:
     """Where a hook wants to see each loss's gradient alone."""
-    losses, model = _made(outputs)
+    losses, model = made(outputs)
     model[0].weight.register_hook(lambda g: None)
     assert "one backward pass for each loss: 12 passes" in pergrad.explain(losses(), model).price
 
@@ -207,7 +196,7 @@ def test_explain_names_the_price_of_the_loop() -> None:
 @EACH
 def test_a_hook_is_called_once_for_each_loss(make: Callable[[], Made], passes: list[int]) -> None:
     """Never with the gradient of several: there are no parts, and one loop for all parameters."""
-    losses, model = _made(make)
+    losses, model = made(make)
     p = next(model.parameters())
     seen: list[Tensor] = []
     p.register_hook(lambda g: seen.append(g.clone()) or 2 * g)
@@ -245,11 +234,11 @@ def test_weights_that_are_functions_of_parameters(
     ).double()  # fmt: skip
     x = torch.randn(2 * size, 3, dtype=torch.float64)
     twice = {name: 2 * p for name, p in net.named_parameters()}
-    for made in (
+    for forward in (
         lambda: net(x).sum(1),
         lambda: torch.func.functional_call(net, twice, (x,)).sum(1),
     ):
-        losses = made()
+        losses = forward()
         want = naive.norms(naive.loop_grads(losses, net))
         for other in ("loop", "_by_parts"):
             monkeypatch.setattr(engine, other, None)
@@ -289,7 +278,7 @@ def test_parts_of_two_where_ops_are_large(
 
 @EACH
 def test_differentiable(make: Callable[[], Made]) -> None:
-    losses, model = _made(make)
+    losses, model = made(make)
     params = list(model.parameters())
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         got = pergrad.norms(losses(), model, create_graph=True, **EXACT).square().sum()
@@ -304,7 +293,7 @@ def test_differentiable(make: Callable[[], Made]) -> None:
 
 
 def test_the_graph_is_kept_on_request_only() -> None:
-    losses, model = _made(outputs)
+    losses, model = made(outputs)
     values = losses()
     first = pergrad.norms(values, model, retain_graph=True, **EXACT)
     assert torch.equal(pergrad.norms(values, model, **EXACT), first)

@@ -5,7 +5,6 @@ way.
 Does not know: how such a pass is run, what is said of it, rules, factors.
 """
 
-from collections.abc import Iterable
 from math import prod
 
 from pergrad.engine.places import place_of
@@ -43,12 +42,12 @@ def _below_meetings(graph: Graph, plan: Plan) -> tuple[str, ...]:
         for i, leads in enumerate(graph.leads)
     ]
     descents = sum(
-        sum(sizes[i] for i in _below(graph, [way.start[0]]) & _above(graph, way.target[0]))
+        sum(sizes[i] for i in graph.below([way.start[0]]) & _above(graph, way.target[0]))
         for way in ways
     )
     if 2 * descents < sum(sizes):
         return ()
-    reached = _below(graph, [slot[0] for slot in slots])
+    reached = graph.below(slot[0] for slot in slots)
     return tuple(name for (i, _), name in graph.targets.items() if i in reached)
 
 
@@ -57,18 +56,6 @@ def first_meeting(graph: Graph, plan: Plan) -> str:
     first = min(meetings(graph, plan))
     above = max((i for i, below in enumerate(graph.edges) if first in below), default=first[0])
     return f"first at the op `{graph.op(above)}` {place_of(graph, above)}"
-
-
-def _below(graph: Graph, starts: Iterable[int]) -> set[int]:
-    """Nodes that are reached from these, and these."""
-    reached = set(starts)
-    stack = list(reached)
-    while stack:
-        for child in graph.children(stack.pop()):
-            if child not in reached:
-                reached.add(child)
-                stack.append(child)
-    return reached
 
 
 def _above(graph: Graph, index: int) -> set[int]:

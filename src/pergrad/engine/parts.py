@@ -37,7 +37,7 @@ class Parts:
 
     def beats_loop(self, *, small: bool) -> bool:
         """Whether passes for parts take less than a loop; `small`: one of many losses at once."""
-        return self.each >= (_LEAST_SMALL if small else _LEAST)
+        return self.each >= _LEAST_SMALL or not small
 
     def slices(self) -> list[slice]:
         """The losses of each part."""

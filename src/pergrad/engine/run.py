@@ -123,10 +123,10 @@ def run(
         looped = _looped(graph, hooked.looped)
         met = below_meetings(graph, plan)
         # else what gradients meet in may be a function of parameters alone
-        if met and (_mixed(losses, graph, plan, options) or parted()):
+        mixed = bool(met) and _mixed(losses, graph, plan, options)
+        if mixed or (met and parted()):
             parts = served()
             if told is not None:
-                mixed = _mixed(losses, graph, plan, options)
                 told.price = price_of_meetings(graph, plan, parts, mixed=mixed)
             else:
                 apart = planned(losses, params, parts, options.check_layout)

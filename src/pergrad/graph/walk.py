@@ -114,13 +114,15 @@ class Graph:
             (edge, layout.owner.shape, _pattern(layout)) for edge, layout in self.starts.items()
         )
 
-    def below(self, starts: Iterable[int]) -> set[int]:
-        """Nodes that are reached from these, and these."""
+    def below(self, starts: Iterable[int], *, everything: bool = False) -> set[int]:
+        """Nodes that are reached from these, and these; `everything`: not only those that lead to a
+        requested parameter.
+        """
         found = set(starts)
         stack = list(found)
         while stack:
-            for child in self.children(stack.pop()):
-                if child not in found:
+            for child, _ in self.edges[stack.pop()]:
+                if child >= 0 and child not in found and (everything or self.leads[child]):
                     found.add(child)
                     stack.append(child)
         return found

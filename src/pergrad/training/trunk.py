@@ -71,7 +71,10 @@ def _alone(graph: Graph, trunk: Trunk) -> list[Term]:
     known = _from_data(graph)
     starts = {t.node: [graph.edges[t.node][k][0] for k in t.inputs] for t in trunk.terms}
     starts |= {i: [child for child, _ in graph.edges[i] if child >= 0] for i in trunk.others}
-    of_data = {i: _cone(graph, s) for i, s in starts.items() if any(known[child] for child in s)}
+    of_data = {
+        i: graph.below(s, everything=True)
+        for i, s in starts.items() if any(known[child] for child in s)
+    }  # fmt: skip
     alone = [t for t in trunk.terms if t.node not in of_data]
     for term in trunk.terms:
         rows = of_data.get(term.node)
@@ -84,17 +87,6 @@ def _alone(graph: Graph, trunk: Trunk) -> list[Term]:
         if rivals and len(leaves) == 1 and not applied and not inner & set().union(*rivals):
             alone.append(term)
     return alone
-
-
-def _cone(graph: Graph, starts: list[int]) -> set[int]:
-    """These nodes and all below, whether or not a parameter was asked for there."""
-    found, stack = set(starts), list(starts)
-    while stack:
-        for child, _ in graph.edges[stack.pop()]:
-            if child >= 0 and child not in found:
-                found.add(child)
-                stack.append(child)
-    return found
 
 
 def _from_data(graph: Graph) -> list[bool]:
