@@ -17,7 +17,7 @@ from killing import Examples, job, losses
 from torch import Tensor, nn
 
 import pergrad
-from pergrad.scans.runners import ray as on_ray
+from pergrad.scans.runners import ray_workers
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def cluster() -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that is busy with other things is no reason for a warning here."""
-    monkeypatch.setattr(on_ray, "PATIENCE", 3600.0)
+    monkeypatch.setattr(ray_workers, "PATIENCE", 3600.0)
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_a_worker_killed_in_the_middle_costs_its_block(
 def test_a_block_that_kills_is_set_aside_and_the_others_are_scored(
     cluster: str, tmp_path: Path, deaths: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(on_ray, "DEATHS", 2)
+    monkeypatch.setattr(ray_workers, "DEATHS", 2)
     expected = locally(job(Examples(30)), tmp_path / "local").table()
     killing = job(Examples(30, at=21, times=2, deaths=deaths))
     with (
@@ -175,7 +175,7 @@ def test_workers_that_die_while_they_load_end_the_scan(cluster: str, tmp_path: P
 def test_a_job_that_kills_every_time_ends_early(
     cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaths: Path
 ) -> None:
-    monkeypatch.setattr(on_ray, "DEATHS", 1)
+    monkeypatch.setattr(ray_workers, "DEATHS", 1)
     data = Examples(8, at=0, times=9, deaths=deaths)
     with (
         pytest.warns(pergrad.WorkerWarning, match="set aside"),
@@ -202,9 +202,9 @@ import dataclasses, os, signal, sys
 from pathlib import Path
 import pergrad, pytest, ray
 from killing import Examples, job
-from pergrad.scans.runners import ray as on_ray
+from pergrad.scans.runners import ray_workers
 
-on_ray.PATIENCE = 3600.0
+ray_workers.PATIENCE = 3600.0
 def losses(model, x):  # of the script itself
     return model(x).square().sum(1)
 scored = dataclasses.replace(job(Examples(6)), losses=losses)
@@ -310,8 +310,8 @@ def test_workers_that_find_no_room_are_waited_for(
         said.append(message)
         ray.kill(hog)
 
-    monkeypatch.setattr(on_ray, "PATIENCE", 0.1)
-    monkeypatch.setattr(on_ray._Run, "_say", say)
+    monkeypatch.setattr(ray_workers, "PATIENCE", 0.1)
+    monkeypatch.setattr(ray_workers.Workers, "_say", say)
     assert on_workers(job(Examples(5)), tmp_path, 1).complete
     assert len(said) == 1
     assert "No worker of Ray has started" in said[0]
@@ -351,7 +351,7 @@ def test_arguments_that_make_no_sense_on_ray(cluster: str, tmp_path: Path) -> No
     with pytest.raises(pergrad.UsageError, match=r"workers is 0(.|\n)*at least 1"):
         on_workers(job(Examples(5)), tmp_path / "b", 0)
     with pytest.raises(pergrad.UsageError, match=r"no GPU(.|\n)*Leave device out"):
-        on_ray._plan(ray, 1, "cuda")
+        ray_workers.plan(ray, 1, "cuda")
 
 
 class Nodes:
@@ -367,15 +367,15 @@ class Nodes:
 def test_a_worker_for_each_gpu_or_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
     two = Nodes({"CPU": 8.0, "GPU": 2.0}, {"CPU": 4.0})
-    crew = on_ray._plan(two, None, None)
+    crew = ray_workers.plan(two, None, None)
     assert (crew.workers, crew.gpus, crew.device) == (2, 1, "cuda")
-    assert on_ray._plan(two, 1, "cuda:1").device == "cuda"  # the only one that a worker sees
-    crew = on_ray._plan(two, None, "cpu")
+    assert ray_workers.plan(two, 1, "cuda:1").device == "cuda"  # the only one that a worker sees
+    crew = ray_workers.plan(two, None, "cpu")
     assert (crew.workers, crew.gpus, crew.cpus, crew.threads) == (12, 0, 1, 1)
-    assert on_ray._plan(two, 3, "cpu").threads == 4
-    assert on_ray._plan(Nodes({"CPU": 2.0}, {"CPU": 2.0}), 1, None).threads == 2  # one node's
-    assert on_ray._plan(Nodes({"CPU": 32.0}), 2, None).threads == 6  # as here
-    assert on_ray._plan(Nodes({"CPU": 1.0}), 5, None).threads == 1
+    assert ray_workers.plan(two, 3, "cpu").threads == 4
+    assert ray_workers.plan(Nodes({"CPU": 2.0}, {"CPU": 2.0}), 1, None).threads == 2  # one node's
+    assert ray_workers.plan(Nodes({"CPU": 32.0}), 2, None).threads == 6  # as here
+    assert ray_workers.plan(Nodes({"CPU": 1.0}), 5, None).threads == 1
 
 
 def test_absent_ray_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,6 +385,6 @@ def test_absent_ray_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_worker_without_pergrad_is_told_what_to_install() -> None:
-    error = on_ray._not_there("No module named 'pergrad'")
+    error = ray_workers.not_there("No module named 'pergrad'")
     assert "No module named 'pergrad'. Install what is missing" in str(error)
     assert "runtime_env" in str(error)

@@ -19,7 +19,6 @@ import torch
 
 from pergrad.errors import UsageError
 from pergrad.matrix import GradientMatrix
-from pergrad.scans.job import Job
 from pergrad.scans.work import Work
 
 # What decides how products are rounded, the general before the special; not all of it is in every
@@ -96,21 +95,26 @@ class Numerics:
                 setattr(attrgetter(place)(torch), flag, value)
 
 
-def packed(work: Work, cloudpickle: ModuleType) -> bytes:
-    """The bytes of a job and all that goes with it; what its parts share stays shared.
+def packed(value: Any, parts: Mapping[str, Any], cloudpickle: ModuleType) -> bytes:
+    """The bytes of what a worker is sent; what its parts share stays shared.
 
     torch.save and not plain pickle: it keeps tensors that share memory together, and the other side
-    can say on which device they land. Without the job's `show`, which workers have no use for.
+    can say on which device they land.
+
+    Args:
+        value: all of it.
+        parts: what the user knows of it, by the name that it has for them.
+        cloudpickle: Ray's.
+
+    Raises:
+        UsageError: it cannot be sent.
     """
-    work = replace(work, job=replace(work.job, show=None))
-    parts = {"job": work.job, "settings": work.settings}
-    parts |= {f"against[{r.name!r}]": r.value for r in work.references}
-    parts |= {f"checkpoints[{p.name!r}]": p.checkpoint.source for p in work.checkpoints}
-    with _by_value(_only_here(work.job), cloudpickle):
+    with _by_value(_only_here(parts), cloudpickle):
         try:
-            return _saved(work, cloudpickle)
+            return _saved(value, cloudpickle)
         except Exception as error:  # whatever an object's own __reduce__ or __getstate__ raises
-            path, culprit, reason = _culprit(parts, cloudpickle) or ("job", work.job, error)
+            default = next(iter(parts.items()))
+            path, culprit, reason = _culprit(parts, cloudpickle) or (*default, error)
             kind = type(culprit)
             raise UsageError(
                 f"`{path}` ({kind.__module__}.{kind.__qualname__}) cannot be sent to another "
@@ -121,8 +125,8 @@ def packed(work: Work, cloudpickle: ModuleType) -> bytes:
             ) from error
 
 
-def unpacked(content: bytes) -> Work:
-    """The work again; tensors from a GPU land on this process's first, or in plain memory."""
+def unpacked(content: bytes) -> Any:
+    """What was sent; tensors from a GPU land on this process's first, or in plain memory."""
     # Not weights_only: the job is code, sent by the process that started this one.
     return torch.load(io.BytesIO(content), map_location=_landing, weights_only=False)
 
@@ -184,13 +188,14 @@ def _inside(value: Any) -> dict[str, Any]:
     return {f".{name}": item for name, item in getattr(value, "__dict__", {}).items()}
 
 
-def _only_here(job: Job) -> set[str]:
-    """Modules of a job's classes and functions that another process cannot import."""
+def _only_here(parts: Mapping[str, Any]) -> set[str]:
+    """Modules of classes and functions that another process cannot import."""
     names: set[str] = set()
-    for part in _inside(job).values():
+    for part in [*parts.values(), *(each for p in parts.values() for each in _inside(p).values())]:
         for thing in (part, *_inside(part).values()):
             names |= {getattr(each, "__module__", None) or "" for each in (thing, type(thing))}
-    names |= {type(module).__module__ for module in job.model.modules()}
+        if isinstance(part, torch.nn.Module):
+            names |= {type(module).__module__ for module in part.modules()}
     return {name for name in names if name in sys.modules and not _importable(name)}
 
 
