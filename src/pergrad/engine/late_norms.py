@@ -19,7 +19,7 @@ from torch import Tensor
 from pergrad.engine.user_state import Held
 from pergrad.factors import Factor, Placed
 from pergrad.factors.guard import Again
-from pergrad.factors.numeric import bytes_of, reading_waits, tracing
+from pergrad.factors.numeric import bytes_of, flat, reading_waits, tracing
 from pergrad.factors.workspace import limit
 
 Add = Callable[[Tensor], None]
@@ -138,16 +138,16 @@ def within_range(squares: Tensor, factor: Factor) -> Tensor:
             return squares
     elif torch.equal(squares.clamp(_LEAST, _MOST), squares):  # NaN equals nothing
         return squares
-    rows = (~((squares >= _LEAST) & (squares <= _MOST))).nonzero()[:, 0]
-    part = factor.select(rows)
-    if part.multilinear:  # a hinge's loss has many gradients that are simply zero
+    outside = ~((squares >= _LEAST) & (squares <= _MOST))
+    rows, part = outside.nonzero()[:, 0], factor.select(outside)
+    if part.multilinear:  # solved examples have gradients that are simply zero, in every parameter
         alive = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         for tensor in part.tensors():
-            if tensor.is_floating_point():
-                alive &= (tensor != 0).unsqueeze(-1).flatten(1).any(1)
+            if tensor.is_floating_point() and tensor.numel():
+                alive &= torch.linalg.vector_norm(flat(tensor), float("inf"), dim=1) != 0
+                if not alive.any():
+                    return squares
         rows, part = rows[alive], part.select(alive)
-    if not len(rows):
-        return squares
     again = part.to(dtype=torch.float64).sq_norms()
     return squares.double().index_copy(0, rows, again)
 

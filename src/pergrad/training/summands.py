@@ -6,6 +6,7 @@ Does not know: gradients.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,22 +167,56 @@ def _words(term: Term, examples: int) -> str:
 def _by_example(term: Term, layout: Layout, examples: int, loss: Tensor) -> Tensor:
     """(B,): the sum of each example's elements, times the factor."""
     assert term.values is not None
-    values = term.values()
-    total = _summed(values, _row_owner(term, layout), examples)
+    total = _summed(term.values(), _owners(term, layout), examples)
     return (total * term.factor).to(torch.promote_types(loss.dtype, torch.float32))
 
 
-def _row_owner(term: Term, layout: Layout) -> Tensor:
-    owner = layout.owner
+@dataclass(frozen=True, slots=True)
+class _Owners:
+    """The example of each row of a term."""
+
+    owner: Tensor
+    memo: dict[Any, Any]  # the layout's: what was worked out from it
+    name: str
+
+    def each(self, shape: torch.Size, examples: int) -> int | None:
+        """How many values each example has, if they lie in order; None if they do not."""
+        key = "each", self.name, shape, examples
+        if key not in self.memo:
+            self.memo[key] = _in_order(self.owner.expand(shape).reshape(-1), examples)
+        return self.memo[key]
+
+    def all_rows(self, shape: tuple[int, ...], examples: int, device: torch.device) -> Tensor:
+        """(B,): how many values each example has."""
+        key = "rows", self.name, shape, examples, device
+        if key not in self.memo:
+            ones = torch.ones(1, dtype=torch.float64, device=device).expand(shape)
+            self.memo[key] = _summed(ones, self, examples)
+        return self.memo[key].clone()
+
+
+def _in_order(owners: Tensor, examples: int) -> int | None:
+    each, left = divmod(len(owners), examples) if examples else (0, 1)
+    ideal = None if left else torch.arange(examples, device="cpu").repeat_interleave(each)
+    return each if ideal is not None and torch.equal(ideal, owners.cpu()) else None
+
+
+def _owners(term: Term, layout: Layout) -> _Owners:
+    owner, rows = layout.owner, False
     if term.op.startswith(("nll", "multi")):  # a value for each row, not for each class
-        owner = owner[:, 0] if owner.dim() > 1 else owner
-    return owner
+        rows = owner.dim() > 1
+        owner = owner[:, 0] if rows else owner
+    return _Owners(owner, layout.memo, "rows" if rows else "elements")
 
 
-def _summed(values: Tensor, owner: Tensor, examples: int) -> Tensor:
+def _summed(values: Tensor, owners: _Owners, examples: int) -> Tensor:
     """(B,): the values of each example, summed in float32 or better."""
-    owner = owner.to(values.device).expand(values.shape).reshape(-1)
     wide = torch.promote_types(values.dtype, torch.float32)
+    each = owners.each(values.shape, examples)
+    if each is not None:
+        values = values.reshape(examples, each)
+        return values[:, 0].to(wide) if each == 1 else values.sum(1, dtype=wide)
+    owner = owners.owner.to(values.device).expand(values.shape).reshape(-1)
     total = values.new_zeros(examples + 1, dtype=wide)
     rows = torch.where(owner < 0, examples, owner)
     return total.index_add(0, rows, values.reshape(-1).to(wide))[:examples]
@@ -192,14 +227,13 @@ def _counts(
 ) -> tuple[Tensor, Tensor]:
     """(B,), how many rows each example has that count; and what one row's loss is multiplied by."""
     chosen = next((k for k, term in enumerate(terms) if term.counted is not None), 0)
-    term, owner = terms[chosen], _row_owner(terms[chosen], layouts[chosen])
+    term, owners = terms[chosen], _owners(terms[chosen], layouts[chosen])
     with torch.no_grad():
         if term.counted is not None:
-            counted = term.counted().to(torch.float64)
+            tokens = _summed(term.counted().to(torch.float64), owners, examples)
         else:
             shape = term.shape[:1] if term.op.startswith("multi") else term.shape
-            counted = torch.ones(1, dtype=torch.float64, device=loss.device).expand(shape)
-        tokens = _summed(counted, owner, examples)
+            tokens = owners.all_rows(shape, examples, loss.device)
         unit = torch.as_tensor(term.factor, dtype=torch.float64, device=loss.device)
         if term.mean:
             unit = unit / tokens.sum().clamp(min=1)
@@ -227,7 +261,8 @@ def _apart(graph: Graph, trunk: Trunk) -> None:
         UnsupportedError: it does.
     """
     starts = [graph.edges[i][k][0] for i, k in graph.starts or ()]
-    here, there = _below(graph, starts), _below(graph, trunk.others)
+    here = graph.below(starts, everything=True)
+    there = graph.below(trunk.others, everything=True)
     for i in sorted(there & here):
         if graph.leads[i] and not graph.pure[i]:
             raise UnsupportedError(
@@ -236,14 +271,3 @@ def _apart(graph: Graph, trunk: Trunk) -> None:
                 "cannot be told apart in one pass. Give it a backward pass of its own, or take "
                 "`pergrad.norms` of the losses (B,) before."
             )
-
-
-def _below(graph: Graph, start: list[int]) -> set[int]:
-    seen = set(start)
-    stack = list(start)
-    while stack:
-        for child, _ in graph.edges[stack.pop()]:
-            if child >= 0 and child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return seen
