@@ -102,7 +102,7 @@ examples: $(STAMP)  ## run the examples on digits, Fashion-MNIST and Shakespeare
 
 # Three of the peers ask for packages that they do not need here, and that cannot be imported next to
 # a CPU build of torch. A peer that is missing shows in the tables as missing.
-bench: $(STAMP) browser  ## measure the costs against everyone else's, and write tables and plots (45 minutes, on an idle machine)
+bench: $(STAMP) browser  ## measure the costs against everyone else's, and write tables and plots (an hour, on an idle machine)
 	$(PIP) install --quiet -c constraints.txt -e '.[dev,bench]'
 	$(PIP) install --quiet --no-deps backpack-for-pytorch==1.7.1 torchjd==0.18.0 dattri==0.3.0
 	$(BIN)/python benchmarks/run.py
@@ -110,6 +110,8 @@ bench: $(STAMP) browser  ## measure the costs against everyone else's, and write
 	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/private.py
+	$(BIN)/python benchmarks/one_process.py
+	$(BIN)/python benchmarks/worst.py
 	$(BIN)/python benchmarks/scan.py
 	$(BIN)/python benchmarks/parts.py
 	$(BIN)/python benchmarks/report.py

@@ -168,6 +168,26 @@ def _worst(record: dict[str, Any]) -> str:
     )
 
 
+def _one_process(record: dict[str, Any]) -> str:
+    """pergrad and the plain step with one allocator."""
+    rows = [
+        [
+            case["title"],
+            f"{case['milliseconds']['plain']['median']:.2f} ms",
+            _share(case["share"]),
+            "" if case["target"] is None else f"{case['target']:.2f}",
+        ]
+        for case in record["cases"].values()
+    ]
+    return (
+        "### In one process\n\nAs a user has them: pergrad and the plain step in turns in one "
+        "process, with the allocator as torch leaves it. A compiled model's share is that of its "
+        "own compiled step.\n\n"
+        f"{_table(['', 'plain step', 'pergrad, in plain steps', 'aimed at'], rows)}\n\n"
+        f"{_machine(record)}."
+    )
+
+
 def _parts(record: dict[str, Any]) -> str:
     """What many parts cost."""
     writing, opened = record["writing_milliseconds"], record["open_seconds"]
@@ -390,6 +410,9 @@ def full(records: dict[str, Record], imported: Record | None, scaling: Record | 
     scanned = read_other("scan")
     if scanned:
         parts.append(_scan(scanned))
+    shared = read_other("one_process")
+    if shared:
+        parts.append(_one_process(shared))
     worst = read_other("worst")
     if worst:
         parts.append(_worst(worst))
@@ -446,6 +469,13 @@ def missed(records: dict[str, Record], imported: Record | None, *, claim: bool) 
             for r in trained["workloads"]
             for name, way in r["ways"].items()
             if way["bound"] is not None and way["ratio"]["median"] > way["bound"]
+        ]
+    shared = read_other("one_process")
+    if not claim and shared:
+        found += [
+            f"in one process, {case['title']}: {case['share']['median']:.2f} ({case['target']:.2f})"
+            for case in shared["cases"].values()
+            if case["target"] is not None and case["share"]["median"] > case["target"]
         ]
     private = read_other("private")
     if not claim and private:

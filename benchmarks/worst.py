@@ -10,10 +10,7 @@ Owns: the turns and the record. The models are in slow.py.
 """
 
 import argparse
-import statistics
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +19,8 @@ import torch
 import harness
 import pergrad
 from slow import KINDS, Kind
+from turns import turn
 
-BRIEF_SECONDS = 0.1  # shorter ones are repeated within a turn
 LOOP_SECONDS = 6.0  # a loop that has taken so long in all takes no more turns
 
 
@@ -58,7 +55,7 @@ def measured(kind: Kind, rounds: int, *, tiny: bool) -> dict[str, Any]:
         for name, call in (("plain", plain), ("pergrad", ours), ("loop", loop)):
             if name == "loop" and sum(seconds[name]) > LOOP_SECONDS:
                 continue
-            seconds[name].append(_turn(call))
+            seconds[name].append(turn(call))
     in_steps = [b / a for a, b in zip(seconds["plain"], seconds["pergrad"], strict=True)]
     in_loops = [b / a for a, b in zip(seconds["loop"], seconds["pergrad"], strict=False)]
     return {
@@ -69,16 +66,6 @@ def measured(kind: Kind, rounds: int, *, tiny: bool) -> dict[str, Any]:
         "plain_steps": harness.Spread.of(in_steps).record(3),
         "loops": harness.Spread.of(in_loops).record(4),
     }
-
-
-def _turn(call: Callable[[], object]) -> float:
-    """Seconds of one repetition: the median, after one that is not counted, where it is brief."""
-    times: list[float] = []
-    while not times or (sum(times) < BRIEF_SECONDS and len(times) < 20):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:] or times)
 
 
 def main() -> None:

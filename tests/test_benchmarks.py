@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import against as against_checkouts  # noqa: E402
 import child  # noqa: E402
 import harness  # noqa: E402
+import one_process  # noqa: E402
 import plots  # noqa: E402
 import printed  # noqa: E402
 import private  # noqa: E402
@@ -420,6 +422,30 @@ def test_slow_kinds_agree_with_the_loop(tmp_path: Path) -> None:
     wrong = slow.Kind("wrong", lambda tiny: _never_the_same(), {"on_mixing": "exact"})
     with pytest.raises(SystemExit, match="wrong: error"):
         worst.measured(wrong, 1, tiny=True)
+
+
+def test_one_process_has_pergrad_and_the_plain_step(tmp_path: Path) -> None:
+    """Each in small, with a backend that takes no minute; what is not the loop's is no record."""
+    command = [sys.executable, ROOT / "benchmarks" / "one_process.py", "--tiny", "--rounds", "2"]
+    some = ["small", "direction-mlp", "clip-resnet", "compiled-gpt"]
+    options = ["--backend", "aot_eager", "--out", tmp_path]
+    subprocess.run([*command, *options, "--only", *some[:2]], check=True, timeout=300)
+    subprocess.run([*command, *options, "--add", "--only", *some[2:]], check=True, timeout=300)
+    record = json.loads((tmp_path / "one_process.json").read_text())
+    assert list(record["cases"]) == some
+    for found in record["cases"].values():
+        assert found["share"]["runs"] == 2
+        assert found["share"]["median"] > 0
+        assert f"| {found['title']} | " in tables._one_process(record)
+    wrong = one_process.CASES["small"]
+    with pytest.raises(SystemExit, match=r"4-32-2, B=32: error"):
+        one_process.measured(replace(wrong, build=_other_each_time), 1, tiny=True)
+
+
+def _other_each_time(tiny: bool) -> Any:
+    """A model whose loss is another one at each call."""
+    step = one_process.CASES["small"].build(tiny)
+    return replace(step, loss=lambda call, x, y: call(x + torch.randn_like(x)).sum(1))
 
 
 def _never_the_same() -> Any:
