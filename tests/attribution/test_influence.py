@@ -494,7 +494,7 @@ def test_blocks_of_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for i, how in enumerate(({}, {"curvature": fit}, {"method": "kernel"}, {"top": 3})):
         want = pergrad.influence(task, queries, tmp_path / f"one{i}", **how)
         with monkeypatch.context() as patch:
-            patch.setattr("pergrad.attribution.influence.MOST_QUERY_BYTES", 1)
+            patch.setattr("pergrad.attribution.queries.MOST_QUERY_BYTES", 1)
             got = pergrad.influence(task, queries, tmp_path / f"many{i}", **how)
         assert got.manifest["blocks"] == [[0, 1], [1, 2], [2, 3]]
         assert same_pairs(got, want) >= 15

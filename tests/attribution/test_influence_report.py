@@ -80,7 +80,7 @@ def test_ends_are_those_of_the_matrix_over_files_and_blocks(
     limit: str, value: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ranking, limit, value)
-    monkeypatch.setattr("pergrad.attribution.influence.MOST_QUERY_BYTES", 1)
+    monkeypatch.setattr("pergrad.attribution.queries.MOST_QUERY_BYTES", 1)
     found = asked(tmp_path / "found", batch_size=3)
     assert len(found.manifest["blocks"]) == 3
     assert len(list((tmp_path / "found").glob("pairs1-*"))) == 4

@@ -33,18 +33,18 @@ from pergrad.attribution.folder import Folder, differences, tensors_from_bytes, 
 from pergrad.attribution.found import WHAT, Influence
 from pergrad.attribution.gauss_newton import Curvature, Refining, lengths
 from pergrad.attribution.progress import tell
-from pergrad.attribution.queries import Queries, queries_of
+from pergrad.attribution.queries import Queries, most_bytes, queries_of
 from pergrad.engine.run import PassOptions
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
 from pergrad.factors.numeric import bytes_of
-from pergrad.factors.workspace import chunks, free_bytes, limit
+from pergrad.factors.workspace import chunks, limit
+from pergrad.matrices import concatenate
 from pergrad.matrix import GradientMatrix
 from pergrad.scans.checkpoints import of_its_own, weights_kept
 from pergrad.scans.job import Job
 from pergrad.scans.scorer import prepared
 
-MOST_QUERY_BYTES = 2**32
 BATCHES_PER_CHECKPOINT = 16  # between two of which other weights are put into the model
 
 
@@ -266,10 +266,7 @@ class _Run:
 
     def _blocks(self) -> list[list[int]]:
         """Queries that are held together."""
-        count = len(self.queries)
-        home = next(iter(self.batches.params.values())).device
-        free = free_bytes(home)
-        budget = MOST_QUERY_BYTES if free is None else min(MOST_QUERY_BYTES, free // 4)
+        count, budget = len(self.queries), most_bytes(self.batches.params)
         if self.what.formed:
             size = bytes_of(self.batches.params.values())
             each = size * (6 if self.what.refine else 2)
@@ -320,8 +317,9 @@ class _Run:
         return list(both.values())
 
     def _held(self, rows: range) -> list[Any]:
-        """For each checkpoint the queries' gradients as factors, and their norms."""
+        """For each checkpoint the queries' gradients, as factors or formed, and their norms."""
         held = []
+        size = len(rows) * bytes_of(self.batches.params.values()) * len(self.what.rates)
         for c in range(len(self.what.rates)):
             self._put(c)
             known, self.all_queries = self.all_queries, None
@@ -331,8 +329,11 @@ class _Run:
                 matrices = list(self.queries.matrices(rows))
             if self.what.checkpoints:
                 matrices = [of_its_own(J, self._models) for J in matrices]
-            norms = torch.cat([J.norms() for J in matrices]) if self.what.cosine else None
-            held.append((matrices, norms))
+            K = concatenate(matrices)
+            norms = K.norms() if self.what.cosine else None
+            if size <= most_bytes(self.batches.params):
+                K = K._map(lambda factor: factor.met_by(self.batches.size))
+            held.append((K, norms))
         return held
 
     def _held_rows(self, rows: range) -> list[Any]:
@@ -400,8 +401,8 @@ class _Run:
         """(B, Q): inner products or cosines with factors."""
         if isinstance(held, Solved):
             return held.against(J)
-        matrices, norms = held
-        products = torch.cat([J @ K.T for K in matrices], 1)
+        K, norms = held
+        products = J @ K.T
         if not self.what.cosine:
             return products
         scale = J.norms()[:, None].to(products) * norms[None].to(products)
@@ -425,7 +426,7 @@ class _Run:
         if terms is None:
             return [Solved(fit, self.queries.matrices(rows))]
         inverse = fit.in_terms(terms)
-        return [([J.precondition(inverse) for J in self.queries.matrices(rows)], None)]
+        return [(concatenate([J.precondition(inverse) for J in self.queries.matrices(rows)]), None)]
 
     # --- with a curvature ------------------------------------------------------------------------
 

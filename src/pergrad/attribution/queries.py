@@ -1,10 +1,11 @@
 """What influence is asked about: queries, by their losses or by a measurement of their own.
 
-Owns: which sign a query's score has, and queries' gradients as factors or as directions.
+Owns: which sign a query's score has, queries' gradients as factors or as directions, and how much
+memory they may take.
 Does not know: training examples, curvature, files.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,8 +15,11 @@ from pergrad import api
 from pergrad.attribution.batches import Batch, Batches, batches_of
 from pergrad.engine.run import PassOptions
 from pergrad.errors import UsageError
+from pergrad.factors.workspace import free_bytes
 from pergrad.matrix import GradientMatrix
 from pergrad.scans.job import Job
+
+MOST_QUERY_BYTES = 2**32
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,12 @@ class Queries:
                 f"Query {batch.rows[int(bad[0, 0])]} has a gradient that is not finite, so it has "
                 "no influences. Take it out, or find out why (see `job.losses(job.model, batch)`)."
             )
+
+
+def most_bytes(params: Mapping[str, Tensor]) -> int:
+    """What the queries that are held together may take."""
+    free = free_bytes(next(iter(params.values())).device)
+    return MOST_QUERY_BYTES if free is None else min(MOST_QUERY_BYTES, free // 4)
 
 
 def queries_of(

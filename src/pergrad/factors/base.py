@@ -205,6 +205,13 @@ class Factor(ABC):
         """The same rows formed, if the norms form them anyway and they take no more memory."""
         return self
 
+    def met_by(self, others: int) -> "Factor":
+        """The same rows for `gram` with many batches of `others` rows, one after the other.
+
+        Formed, where each of these products would form them anew.
+        """
+        return self
+
     @property
     def smaller_formed(self) -> bool:
         """Whether the rows take no more memory than what is held."""

@@ -5,5 +5,6 @@ Does not know: ops.
 """
 
 from pergrad.factors.correlation.factor import Correlation
+from pergrad.factors.correlation.products import gram, gram_with_rows
 
-__all__ = ["Correlation"]
+__all__ = ["Correlation", "gram", "gram_with_rows"]

@@ -1,7 +1,7 @@
 """`Correlation`: weight gradients of convolutions, any number of dimensions, strided, grouped.
 
-Owns: patches, and the products that avoid holding them for the whole batch.
-Does not know: ops, the formulas of norms (`norms`).
+Owns: patches, and the products with a direction or weights that avoid holding them for the batch.
+Does not know: ops, the formulas of norms (`norms`) and of products of two factors (`products`).
 
 A transposed convolution is the same factor with its two tensors swapped.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pergrad.factors import costs
 from pergrad.factors.base import Factor
 from pergrad.factors.constants import Constants, constants
 from pergrad.factors.correlation import norms
@@ -31,7 +32,6 @@ from pergrad.factors.numeric import (
 )
 from pergrad.factors.outer import Outer
 from pergrad.factors.outer import norms as outer_norms
-from pergrad.factors.products import grams
 from pergrad.factors.workspace import by_chunks, chunks, limit, scratch
 from pergrad.kernels import Fused
 
@@ -351,6 +351,12 @@ class Correlation(Factor):
         rows = self.smaller_formed and self.norm_method in ("direct", "convolution")
         return Dense(self.dense()) if rows else self
 
+    def met_by(self, others: int) -> Factor:
+        """As of the `Outer` over its patches."""
+        _, T, p, d = self.sizes
+        method = costs.outer_gram_method(others, self.batch, T, T, p, d, by=self._costs)
+        return Dense(self.dense()) if method == "tiles" else self
+
     def _like(self, g: Tensor, x: Tensor) -> "Correlation":
         return Correlation(
             g,
@@ -379,13 +385,3 @@ class Correlation(Factor):
     def tensors(self) -> tuple[Tensor, ...]:
         """g and x."""
         return (self.g, self.x)
-
-
-@grams.register(Correlation, Correlation)
-def _gram(f: Correlation, h: Correlation) -> Tensor | None:
-    """Over all patches of both, laid out once instead of anew for each tile, if they fit."""
-    count = f.batch + (0 if h is f else h.batch)
-    if f._empty or h._empty or count * max(f.patch_bytes, h.patch_bytes) > limit(f.device):
-        return None
-    one = f.outer(slice(0, f.batch))
-    return one.gram(one if h is f else h.outer(slice(0, h.batch)))

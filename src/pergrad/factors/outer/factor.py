@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pergrad.factors import costs
 from pergrad.factors.base import Factor
 from pergrad.factors.constants import constants
 from pergrad.factors.dense import Dense
@@ -138,6 +139,13 @@ class Outer(Factor):
         """The rows, if the norms form them anyway and they are not larger."""
         rows = self.smaller_formed and self.norm_method == "direct"
         return Dense(self.dense()) if rows else self
+
+    def met_by(self, others: int) -> Factor:
+        """The rows, unless Grams of positions are less work than products with them."""
+        _, T, p, d = self.sizes
+        by = constants(self.device, self.dtype)
+        tiles = costs.outer_gram_method(others, self.batch, T, T, p, d, by=by) == "tiles"
+        return Dense(self.dense()) if tiles else self
 
     def absorb(self, chain: Isometry) -> Factor:
         """A view is another shape; a transposition swaps g and a, where the matrix is the whole."""

@@ -1,4 +1,4 @@
-"""Inner products of two `Outer` of equal sizes, row by row and all pairs; and with formed rows.
+"""Inner products of two `Outer` of equal sizes, row by row and all pairs.
 
 Owns: the two ways to take them (Gram of positions, or forming the gradients), and their guard.
 Does not know: other pairs of kinds.
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pergrad.factors import costs
 from pergrad.factors.constants import constants
-from pergrad.factors.dense import Dense
 from pergrad.factors.guard import KAPPA_LIMIT
 from pergrad.factors.numeric import product, row_dots, tracing
 from pergrad.factors.outer.factor import Outer
@@ -206,26 +205,3 @@ def tile_gram(f: Outer, h: Outer) -> Tensor:
                 H = product(h.g[:, group, :, span], h.a[:, group], f.dtype, buffers[1]).flatten(1)
             out = out + F @ H.mT
     return out
-
-
-@grams.register(Outer, Dense)
-def gram_with_dense(f: Outer, h: Dense) -> Tensor | None:
-    """(B, K): one position against formed rows, g' (H a), so that f is never formed.
-
-    None for more positions, for which forming them is less work.
-    """
-    N, T, p, d = f.sizes
-    if N != 1 or T != 1 or not f.aligned or 0 in (f.batch, h.batch, p, d):
-        return None
-    rows = h.dense().reshape(h.batch, p, d).to(f.dtype)
-    left, right = f.g[:, 0, 0].to(f.dtype), f.a[:, 0, 0].to(f.dtype)
-    if p > d:  # the wider side first: what is between is of the narrower
-        rows, left, right = rows.mT, right, left
-    known = rows.reshape(-1, rows.shape[2])  # (K * narrow, wide)
-
-    def piece(some: slice) -> Tensor:
-        between = (right[some] @ known.mT).unflatten(1, (h.batch, -1))
-        return (between @ left[some][:, :, None])[..., 0]
-
-    each = len(known) * f.dtype.itemsize
-    return by_chunks(f.batch, each, piece, like=f._zeros(0), tail=(h.batch,))
