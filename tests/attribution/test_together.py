@@ -1,4 +1,4 @@
-"""The ranks of torchrun estimate a curvature together."""
+"""The ranks of torchrun do one call of attribution together."""
 
 import json
 import os
@@ -11,86 +11,142 @@ import torch
 from attributing import job
 
 import pergrad
+from engines import KINDS, assert_same, options_of, queries, task
 from pergrad.scans.runners import torchrun as under_torchrun
 
 SCRIPT = """
 import json, os, sys
-from dataclasses import replace
 from pathlib import Path
 import torch
-import pergrad
+import engines, pergrad
 from attributing import job
-from pergrad.attribution import together
+from pergrad.attribution import ranking, together
 
 torch.set_num_threads(1)
-together.ROUND = 1
-rank, how = int(os.environ["RANK"]), json.loads(sys.argv[2])
-task = job(how["name"])
+together.MOST = 1
+ranking.SECONDS_BETWEEN_FILES = 0.0
+rank, out, how = int(os.environ["RANK"]), Path(sys.argv[1]), json.loads(sys.argv[2])
+mine = job(how.get("name", "perceptron"))
 if how.get("differ") and rank:
     with torch.no_grad():
-        task.model[0].weight.add_(1)
+        mine.model[0].weight.add_(1)
 if how.get("nan"):
-    task.data[7] = (task.data[7][0] * float("nan"), 0)
+    mine.data[7] = (mine.data[7][0] * float("nan"), 0)
+
+def fitted():
+    kind = how.get("kind", "ekfac")
+    return pergrad.curvature(mine, out / "fit", kind=kind, batch_size=2, engine="torchrun")
+
+def scored():
+    return [
+        pergrad.influence(mine, engines.queries(), out / kind, batch_size=2, engine="torchrun",
+                          **engines.options_of(kind, mine, fitted()))
+        for kind in how["kinds"]
+    ][-1]
+
+def full():  # the disk takes no more, after the first file
+    if rank == 0:
+        add = ranking.Folder.add
+        def fails(self, kind, first, *rest):
+            if first > 0:
+                raise pergrad.StoreError("no room")
+            return add(self, kind, first, *rest)
+        ranking.Folder.add = fails
+    return scored()
+
 try:
-    fit = pergrad.curvature(task, sys.argv[1], kind=how["kind"], batch_size=2, engine="torchrun")
-    said = f"{fit.examples} examples"
+    said = repr({"curvature": fitted, "influence": scored, "full": full}[how["call"]]())
 except pergrad.PergradError as error:
     said = f"{type(error).__name__}: {error}"
-Path(f"{sys.argv[1]}.said.{rank}").write_text(said)
+Path(f"{out}.said.{rank}").write_text(said)
 os._exit(0)
 """
 
 
-def torchrun(folder: Path, out: Path, **how: object) -> list[str]:
-    """What two ranks say."""
-    script = folder / "script.py"
+def torchrun(out: Path, call: str = "curvature", ranks: int = 2, **how: object) -> list[str]:
+    """What the ranks say."""
+    out.mkdir(exist_ok=True)
+    script = out.parent / "script.py"
     script.write_text(SCRIPT)
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(pergrad.__file__).parents[1])])
     inherited = {k: v for k, v in os.environ.items() if k not in under_torchrun.NEEDED}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         script, out, json.dumps(how)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         f"--nproc-per-node={ranks}", script, out, json.dumps({"call": call, **how})],
         env={**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True,
         text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return [Path(f"{out}.said.{rank}").read_text() for rank in range(2)]
+    return [Path(f"{out}.said.{rank}").read_text() for rank in range(ranks)]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("tied", "ekfac"), ("images", "shampoo")])
 def test_ranks_get_what_one_process_gets(name: str, kind: str, tmp_path: Path) -> None:
-    out = tmp_path / "fit"
-    assert torchrun(tmp_path, out, name=name, kind=kind) == ["11 examples"] * 2
-    task = job(name)
-    found = pergrad.curvature(task, out, kind=kind)  # type: ignore[arg-type]  # opens it
-    alone = pergrad.curvature(task, tmp_path / "alone", kind=kind)  # type: ignore[arg-type]
+    out = tmp_path / "out"
+    for told in torchrun(out, name=name, kind=kind):
+        assert told.startswith(f"Curvature ({kind}, labels all)")
+        assert "from 11 examples" in told
+    mine = job(name)
+    found = pergrad.curvature(mine, out / "fit", kind=kind)  # type: ignore[arg-type]  # opens it
+    alone = pergrad.curvature(mine, tmp_path / "alone", kind=kind)  # type: ignore[arg-type]
     for weight, block in alone.blocks.items():
         own = found.blocks[weight]
         torch.testing.assert_close(own.Lambda.sum(), block.Lambda.sum())
         if block.A is not None:
             torch.testing.assert_close(own.A, block.A)
             torch.testing.assert_close(own.S, block.S)
-    G = {n: torch.randn(3, *p.shape).double() for n, p in task.model.named_parameters()}
+    G = {n: torch.randn(3, *p.shape).double() for n, p in mine.model.named_parameters()}
     for n, part in alone.solve(G).items():
         torch.testing.assert_close(found.solve(G)[n], part, rtol=1e-5, atol=1e-6)
-    assert not list(out.glob("state-*"))
+    assert not list((out / "fit").glob("state-*"))
+
+
+def test_ranks_score_as_one_process_does(tmp_path: Path) -> None:
+    out, mine = tmp_path / "out", task()
+    said = torchrun(out, "influence", kinds=KINDS)
+    assert said[0] == said[1]
+    fit = pergrad.curvature(mine, out / "fit")  # opens it
+    for kind in KINDS:
+        alone = pergrad.influence(
+            mine, queries(), tmp_path / kind, batch_size=2, **options_of(kind, mine, fit)
+        )
+        assert_same(pergrad.Influence(out / kind), alone)
+
+
+def test_ranks_that_stop_are_gone_on_with_by_any_number(tmp_path: Path) -> None:
+    """The first run ends where the disk is full: an error on the leader is one on all."""
+    out, mine = tmp_path / "out", task()
+    first, second = torchrun(out, "full", kinds=["dots"])
+    assert first == "StoreError: no room"
+    assert second.startswith("WorkerError: Rank 0 has failed")
+    begun = list((out / "dots").glob("pairs0-*"))
+    assert len(begun) == 1
+    torchrun(out, "influence", 3, kinds=["dots"])
+    assert begun[0] in (out / "dots").glob("pairs0-*")
+    alone = pergrad.influence(mine, queries(), tmp_path / "alone", batch_size=2)
+    assert_same(pergrad.Influence(out / "dots"), alone)
 
 
 def test_ranks_that_differ(tmp_path: Path) -> None:
-    for told in torchrun(tmp_path, tmp_path / "fit", name="perceptron", kind="ekfac", differ=True):
-        assert told.startswith("UsageError: Rank 1 would estimate something else than rank 0:")
+    for told in torchrun(tmp_path / "out", differ=True):
+        assert told.startswith("UsageError: Rank 1 would compute something else than rank 0:")
         assert "weights_hash was" in told
         assert "Load the same weights" in told
 
 
 def test_an_error_on_one_rank_is_one_on_all(tmp_path: Path) -> None:
-    said = torchrun(tmp_path, tmp_path / "fit", name="perceptron", kind="ekfac", nan=True)
+    said = torchrun(tmp_path / "out", nan=True)
     assert sorted(each.split(":")[0] for each in said) == ["UsageError", "WorkerError"]
     assert all("Example 7 has a model output that is not finite" in each for each in said)
 
 
 def test_engines_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(pergrad.UsageError, match=r"engine is 'ray'; pass \"local\" or"):
-        pergrad.curvature(job("perceptron"), tmp_path, engine="ray")  # type: ignore[arg-type]
+    mine = job("perceptron")
+    with pytest.raises(pergrad.UsageError, match=r"engine is 'spark'; pass \"local\", \"ray\" or"):
+        pergrad.curvature(mine, tmp_path, engine="spark")  # type: ignore[arg-type]
+    with pytest.raises(pergrad.UsageError, match=r"workers is for engine=\"ray\".*Leave out"):
+        pergrad.influence(mine, mine.data, tmp_path, workers=2)
+    with pytest.raises(pergrad.UsageError, match=r"workers is 0; pass a positive number"):
+        pergrad.influence(mine, mine.data, tmp_path, engine="ray", workers=0)
     with pytest.raises(pergrad.UsageError, match=r"Start the script with `torchrun"):
-        pergrad.curvature(job("perceptron"), tmp_path / "fit", engine="torchrun")
+        pergrad.curvature(mine, tmp_path / "fit", engine="torchrun")

@@ -9,7 +9,7 @@ Does not know: what is summed (`estimate`), or what a fit does with gradients (`
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from os import PathLike
@@ -22,13 +22,12 @@ from pergrad import api
 from pergrad.attribution import estimate
 from pergrad.attribution.batches import (
     Batch,
-    Batches,
     batches_of,
     check_evaluating,
     check_job,
     described,
 )
-from pergrad.attribution.blocks import Block, blocks_of, check_block
+from pergrad.attribution.blocks import Block, blocks_of
 from pergrad.attribution.fit import DAMPING, Curved, Fit, check_damping
 from pergrad.attribution.folder import (
     Folder,
@@ -38,17 +37,18 @@ from pergrad.attribution.folder import (
 )
 from pergrad.attribution.likelihood import outputs_of, resolve_labels
 from pergrad.attribution.progress import tell
-from pergrad.attribution.together import Team
+from pergrad.attribution.summing import Summing, blocks_in
+from pergrad.attribution.together import Crew, Engine, by_batches, hired
 from pergrad.engine.run import PassOptions
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
-from pergrad.matrix import GradientMatrix
 from pergrad.scans.job import Job
 from pergrad.scans.model_state import prepared
-from pergrad.scans.runners.torchrun import ranks
+from pergrad.scans.runners.ray_workers import Words
 
 WHAT = "pergrad curvature"
 SECONDS_BETWEEN_STATES = 20.0
+WORDS = Words("estimation", "Make the same call again")
 PASSES = ("covariances", "eigenvalues")
 KINDS = ("kfac", "ekfac", "shampoo", "diagonal")
 
@@ -63,7 +63,9 @@ def curvature(
     batch_size: int | None = None,
     seed: int = 0,
     mode: Literal["eval", "as is"] = "eval",
-    engine: Literal["local", "torchrun"] = "local",
+    engine: Engine = "local",
+    workers: int | None = None,
+    address: str | None = None,
     **options: Unpack[PassOptions],
 ) -> Fit:
     """Estimate the curvature of the loss, to precondition gradients with.
@@ -87,8 +89,10 @@ def curvature(
         batch_size: how many examples go through the model at once; by default what memory allows.
         seed: of the labels drawn. An example's labels do not depend on its batch.
         mode: "eval" (dropout off, batch norm by its running statistics), or "as is".
-        engine: "local": this process. "torchrun": this call is made on every rank, and each takes
-            its share of the batches; the folder is on a disk that all of them see.
+        engine: "local": this process. "ray": workers of Ray. "torchrun": this call is made on every
+            rank, and the folder is on a disk that all of them see. See docs/scale-out.md.
+        workers: ray: how many (default one for each GPU; on the CPU one for each CPU).
+        address: ray: a cluster's address. Default: this machine.
         **options: on_mixing, check_layout, chunk_bytes, as in `pergrad.norms`.
 
     Returns:
@@ -98,7 +102,7 @@ def curvature(
         UsageError: an argument is wrong, or an example has numbers that are not finite.
         StoreError: the folder is about another model, data set or settings.
         MixedExamplesError, UnsupportedError: as in `pergrad.norms`.
-        WorkerError: another rank has failed or is gone.
+        WorkerError: workers of Ray or ranks were lost; what they had finished is kept.
         MissingExtraError: a package is missing; `pip install 'pergrad[attribution]'` brings it.
 
     Cost: for each example one forward pass, and a backward pass with the products of each layer's
@@ -135,72 +139,65 @@ def curvature(
             )
     elif labels is None and job.outputs is None:
         labels = "given"
-    if engine not in ("local", "torchrun"):
-        raise UsageError(f'engine is {engine!r}; pass "local" or "torchrun".')
     folder = Folder(out, WHAT)
     with ExitStack() as stack:
-        team = Team(stack.enter_context(ranks())) if engine == "torchrun" else None
-        if team is None or team.leads:
-            stack.enter_context(folder.locked())
-        stack.enter_context(prepared(job.model, mode))
-        check_evaluating(job)
-        batches = batches_of(job, batch_size, seed)
-        if team is not None:
-            batches = replace(batches, size=team.of_first(batches.size))
-        run = _Run(folder, batches, kind, options, team)
-        return run.fit(labels, damping, mode)
+        crew = stack.enter_context(hired(engine, workers, address, WORDS))
+        with crew.together():
+            if crew.leads:
+                stack.enter_context(folder.locked())
+            stack.enter_context(prepared(job.model, mode))
+            check_evaluating(job)
+            batches = batches_of(job, batch_size, seed)
+        batches = replace(batches, size=crew.of_first(batches.size))
+        with crew.together():
+            run = _Run(folder, Summing(batches, kind, labels, options), mode, crew)
+        crew.check_same({n: run.about[n] for n in ("scored", "settings")}, differences)
+        crew.lead(run.summing, mode, run.finish)
+        return run.fit(damping)
 
 
 class _Run:
     """One call of `curvature`, with the folder open."""
 
-    def __init__(
-        self,
-        folder: Folder,
-        batches: Batches,
-        kind: estimate.Kind,
-        options: PassOptions,
-        team: Team | None = None,
-    ) -> None:
-        self.team, self.writes = team, team is None or team.leads
-        self.folder, self.batches, self.kind, self.options = folder, batches, kind, options
-        self.params = batches.params
-        self.total = len(batches.job)
+    def __init__(self, folder: Folder, summing: Summing, mode: str, crew: Crew) -> None:
+        self.folder, self.summing, self.crew = folder, summing, crew
+        self.batches, self.kind = summing.batches, summing.kind
+        self.params, self.total = summing.params, len(summing.batches.job)
         self.last = time.monotonic()
-        self.first: GradientMatrix | None = None
-
-    def fit(self, labels: Any, damping: float, mode: str) -> Fit:
-        """What the folder has, or what is missing to it."""
         first = self.batches.at(range(min(self.batches.size, self.total)))
-        outputs = None if labels == "given" else outputs_of(self.batches, first)
-        self.labels = resolve_labels(labels, outputs)
-        about = self._about(mode)
-        if self.team is not None:
-            self.team.check_same(about, differences)
+        outputs = None if summing.labels == "given" else outputs_of(self.batches, first)
+        summing.labels = self.labels = resolve_labels(summing.labels, outputs)
+        self.about = self._about(mode)
+        self.first = first
+        self.tensors: dict[str, Tensor] | None = None
+
+    def finish(self) -> None:
+        """All that is missing to the folder."""
         old, done = self.folder.manifest(), self.folder.files("fit")
-        if self.team is not None:
-            self.team.wait()  # until all have seen what is there, before the first one writes
         if old is not None:
-            self._same(old, about)
-        self.blocks = (
-            [Block(**block_from_json(b)) for b in old["blocks"]] if old else self._blocks(first)
+            self._same(old, self.about)
+        self.about["blocks"] = (
+            old["blocks"] if old else [asdict(block) for block in self._blocks(self.first)]
         )
-        about["blocks"] = [asdict(block) for block in self.blocks]
-        self.estimators = [estimate.Estimator(block, self.kind) for block in self.blocks]
-        if old is None and self.writes:
-            self.folder.save_manifest({**about, "finished": False})
-        if done:
-            tensors = tensors_from_bytes(self.folder.read(done[-1][2]))
-        else:
-            tensors = self._estimated()
-        if self.writes:
-            if not done:
-                self.folder.add("fit", 0, self.total, tensors_to_bytes(tensors), "safetensors")
-                self.folder.save_manifest({**about, "finished": True})
-            for _, _, path in self.folder.files("state"):
-                path.unlink(missing_ok=True)
-        if self.team is not None:
-            self.team.wait()  # until it is written
+        blocks = blocks_in(self.about)
+        self.estimators = [estimate.Estimator(block, self.kind) for block in blocks]
+        if old is None:
+            self.folder.save_manifest({**self.about, "finished": False})
+        if not done:
+            self.tensors = self._estimated()
+            content = tensors_to_bytes(self.tensors)
+            self.folder.add("fit", 0, self.total, content, "safetensors")
+            self.folder.save_manifest({**self.about, "finished": True})
+        for _, _, path in self.folder.files("state"):
+            path.unlink(missing_ok=True)
+
+    def fit(self, damping: float) -> Fit:
+        """What the folder has."""
+        tensors = self.tensors
+        if tensors is None:
+            tensors = tensors_from_bytes(self.folder.read(self.folder.files("fit")[-1][2]))
+        if not self.crew.leads:
+            self.about["blocks"] = (self.folder.manifest() or {})["blocks"]
         shapes = {n: tuple(p.shape) for n, p in self.params.items()}
         curved = [
             Curved(block, **{
@@ -208,9 +205,9 @@ class _Run:
                 for part in ("Lambda", "left", "right", "A", "S")
                 if f"{part} {block.weight}" in tensors
             })
-            for block in self.blocks
+            for block in blocks_in(self.about)
         ]  # fmt: skip
-        return Fit(curved, shapes, about, self.folder.path, damping, self.batches.job)
+        return Fit(curved, shapes, self.about, self.folder.path, damping, self.batches.job)
 
     def _about(self, mode: str) -> dict[str, Any]:
         return {
@@ -222,7 +219,7 @@ class _Run:
                 "likelihood": self.batches.job.likelihood,
                 "seed": self.batches.seed,
                 "mode": mode,
-                "options": dict(self.options),
+                "options": dict(self.summing.options),
             },
         }
 
@@ -245,25 +242,11 @@ class _Run:
             )
 
     def _blocks(self, first: Batch) -> list[Block]:
-        losses, _ = next(self._losses(first, 0))
-        J = api.gradients(losses, self.params, **self.options)
+        losses, _ = next(self.summing.losses(first, 0))
+        J = api.gradients(losses, self.params, **self.summing.options)
         if self.labels == "given":
-            self.first = J  # the first batch's, which the first pass begins with
+            self.summing.first = J  # the first batch's, which the first pass begins with
         return blocks_of(J._factors)
-
-    def _losses(self, batch: Batch, stage: int) -> Iterator[tuple[Tensor, bool]]:
-        """The losses of each label, and whether it is the last."""
-        if self.labels == "given":
-            yield self.batches.losses(batch), True
-            return
-        outputs = outputs_of(self.batches, batch)
-        seed = 2 * self.batches.seed + stage  # fresh labels for the eigenvalues
-        each = outputs.losses(self.labels, batch.rows, seed)
-        now = next(each, None)
-        while now is not None:
-            after = next(each, None)
-            yield now, after is None
-            now = after
 
     @property
     def _draws(self) -> int:
@@ -275,15 +258,9 @@ class _Run:
         state, stage, begin = self._state()
         found: dict[str, Tensor] = {}
         if stage == 0:
-            sums = state or {
-                f"{i} {name}": value
-                for i, e in enumerate(self.estimators)
-                for name, value in e.empty_sides().items()
-            }
+            sums = state or self.summing.empty(self.estimators, 0)
             sums = self._pass(0, begin, sums) if self.kind != "diagonal" else sums
             state, begin = self._turned(sums), 0
-            if self.team is not None:
-                state = self.team.share(state)
         for i, e in enumerate(self.estimators):
             for part in ("left", "right", "A", "S"):
                 if f"{i} {part}" in state:
@@ -317,80 +294,20 @@ class _Run:
 
     def _pass(self, stage: int, begin: int, sums: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add all examples from `begin` on, and keep the state now and then."""
-        if self.team is not None:
-            return self._together(self.team, stage, begin, sums)
-        for batch in self.batches.over(range(begin, self.total)):
-            for J in self._matrices(batch, stage):
-                with J._working(), torch.no_grad():
-                    self._add(stage, sums, J, batch)
-            self._keep(stage, batch.rows.stop, sums)
-            tell(PASSES[stage], batch.rows.stop, self.total)
-        return sums
-
-    def _together(
-        self, team: Team, stage: int, begin: int, sums: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The same with the other ranks: each adds its share, and they add up what they have."""
-        size = self.batches.size
-        for starts, after in team.starts(begin, self.total, size):
-
-            def share(starts: range = starts) -> dict[str, Tensor]:
-                bases = {n: t for n, t in sums.items() if stage == 1 and not _added(n, stage)}
-                part = bases | {n: torch.zeros_like(t) for n, t in sums.items() if n not in bases}
-                for start in starts:
-                    batch = self.batches.at(range(start, min(start + size, self.total)))
-                    for J in self._matrices(batch, stage):
-                        with J._working(), torch.no_grad():
-                            self._add(stage, part, J, batch)
-                return {n: t for n, t in part.items() if n not in bases}
-
-            for n, t in team.summed(share).items():
-                sums[n] = sums[n] + t if n in sums else t
-            if self.writes:
-                self._keep(stage, after, sums)
-            tell(PASSES[stage], after, self.total)
-        return sums
-
-    def _matrices(self, batch: Batch, stage: int) -> Iterator[GradientMatrix]:
-        """The gradients of a batch for each label."""
-        if self.first is not None and stage == 0 and batch.rows.start == 0:
-            yield self.first
-            self.first = None
-            return
-        for losses, last in self._losses(batch, stage):
-            yield api.gradients(losses, self.params, retain_graph=not last, **self.options)
-
-    def _add(self, stage: int, sums: dict[str, Tensor], J: Any, batch: Batch) -> None:
-        factors = J._factors
-        for i, e in enumerate(self.estimators):
-            check_block(e.block, factors)
-            if stage == 0:
-                own = {
-                    n.split(" ", 1)[1]: t for n, t in sums.items() if n.split(" ", 1)[0] == str(i)
-                }
-                e.add_sides(own, factors)
-                sums |= {f"{i} {n}": t for n, t in own.items()}
-                good = all(bool(t.sum().isfinite()) for t in own.values())
-            else:
-                if not e.corrected:
-                    continue
-                bases = {s: sums[f"{i} {s}"] for s in ("left", "right") if f"{i} {s}" in sums}
-                squares = e.squares(factors, bases).to("cpu", torch.float64)
-                good = bool(squares.sum().isfinite())
-                sums[f"{i} Lambda"] += squares
-            if not good:
-                self._blame(e.block, J, batch)
-
-    def _blame(self, block: Block, J: Any, batch: Batch) -> None:
-        """Say which example's gradient is not finite."""
-        norms = J.norms()
-        bad = (~norms.isfinite()).nonzero()
-        at = f"Example {batch.rows[int(bad[0, 0])]}" if len(bad) else f"An example in {batch.rows}"
-        raise UsageError(
-            f"{at} has a gradient for `{block.weight}` that is not finite, and would spoil the "
-            "curvature of all. Nothing of this batch was kept: take the example out, or find out "
-            "why, and start again in another folder."
+        if begin == self.total:
+            return sums
+        bases = {n: t for n, t in sums.items() if stage == 1 and n.endswith((" left", " right"))}
+        self.summing.into = sums if self.crew.alone else None
+        step = by_batches(self.total - begin, self.batches.size)
+        each = self.crew.each(
+            PASSES[stage], self.about["blocks"], bases, [range(begin, self.total)], step
         )
+        for rows, part in each:
+            for n, t in part.items():
+                sums[n] = sums[n] + t if n in sums else t
+            self._keep(stage, rows.stop, sums)
+            tell(PASSES[stage], rows.stop, self.total)
+        return sums
 
     # --- going on --------------------------------------------------------------------------------
 
@@ -410,18 +327,3 @@ class _Run:
             return {}, 0, 0
         stage, after, path = files[-1]
         return tensors_from_bytes(self.folder.read(path)), stage, after
-
-
-def block_from_json(block: Mapping[str, Any]) -> dict[str, Any]:
-    """A block's fields as a manifest has them."""
-    steps = block["steps"]
-    return {
-        **block,
-        "source": tuple(block["source"]),
-        "steps": None if steps is None else tuple((k, tuple(how)) for k, how in steps),
-    }
-
-
-def _added(name: str, stage: int) -> bool:
-    """Whether a pass adds to what is kept under this name."""
-    return stage == 0 or name.endswith(" Lambda")

@@ -43,13 +43,17 @@ class Curvature:
             UsageError: the job has no outputs, or an example's numbers are not finite.
             UnsupportedError: an op's backward pass cannot be differentiated.
         """
-        total = {n: torch.zeros_like(v) for n, v in V.items()}
         examples = len(self.batches.job)
+        return {n: t / examples for n, t in self.over(range(examples), V).items()}
+
+    def over(self, rows: range, V: Rows) -> dict[str, Tensor]:
+        """N times what some neighbouring examples add to that."""
+        total = {n: torch.zeros_like(v) for n, v in V.items()}
         product = self._fisher if self.empirical else self._gauss_newton
-        for batch in self.batches.over(range(examples)):
+        for batch in self.batches.over(rows):
             for n, part in product(batch, V).items():
                 total[n] += part.to(total[n])
-        return {n: t / examples for n, t in total.items()}
+        return total
 
     def _fisher(self, batch: Any, V: Rows) -> dict[str, Tensor]:
         params = self.batches.params

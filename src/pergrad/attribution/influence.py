@@ -20,31 +20,32 @@ from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pergrad import api
 from pergrad.attribution import kernel, ranking, shown
-from pergrad.attribution.adam import step_cosines
-from pergrad.attribution.asking import Asked, asked
-from pergrad.attribution.basis import Solved
-from pergrad.attribution.batches import Batch, Batches, check_evaluating, check_job, described
+from pergrad.attribution.asking import asked
+from pergrad.attribution.batches import Batches, check_evaluating, check_job, described
 from pergrad.attribution.fit import Fit
 from pergrad.attribution.folder import Folder, differences, tensors_from_bytes, tensors_to_bytes
 from pergrad.attribution.found import WHAT, Influence
-from pergrad.attribution.gauss_newton import Curvature, Refining, lengths
+from pergrad.attribution.gauss_newton import Refining, lengths
 from pergrad.attribution.progress import tell
-from pergrad.attribution.queries import Queries, most_bytes, queries_of
+from pergrad.attribution.queries import most_bytes, queries_of
+from pergrad.attribution.scoring import Scoring
+from pergrad.attribution.together import Crew, Engine, by_batches, hired
 from pergrad.engine.run import PassOptions
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
 from pergrad.factors.numeric import bytes_of
-from pergrad.factors.workspace import chunks, limit
-from pergrad.matrices import concatenate
-from pergrad.matrix import GradientMatrix
-from pergrad.scans.checkpoints import of_its_own, weights_kept
+from pergrad.factors.workspace import chunks
+from pergrad.scans.checkpoints import weights_kept
 from pergrad.scans.job import Job
+from pergrad.scans.runners.ray_workers import Words
 from pergrad.scans.scorer import prepared
 
+IDENTITY = ("scored", "asked", "curvature", "settings")  # of a manifest: what it is about
+WORDS = Words("computation of influences", "Make the same call again")
 BATCHES_PER_CHECKPOINT = 16  # between two of which other weights are put into the model
 
 
@@ -67,6 +68,9 @@ def influence(
     batch_size: int | None = None,
     seed: int = 0,
     mode: Literal["eval", "as is"] = "eval",
+    engine: Engine = "local",
+    workers: int | None = None,
+    address: str | None = None,
     **options: Unpack[PassOptions],
 ) -> Influence:
     """Score every training example for every query: how much does it help, or harm?
@@ -113,6 +117,10 @@ def influence(
             Scores do not depend on it.
         seed: of random numbers drawn while an example is fetched.
         mode: "eval" (dropout off, batch norm by its running statistics), or "as is".
+        engine: "local": this process. "ray": workers of Ray. "torchrun": this call is made on every
+            rank, and the folder is on a disk that all of them see. See docs/scale-out.md.
+        workers: ray: how many (default one for each GPU; on the CPU one for each CPU).
+        address: ray: a cluster's address. Default: this machine.
         **options: on_mixing, check_layout, chunk_bytes, as in `pergrad.norms`.
 
     Returns:
@@ -122,6 +130,7 @@ def influence(
         UsageError: an argument is wrong, or an example's numbers are not finite.
         StoreError: the folder is about another model, data set or settings.
         MixedExamplesError, UnsupportedError: as in `pergrad.norms`.
+        WorkerError: workers of Ray or ranks were lost; what they had finished is kept.
         MissingExtraError: a package is missing; `pip install 'pergrad[attribution]'` brings it.
 
     Cost: a forward and a backward pass for each training example and checkpoint, and products with
@@ -147,29 +156,39 @@ def influence(
                  terms)  # fmt: skip
     folder = Folder(out, WHAT)
     with ExitStack() as stack:
-        stack.enter_context(folder.locked())
-        jobs = [job, *([queries] if isinstance(queries, Job) else [])]
-        jobs += [what.fit.job] if what.fit is not None else []
-        models = {id(each.model): each.model for each in jobs}
-        for model in models.values():
-            stack.enter_context(prepared(model, mode))
-        for each in jobs:
-            check_evaluating(each)
-        batches = Batches(job, 1, seed)
-        about = queries_of(job, queries, show, batch_size, seed, options)
-        if what.fit is not None:
-            what.check_weights(job)
-            what.check_weights(about.batches.job)
-        own = tuple(each.apart(list(models.values())) for each in what.checkpoints)
-        what = replace(what, checkpoints=own)
-        batches = Batches(job, batch_size or about.batches.size, seed)
-        run = _Run(folder, batches, about, what, options)
-        if what.checkpoints:
-            stack.enter_context(weights_kept(list(models.values())))
-        run.finish(mode)
-        found = Influence(out)
-        shown.remember(folder, found, job, about.batches.job)
-    return found
+        crew = stack.enter_context(hired(engine, workers, address, WORDS))
+        with crew.together():
+            if crew.leads:
+                stack.enter_context(folder.locked())
+            jobs = [job, *([queries] if isinstance(queries, Job) else [])]
+            jobs += [what.fit.job] if what.fit is not None else []
+            models = {id(each.model): each.model for each in jobs}
+            for model in models.values():
+                stack.enter_context(prepared(model, mode))
+            for each in jobs:
+                check_evaluating(each)
+            asking = queries_of(job, queries, show, batch_size, seed, options)
+            if what.fit is not None:
+                what.check_weights(job)
+                what.check_weights(asking.batches.job)
+            own = tuple(each.apart(list(models.values())) for each in what.checkpoints)
+            what = replace(what, checkpoints=own)
+            if what.checkpoints:
+                stack.enter_context(weights_kept(list(models.values())))
+        size = crew.of_first(asking.batches.size)
+        asking = replace(asking, batches=replace(asking.batches, size=size))
+        scoring = Scoring(Batches(job, size, seed), asking, what, options)
+        run = _Run(folder, scoring, crew)
+        with crew.together():
+            about = run.about(mode)
+        crew.check_same({n: about[n] or {} for n in IDENTITY}, differences)
+
+        def lead() -> None:
+            run.finish(about)
+            shown.remember(folder, Influence(out), job, asking.batches.job)
+
+        crew.lead(scoring, mode, lead)
+        return Influence(out)
 
 
 class _Run:
@@ -178,23 +197,20 @@ class _Run:
     def __init__(
         self,
         folder: Folder,
-        batches: Batches,
-        queries: Queries,
-        what: Asked,
-        options: PassOptions,
+        scoring: Scoring,
+        crew: Crew,
     ) -> None:
-        self.folder, self.batches, self.queries = folder, batches, queries
-        self.what, self.options = what, options
-        self.total = len(batches.job)
-        self.all_queries: GradientMatrix | None = None  # if known, as factors
-        self.dtype = api.result_dtype(batches.params)
+        self.folder, self.scoring, self.crew = folder, scoring, crew
+        self.batches, self.queries, self.what = scoring.batches, scoring.queries, scoring.what
+        self.total = len(scoring.batches.job)
+        self.dtype = api.result_dtype(scoring.batches.params)
         # 1/N of the data that the curvature is of, whichever examples are scored with it
-        count = what.fit.examples if what.fit is not None else 1
-        self.scale = queries.sign / count
+        fit = self.what.fit
+        count = fit.examples if fit is not None else 1
+        self.scale = self.queries.sign / count
 
-    def finish(self, mode: str) -> None:
+    def finish(self, about: dict[str, Any]) -> None:
         """All that is missing to the folder."""
-        about = self._about(mode)
         old = self.folder.manifest()
         if old is not None:
             self._same(old, about)
@@ -221,13 +237,13 @@ class _Run:
 
     # --- what it is about ------------------------------------------------------------------------
 
-    def _about(self, mode: str) -> dict[str, Any]:
+    def about(self, mode: str) -> dict[str, Any]:
         data = self.queries.sign > 0
         settings = self.what.settings() | {
             "queries": "data set" if data else "job",
             "seed": self.batches.seed,
             "mode": mode,
-            "options": dict(self.options),
+            "options": dict(self.scoring.options),
         }
         return {
             "scored": described(self.batches.job),
@@ -250,7 +266,7 @@ class _Run:
     def _same(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
         differ = [
             f"{name}: {each}"
-            for name in ("scored", "asked", "curvature", "settings")
+            for name in IDENTITY
             for each in differences(old[name] or {}, new[name] or {})
         ]
         near = 1e-3 if self.dtype == torch.float32 else 1e-6
@@ -272,7 +288,7 @@ class _Run:
             each = size * (6 if self.what.refine else 2)
         else:
             J = next(self.queries.matrices(range(min(count, self.queries.batches.size))))
-            self.all_queries = J if len(J) == count and not self.what.checkpoints else None
+            self.scoring.all_queries = J if len(J) == count and not self.what.checkpoints else None
             each = bytes_of(J._unique_tensors()) // len(J) * max(1, len(self.what.checkpoints))
         return [[s.start, s.stop] for s in chunks(count, each, budget)]
 
@@ -283,18 +299,9 @@ class _Run:
         if self.what.method == "kernel":
             self._kernel(k, rows)
             return None
-        if self.what.refine:
-            V, residuals = self._solved(k, rows)
-            self._stream(self._keeper(k, rows), lambda: [V], self._with_rows, rows)
-            return residuals
-        if self.what.fit is not None:
-            held = self._preconditioned
-            self._stream(self._keeper(k, rows), lambda: held(rows), self._with, rows)
-            return None
-        by_adam = bool(self.what.adam)
-        held, compare = (self._held_rows, self._adam) if by_adam else (self._held, self._with)
-        self._stream(self._keeper(k, rows), lambda: held(rows), compare, rows)
-        return None
+        V, residuals = self._solved(k, rows) if self.what.refine else ({}, None)
+        self._stream(self._keeper(k, rows), rows, V, self.scale)
+        return residuals
 
     def _keeper(self, k: int, rows: range) -> ranking.Keeper:
         if self.what.top is None:
@@ -305,128 +312,22 @@ class _Run:
     def _numpy(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    def _put(self, c: int) -> None:
-        """A checkpoint's weights, into the models of the job and of the queries."""
-        if self.what.checkpoints:
-            for model in self._models:
-                self.what.checkpoints[c].put(model)
-
-    @property
-    def _models(self) -> list[nn.Module]:
-        both = {id(j.model): j.model for j in (self.batches.job, self.queries.batches.job)}
-        return list(both.values())
-
-    def _held(self, rows: range) -> list[Any]:
-        """For each checkpoint the queries' gradients, as factors or formed, and their norms."""
-        held = []
-        size = len(rows) * bytes_of(self.batches.params.values()) * len(self.what.rates)
-        for c in range(len(self.what.rates)):
-            self._put(c)
-            known, self.all_queries = self.all_queries, None
-            if known is not None and len(known) == len(rows):
-                matrices = [known]
-            else:
-                matrices = list(self.queries.matrices(rows))
-            if self.what.checkpoints:
-                matrices = [of_its_own(J, self._models) for J in matrices]
-            K = concatenate(matrices)
-            norms = K.norms() if self.what.cosine else None
-            if size <= most_bytes(self.batches.params):
-                K = K._map(lambda factor: factor.met_by(self.batches.size))
-            held.append((K, norms))
-        return held
-
-    def _held_rows(self, rows: range) -> list[Any]:
-        """For each checkpoint the queries' gradients, formed."""
-        held = []
-        for c in range(len(self.what.rates)):
-            self._put(c)
-            held.append(self.queries.rows(rows))
-        return held
-
     def _stream(
-        self,
-        keeper: ranking.Keeper,
-        held: Callable[[], list[Any]],
-        compare: Callable[[GradientMatrix, Any, int], Tensor],
-        rows: range,
+        self, keeper: ranking.Keeper, rows: range, given: dict[str, Tensor], scale: float
     ) -> None:
         """Every training example that is missing, past the queries."""
-        begin = keeper.next
-        if begin == self.total:
+        if keeper.next == self.total:
             return
-        queries, rates = held(), self.what.rates
-        several = len(rates) > 1
-        step = self.batches.size * (BATCHES_PER_CHECKPOINT if several else 1)
-        if not several:
-            self._put(0)
-        for first in range(begin, self.total, step):
-            stretch = range(first, min(first + step, self.total))
-            scores = torch.zeros((len(stretch), len(rows)), dtype=torch.float64)
-            for c, rate in enumerate(rates):
-                if several:
-                    self._put(c)
-                for batch in self.batches.over(stretch):
-                    J = self._gradients(batch)
-                    found = compare(J, queries[c], c).detach().cpu().double()
-                    self._check(found, J, batch, rows)
-                    scores[batch.rows.start - first : batch.rows.stop - first] += rate * found
-            keeper.add((self.scale * scores).to(self.dtype).numpy())
+        left = range(keeper.next, self.total)
+        unit, step = self.scoring.batches.size, by_batches(len(left), self.scoring.batches.size)
+        if len(self.what.rates) > 1:  # other weights are put into the model not too often
+            unit = unit * BATCHES_PER_CHECKPOINT
+            step = by_batches(len(left), unit, 1)
+        each = self.crew.each("scores", [rows.start, rows.stop], given, [left], step)
+        for stretch, found in each:
+            keeper.add((scale * found["scores"]).to(self.dtype).numpy())
             tell(f"queries {rows.start} to {rows.stop - 1}", stretch.stop, self.total)
         keeper.flush()
-
-    def _gradients(self, batch: Batch) -> GradientMatrix:
-        return api.gradients(self.batches.losses(batch), self.batches.params, **self.options)
-
-    def _check(self, scores: Tensor, J: GradientMatrix, batch: Batch, rows: range) -> None:
-        bad = (~scores.isfinite()).nonzero()
-        if not len(bad):
-            return
-        i, q = bad[0].tolist()
-        if bool(J[i : i + 1].norms().isfinite().all()):
-            raise UsageError(
-                f"Query {rows.start + q} has a gradient that is not finite or too large to be "
-                f"multiplied with that of example {batch.rows[i]}, so it has no influences. Take "
-                "it out, or find out why (see `job.losses(job.model, batch)`)."
-            )
-        raise UsageError(
-            f"Example {batch.rows[i]} has a gradient that is not finite, so it has no influence. "
-            "What came before is kept: take it out into another folder, or mend the losses and "
-            "make the same call again."
-        )
-
-    # --- how an example is compared with queries -------------------------------------------------
-
-    def _with(self, J: GradientMatrix, held: Any, c: int) -> Tensor:
-        """(B, Q): inner products or cosines with factors."""
-        if isinstance(held, Solved):
-            return held.against(J)
-        K, norms = held
-        products = J @ K.T
-        if not self.what.cosine:
-            return products
-        scale = J.norms()[:, None].to(products) * norms[None].to(products)
-        return torch.where(scale == 0, 0.0, products / torch.where(scale == 0, 1.0, scale))
-
-    def _with_rows(self, J: GradientMatrix, V: Any, c: int) -> Tensor:
-        return J @ V
-
-    def _adam(self, J: GradientMatrix, K: Any, c: int) -> Tensor:
-        """(B, Q): cosines of Adam's steps for each example with the queries' gradients."""
-        own, lost = self.what.adam[c], []
-        each = 4 * sum(f.bytes_per_row for f in J._factors.values())
-        for rows in chunks(len(J), each, limit(J.device)):
-            lost.append(step_cosines(own, J[rows].dense(), K))
-        return torch.cat(lost)
-
-    def _preconditioned(self, rows: range) -> list[Any]:
-        """The queries' gradients times the fit's inverse."""
-        fit, terms = self.what.fit, self.what.terms
-        assert fit is not None
-        if terms is None:
-            return [Solved(fit, self.queries.matrices(rows))]
-        inverse = fit.in_terms(terms)
-        return [(concatenate([J.precondition(inverse) for J in self.queries.matrices(rows)]), None)]
 
     # --- with a curvature ------------------------------------------------------------------------
 
@@ -446,16 +347,13 @@ class _Run:
         # always as they are on the disk, as a run that goes on has them
         tensors = tensors_from_bytes(self.folder.read(self.folder.files(f"solved{k}")[-1][2]))
         residuals = tensors.pop("residuals").tolist()
-        home = next(iter(self.batches.params.values())).device
+        home = self.scoring.home
         return {n: t.to(home) for n, t in tensors.items()}, residuals
 
     def _refined(self, k: int, G: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
         fit, kind = self.what.fit, f"refining{k}"
         assert fit is not None
-        given = fit.about["settings"]["labels"] == "given"
-        batches = Batches(fit.job, self.batches.size, self.batches.seed)
-        system = Curvature(batches, empirical=given, options=self.options)
-        home = next(iter(G.values())).device
+        home = self.scoring.home
         now = Refining.begin(G, fit.solve_rows)
         while True:
             files = self.folder.files(kind)
@@ -464,12 +362,23 @@ class _Run:
                 now = Refining.of({n: t.to(home) for n, t in tensors.items()}, files[-1][0])
             if now.steps >= self.what.refine:
                 return now.X, lengths(now.R)
-            now.step(system.times, fit.added, fit.solve_rows)
+            now.step(self._curved, fit.added, fit.solve_rows)
             content = tensors_to_bytes(now.tensors())
             self.folder.add(kind, now.steps, len(now.rz), content, "safetensors")
             for _, _, path in files:
                 path.unlink(missing_ok=True)
             tell("refining steps", now.steps, self.what.refine)
+
+    def _curved(self, D: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The curvature times directions: a pass over the data that it is of."""
+        assert self.what.fit is not None
+        count = self.what.fit.examples
+        total = {n: torch.zeros_like(d) for n, d in D.items()}
+        step = by_batches(count, self.scoring.batches.size)
+        for _, part in self.crew.each("curvature", [], D, [range(count)], step):
+            for n, t in part.items():
+                total[n] += t.to(total[n])
+        return {n: t / count for n, t in total.items()}
 
     # --- the kernel ------------------------------------------------------------------------------
 
@@ -478,14 +387,14 @@ class _Run:
         keeper = self._keeper(k, rows)
         if keeper.next == self.total:
             return
-        scale, self.scale = self.scale, 1.0
-        self._stream(products, lambda: self._held(rows), self._with, rows)
-        self.scale = scale
+        self._stream(products, rows, {}, 1.0)
         assert self.what.damping is not None
-        solve = kernel.Solve(kernel.gram(self.folder, self.batches, self.options),
-                             self.what.damping)  # fmt: skip
+        solve = kernel.Solve(
+            kernel.gram(self.folder, self.scoring.batches, self.crew, self.scoring.options),
+            self.what.damping,
+        )
         solved = solve(torch.from_numpy(ranking.read_pairs(self.folder, f"products{k}")))
-        keeper.add((scale * solved[keeper.next :]).to(self.dtype).numpy())
+        keeper.add((self.scale * solved[keeper.next :]).to(self.dtype).numpy())
         keeper.flush()
 
     # --- the strongest ---------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from pergrad.attribution.batches import Batch, Batches
 from pergrad.attribution.folder import Folder
 from pergrad.attribution.progress import tell
 from pergrad.attribution.ranking import npy
+from pergrad.attribution.together import Crew
 from pergrad.engine.run import PassOptions
 from pergrad.errors import UsageError
 from pergrad.factors.numeric import bytes_of
@@ -46,32 +47,54 @@ def check_size(examples: int) -> None:
         )
 
 
-def gram(folder: Folder, batches: Batches, options: PassOptions) -> Tensor:
-    """J J' (N, N), float64. Rows that the folder has are read."""
+def gram(folder: Folder, batches: Batches, crew: Crew, options: PassOptions) -> Tensor:
+    """J J' (N, N), float64. Rows that the folder has are read, the others are the crew's tasks."""
     total = len(batches.job)
     G = np.zeros((total, total))
     begin = 0
     for first, stop, path in folder.files("gram"):
         G[first:stop, first:] = np.load(io.BytesIO(folder.read(path)), allow_pickle=False)
         begin = stop
-    while begin < total:
-        held = _held(batches, begin, options)
-        stop = held[-1][0].rows.stop
-        rows = np.zeros((stop - begin, total - begin))
+    if begin < total:
+        most = _held_at_once(batches, begin, options)
+
+        def step(size: int) -> int:
+            share = -(-(total - begin) // size)
+            return max(1, min(most, -(-share // batches.size) * batches.size))
+
+        for block, found in crew.each("kernel", [], {}, [range(begin, total)], step):
+            own = found["rows"].numpy()
+            folder.add("gram", block.start, block.stop, npy(own), "npy")
+            G[block.start : block.stop, block.start :] = own
+            tell("rows of the kernel", block.stop, total)
+    upper = torch.from_numpy(G).triu()
+    return upper + upper.triu(1).mT
+
+
+def rows(batches: Batches, block: range, options: PassOptions) -> Tensor:
+    """Inner products of some neighbouring examples with themselves and all that come after them."""
+    total = len(batches.job)
+    found = np.zeros((len(block), total - block.start))
+    begin = block.start
+    while begin < block.stop:
+        held = _held(batches, range(begin, block.stop), options)
         for batch in batches.over(range(begin, total)):
             own = next((J for b, J in held if b.rows == batch.rows), None)
             K = own if own is not None else _gradients(batches, batch, options)
+            columns = slice(batch.rows.start - block.start, batch.rows.stop - block.start)
             for b, J in held:
-                products = (J @ K.T).cpu().double().numpy()
-                at = slice(b.rows.start - begin, b.rows.stop - begin)
-                rows[at, batch.rows.start - begin : batch.rows.stop - begin] = products
-        _check(rows, begin)
-        folder.add("gram", begin, stop, npy(rows), "npy")
-        G[begin:stop, begin:] = rows
-        begin = stop
-        tell("rows of the kernel", stop, total)
-    upper = torch.from_numpy(G).triu()
-    return upper + upper.triu(1).mT
+                at = slice(b.rows.start - block.start, b.rows.stop - block.start)
+                found[at, columns] = (J @ K.T).cpu().double().numpy()
+        begin = held[-1][0].rows.stop
+    _check(found, block.start)
+    return torch.from_numpy(found)
+
+
+def _held_at_once(batches: Batches, begin: int, options: PassOptions) -> int:
+    """How many examples' factors may be held, whole batches of them, as the next batch's are."""
+    batch = next(iter(batches.over(range(begin, len(batches.job)))))
+    each = bytes_of(_gradients(batches, batch, options)._unique_tensors()) / len(batch.rows)
+    return max(1, int(HELD_BYTES / each) // batches.size) * batches.size
 
 
 def _check(rows: np.ndarray, begin: int) -> None:
@@ -83,11 +106,13 @@ def _check(rows: np.ndarray, begin: int) -> None:
         )
 
 
-def _held(batches: Batches, begin: int, options: PassOptions) -> list[tuple[Batch, GradientMatrix]]:
-    """The next batches' gradients, as many as may be held at once."""
+def _held(
+    batches: Batches, rows: range, options: PassOptions
+) -> list[tuple[Batch, GradientMatrix]]:
+    """The gradients of the first of these batches, as many as may be held at once."""
     held: list[tuple[Batch, GradientMatrix]] = []
     taken = 0
-    for batch in batches.over(range(begin, len(batches.job))):
+    for batch in batches.over(rows):
         J = _gradients(batches, batch, options)
         held.append((batch, J))
         taken += bytes_of(J._unique_tensors())

@@ -26,7 +26,6 @@ from pergrad.attribution.batches import (
     described,
 )
 from pergrad.attribution.blocks import Block
-from pergrad.attribution.curvature import block_from_json
 from pergrad.attribution.fit import Fit
 from pergrad.attribution.folder import Folder, differences
 from pergrad.attribution.index import Sketch
@@ -34,6 +33,7 @@ from pergrad.attribution.progress import tell
 from pergrad.attribution.projection import Coordinates, TensorSketch, plain_blocks
 from pergrad.attribution.shards import Writer, ends
 from pergrad.attribution.shown import check_keys
+from pergrad.attribution.summing import blocks_in
 from pergrad.engine.run import PassOptions
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
@@ -176,7 +176,7 @@ def open_sketch(
     )
     blocks = None
     if old["blocks"] is not None:
-        blocks = [Block(**block_from_json(b)) for b in old["blocks"]]
+        blocks = blocks_in(old)
     return Sketch(folder, job, curvature, _projection(curvature, blocks, own["size"], own["seed"]))
 
 
@@ -278,7 +278,7 @@ def _blocks(
     if fit is not None:
         return None
     if old is not None:
-        return [Block(**block_from_json(b)) for b in old["blocks"]]
+        return blocks_in(old)
     first = batches.at(range(min(batches.size, len(batches.job))))
     return plain_blocks(api.gradients(batches.losses(first), batches.params, **options))
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import islice
+from itertools import count, islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,6 +34,7 @@ T = TypeVar("T")
 
 # Ranks wait for the slowest one, which may take days longer; a rank that dies ends the waiting.
 NEVER = timedelta(days=365)
+_calls = count()  # alike on all ranks
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -114,7 +115,10 @@ def ranks() -> Iterator[Ranks]:
                 "in the environment and torch.distributed is not initialised. Start the script "
                 "with `torchrun --nproc-per-node=2 script.py`, or leave engine out."
             )
-        dist.init_process_group("gloo", timeout=NEVER)
+        store, rank, size = next(dist.rendezvous("env://", timeout=NEVER))  # type: ignore[attr-defined]
+        # torchrun's store outlives a group, and with it the addresses of a group before this one.
+        own_part = dist.PrefixStore(f"pergrad {next(_calls)}", store)  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=own_part, rank=rank, world_size=size, timeout=NEVER)
     # A group of our own: on the CPU whatever the caller's is for, and with a patience of its own.
     group = dist.new_group(backend="gloo", timeout=NEVER)
     try:
