@@ -9,6 +9,7 @@ import itertools
 import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import naive
 import pytest
@@ -19,6 +20,7 @@ from helpers import assert_agrees
 from torch import Tensor, nn
 
 import pergrad
+from pergrad.graph import plan
 
 N = 4
 Head = Callable[[Tensor], Tensor]
@@ -312,6 +314,92 @@ def test_masks() -> None:
         kept = model(x) * mask.view(4, 4, 1)
         assert_right(kept.square().sum((1, 2)), model)
         assert_right(kept.square().sum((0, 2)), model)
+
+
+def test_selections_by_a_mask() -> None:
+    """The same number of elements chosen, and put, in other places."""
+    model = nn.Linear(N, N)
+    here = torch.arange(64).view(N, N, N) % 2 == 0
+    for mask in (here, ~here, here.transpose(0, 2), here.roll(3), here):
+        owner = torch.arange(N).repeat_interleave(N * N).view(N, N, N)[mask]
+        chosen = model(torch.randn(N, N, N)).masked_select(mask)
+        assert_right(torch.zeros(N).index_add(0, owner, chosen.square()), model)
+        values = model(torch.randn(N, N, N)).flatten()[:32]
+        put = torch.zeros(N, N, N).masked_scatter(mask, values)
+        assert_right(put.sin().sum((1, 2)), model, may_refuse=True)
+        assert_right(put.sin().sum((0, 2)), model, may_refuse=True)
+
+
+LENGTHS = ([4, 2, 1, 1], [3, 3, 1, 1], [1, 4, 1, 2], [2, 2, 2, 2], [4, 2, 1, 1])
+
+
+@pytest.mark.parametrize("kind", ["rows", nn.RNN, nn.GRU, nn.LSTM], ids=lambda k: str(k)[-5:])
+def test_packed_lengths(kind: Any) -> None:
+    """As many rows in all, of sequences of other lengths, in another order."""
+    first = nn.Linear(N, N)
+    cells = None if kind == "rows" else kind(N, N, 2, batch_first=True)
+    params = [*first.parameters(), *(() if cells is None else cells.parameters())]
+    for lengths in LENGTHS:
+        packed = nn.utils.rnn.pack_padded_sequence(
+            first(torch.randn(N, N, N)), torch.tensor(lengths), True, enforce_sorted=False
+        )
+        if cells is None:
+            rows = packed._replace(data=packed.data.sin())
+        else:
+            rows, state = cells(packed)
+            state = state[0] if isinstance(state, tuple) else state
+            assert_right(state[-1].square().sum(1), params)
+        out, _ = nn.utils.rnn.pad_packed_sequence(rows, batch_first=True, total_length=N)
+        assert_right(out.square().sum((1, 2)), params)
+
+
+def test_indices_that_are_written_to() -> None:
+    """One index tensor throughout, with other numbers in it each time."""
+    model, index = nn.Linear(N, N), torch.empty(N, dtype=torch.int64)
+    mask = torch.empty(N, N, N, dtype=torch.bool)
+    for p in (*PERMUTATIONS, *PERMUTATIONS):
+        index.copy_(p)
+        mask.copy_(F.one_hot(p, N)[:, None].expand(N, N, N))
+        h = model(torch.randn(N, N, N))
+        assert_right(torch.zeros(N).index_add(0, index, h.square().sum((1, 2))), model)
+        chosen = model(torch.randn(N, N, N)).masked_select(mask).view(N, N)
+        assert_right(chosen.square().sum(1), model)
+        assert_right(chosen.sin().sum(0), model, may_refuse=True)
+
+
+def test_a_plan_is_found_again_by_its_indices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only by them: of each graph some are remembered, for indices that are as they were."""
+    looked: list[int] = []
+    find_uses = plan.find_uses
+
+    def counted(*args: Any) -> Any:
+        looked.append(1)
+        return find_uses(*args)
+
+    monkeypatch.setattr(plan, "find_uses", counted)
+    model = nn.Linear(N, N)
+
+    def call(p: Tensor) -> int:
+        looked.clear()
+        each = model(torch.randn(N, N, N)).square().sum((1, 2))
+        losses = torch.zeros(N).index_add(0, p, each)
+        norms = naive.norms(naive.loop_grads(losses, model))
+        assert_agrees(pergrad.norms(losses, model), norms, norms, what="norms")
+        return len(looked)
+
+    plan.clear()
+    orders = PERMUTATIONS[:3]
+    assert [call(p) for p in orders] == [1] * len(orders)
+    assert [call(p.clone()) for p in orders] == [0] * len(orders)
+    assert [call(p.int()) for p in orders] == [1] * len(orders)  # another dtype: looked at anew
+    for p in itertools.permutations(range(N)):
+        call(torch.tensor(p))
+    assert call(orders[0]) == 1  # forgotten: others came after it
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert [call(orders[0]) for _ in range(3)] == [1] * 3  # to read is to call a function
+    assert call(orders[0]) == 0
+    plan.clear()
+    assert call(orders[0]) == 1
 
 
 def test_documents_in_one_row() -> None:

@@ -520,9 +520,17 @@ case("cumulative", lambda x: torch.cumulative_trapezoid(x, dim=0), (3, 3))
 case("diag_embed", lambda x: torch.diag_embed(x), (3, 3))
 case("diag", lambda x: torch.diag(x), (3,))
 case("rot90", lambda x: x.rot90(1, (0, 1)), (3, 3, 2))
-case("masked_select", lambda x: x.masked_select(torch.tensor([True, False, True])), (3, 3))
-case("masked_scatter", lambda x, v: x.masked_scatter(torch.tensor([True, False, True]), v), (3, 3),
-     (3, 3))  # fmt: skip
+for _mask in (torch.tensor([True, False, True]), torch.rand(3, 3) > 0.5, torch.rand(3, 1) > 0.5,
+              torch.rand(2, 3, 3) > 0.5, torch.tensor(True), torch.zeros(3, 3).bool()):  # fmt: skip
+    for _shape in ((3, 3), (3, 1), (3,)):
+        case("masked_select", lambda x, m=_mask: x.masked_select(m), _shape)
+    for _shape in ((18,), (3, 8), (2, 3, 3)):
+        case("masked_scatter", lambda x, v, m=_mask: x.masked_scatter(m, v), (3, 3), _shape)
+        case(
+            "masked_scatter",
+            lambda v, m=_mask: torch.zeros(2, 3, 3).double().masked_scatter(m, v),
+            _shape,
+        )
 case("take", lambda x: x.take(_ids(9, 3, 2)), (3, 3))
 case("put", lambda x, v: x.put(_ids(9, 4), v, True), (3, 3), (4,))
 case("trilinear", lambda a, b: torch.tensordot(a, b, ([0], [1])), (3, 2), (2, 3))

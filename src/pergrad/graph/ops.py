@@ -59,7 +59,7 @@ class Op:
     parameter: list[bool]  # whether an input depends on the requested parameters alone
     examples: int = 0  # in the batch
     real: bool = True  # whether input and output hold real floating-point numbers
-    read_data: bool = field(default=False)
+    read: dict[str, Any] = field(default_factory=dict)  # the saved indices that were asked for
 
     def attr(self, name: str) -> Any:
         """A number that the op saved."""
@@ -68,8 +68,9 @@ class Op:
     def data(self, name: str) -> Any:
         """A saved index tensor: what follows holds for this batch only."""
         check_declared(self.name, name)
-        self.read_data = True
-        return nodes.saved(self.node, name)
+        if name not in self.read:
+            self.read[name] = nodes.saved(self.node, name)
+        return self.read[name]
 
 
 Transfer = Callable[[Op, Layout], list[Result]]

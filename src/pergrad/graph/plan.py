@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pergrad.errors import UsageError
 from pergrad.graph import routes as ways_down
+from pergrad.graph.by_data import ByData
 from pergrad.graph.layout import Layout
 from pergrad.graph.measure import measure, stand_beside, verify
 from pergrad.graph.ops import traits
@@ -49,6 +50,7 @@ class Plan:
 
 
 _CACHE: OrderedDict[Key, Plan] = OrderedDict()
+_BY_DATA: ByData[Plan] = ByData()
 _MIXED: OrderedDict[object, frozenset[Slot]] = OrderedDict()
 _VERIFIED: OrderedDict[object, bool] = OrderedDict()
 _CACHE_SIZE = 256
@@ -57,6 +59,7 @@ _CACHE_SIZE = 256
 def clear() -> None:
     """Forget every plan."""
     _CACHE.clear()
+    _BY_DATA.clear()
     _MIXED.clear()
     _VERIFIED.clear()
 
@@ -82,6 +85,10 @@ def plan_of(graph: Graph, losses: Tensor, check_layout: str = "once") -> Plan:
     """What has to be done for a graph walked from `losses`; as `plan_for`."""
     key = graph.key()
     plan = _CACHE.get(key)
+    if plan is not None:
+        _CACHE.move_to_end(plan.key)  # the very one in there: no comparison part by part
+    else:
+        plan = _BY_DATA.find(graph, key)
     if plan is None:
         # That examples meet somewhere may be remembered: treating them so is exact in any case.
         # That they do not, found by measuring, holds for this batch only.
@@ -89,12 +96,13 @@ def plan_of(graph: Graph, losses: Tensor, check_layout: str = "once") -> Plan:
 
         uses = find_uses(graph, graph.batch, _measurer(losses, check_layout), mixed)
         plan = _plan(graph, uses, key)
-        if not uses.measured and not uses.read_data:
+        if not uses.measured and not uses.read:
             _remember(_CACHE, key, plan)
-        elif uses.known_mixed:
-            _remember(_MIXED, key, uses.known_mixed)
-    else:
-        _CACHE.move_to_end(plan.key)  # the very one in there: no comparison part by part
+        else:
+            if uses.known_mixed:
+                _remember(_MIXED, key, uses.known_mixed)
+            if not uses.measured:
+                _BY_DATA.add(graph, key, uses.read, plan)
     _verify(losses, graph, plan, check_layout)
     return plan
 

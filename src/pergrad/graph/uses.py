@@ -9,6 +9,7 @@ Does not know: rules, factors, numbers (it asks `measure` where the structure do
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,6 +40,14 @@ class Mix:
     sure: bool = True  # or whether it might as well be a table that all examples read
 
 
+class Read(NamedTuple):
+    """Saved indices that layouts were derived from."""
+
+    node: int
+    field: str
+    value: Any  # a tensor, or several, or None
+
+
 @dataclass(slots=True)
 class Uses:
     """Every use of every requested parameter that the losses reach."""
@@ -47,7 +56,7 @@ class Uses:
     direct: dict[Slot, Layout]  # parameters whose own gradient separates by example
     mixes: list[Mix]
     measured: bool  # whether a layout was measured: it then holds for this batch only
-    read_data: bool  # whether an index tensor was read: likewise
+    read: list[Read]  # what index tensors were read: it holds where they are the same
     known_mixed: frozenset[Slot] = field(default_factory=frozenset)
     layouts: dict[Slot, Layout] = field(default_factory=dict)  # wherever examples are separate
 
@@ -86,7 +95,7 @@ class _Spread:
         self.examples = examples
         self.measured = measured
         self.wanted: set[Slot] = set()
-        self.read_data = False
+        self.read: dict[tuple[int, str], Read] = {}
         self.below: set[int] = set()  # nodes whose cotangents do not separate
         self.states: dict[Slot, _State] = {}
         self.mixes: list[Mix] = []
@@ -125,7 +134,7 @@ class _Spread:
             return
         op = self._op(i)
         results = transfer(op, layouts)
-        self.read_data |= op.read_data
+        self._note(i, op)
         batched = traits(op.name).batched
         for (child, number), result in zip(graph.edges[i], results, strict=True):
             # None: nobody's gradient, as below an output of DDP's that the losses do not use
@@ -138,6 +147,11 @@ class _Spread:
                     # gradient of the weight for each example.
                     result = Why.CONTRACTED
             self._arrived.setdefault((child, number), []).append((i, result))
+
+    def _note(self, i: int, op: Op) -> None:
+        """What was read of the indices that an op has saved."""
+        for name, value in op.read.items():
+            self.read[i, name] = Read(i, name, value)
 
     def _op(self, i: int) -> Op:
         graph = self.graph
@@ -199,7 +213,10 @@ class _Spread:
         above = self.states.get((parent, 0)) if parent >= 0 else None
         if not isinstance(above, Layout) or self.graph.edges[parent] != (slot,):
             return claimed
-        return cut_out(self._op(parent), above) or claimed
+        op = self._op(parent)
+        cut = cut_out(op, above)
+        self._note(parent, op)
+        return cut or claimed
 
     def _interacts(self, slot: Slot, rest: list[tuple[int, Result | _Mixed]]) -> bool:
         """Whether what was computed from data looks like a batch rather than a constant table.
@@ -253,7 +270,7 @@ class _Spread:
             for slot in graph.targets
             if slot[0] not in self.below and isinstance(state := self.states.get(slot), Layout)
         }
-        uses = Uses(sites, direct, self.mixes, False, self.read_data)
+        uses = Uses(sites, direct, self.mixes, False, list(self.read.values()))
         uses.layouts = {
             slot: state
             for slot, state in self.states.items()

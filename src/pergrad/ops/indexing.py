@@ -10,8 +10,27 @@ from math import prod
 import torch
 from torch import Tensor
 
-from pergrad.graph.layout import NOBODY, Layout, compressed, placed_along, reshape, smear
-from pergrad.graph.ops import Op, Result, Shape, Why, declare, owners, positive, resized
+from pergrad.graph.layout import (
+    NOBODY,
+    Layout,
+    compressed,
+    placed_along,
+    reduce_to,
+    reshape,
+    smear,
+)
+from pergrad.graph.ops import (
+    Op,
+    Reads,
+    Result,
+    Shape,
+    Why,
+    declare,
+    or_why,
+    owners,
+    positive,
+    resized,
+)
 from pergrad.ops.registry import Served, Situation, rule
 from pergrad.ops.rows import partition, rows_by_id
 
@@ -228,3 +247,39 @@ def _index_put(op: Op, out: Layout) -> list[Result]:
     if tuple(values) == wide.shape:
         return [*results, compressed(values, flat)]
     return [*results, Why.UNKNOWN]
+
+
+declare("masked_select", needs=["mask"], reads=Reads.NOTHING)
+declare("masked_scatter", needs=["mask"], reads=Reads.MISSING)
+
+
+@owners("masked_select")
+def _masked_select(op: Op, out: Layout) -> list[Result]:
+    """A vector of those elements of the input, as wide as the mask, at which the mask is true."""
+    shape = op.in_shapes[0]
+    if shape is None:
+        return [None]
+    mask = op.data("mask").detach().cpu()
+    wide = torch.broadcast_shapes(shape, mask.shape)
+    owner = torch.full(wide, NOBODY, dtype=torch.int64, device="cpu")
+    chosen = mask.expand(wide)
+    if int(chosen.sum()) != out.shape[0]:
+        return [Why.UNKNOWN]
+    owner[chosen] = out.owner.expand(out.shape)
+    return [or_why(reduce_to(compressed(wide, owner), shape), Why.UNKNOWN)]
+
+
+@owners("masked_scatter")
+def _masked_scatter(op: Op, out: Layout) -> list[Result]:
+    """Elements of the second input, in order, in place of the first's where the mask is true."""
+    data, source = op.in_shapes
+    results: list[Result] = [None if data is None else or_why(reduce_to(out, data), Why.UNKNOWN)]
+    if source is None:
+        return [*results, None]
+    owner = out.owner.expand(out.shape)[op.data("mask").detach().cpu().expand(out.shape)]
+    count = prod(source)
+    if owner.numel() > count:
+        return [*results, Why.UNKNOWN]
+    full = torch.full((count,), NOBODY, dtype=torch.int64, device="cpu")
+    full[: owner.numel()] = owner
+    return [*results, compressed(source, full.reshape(source))]

@@ -67,6 +67,7 @@ from pergrad.graph.nodes.unpacking import (
     in_our_words,
     is_checkpointed,
     saved,
+    saved_plainly,
     selections_untouched,
     translate,
 )
@@ -118,6 +119,7 @@ __all__ = [
     "region_graph",
     "region_number",
     "saved",
+    "saved_plainly",
     "selections_untouched",
     "shapes_within",
     "starts_under_way",

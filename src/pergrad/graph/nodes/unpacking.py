@@ -78,6 +78,12 @@ def _is_holder(data: Any) -> bool:
     return type(data).__name__ == "_Holder" and hasattr(data, "handles")
 
 
+def saved_plainly(node: Node, field: str) -> bool:
+    """Whether to read what the op saved costs nothing and calls nobody's function."""
+    handles = [raw for raw in _raw_handles(node, (field,)) if raw is not None]
+    return all(raw.unpack_hook is None and _is_at_hand(raw.data) for raw in handles)
+
+
 def is_checkpointed(node: Node) -> bool:
     """Whether a checkpointed block (use_reentrant=False) recomputes what the node saved."""
     return any(map(_is_holder, _raw(node, fields(type(node))[1])))
