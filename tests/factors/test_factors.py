@@ -53,6 +53,9 @@ from pergrad.factors.workspace import (
     pass_begins,
     workspace,
 )
+from pergrad.graph.layout import NOBODY
+from pergrad.ops.rows import Partition
+from pergrad.ops.strewn import StrewnOuter, StrewnSum
 
 Cast = Callable[[Tensor], Tensor]
 CONTRACT = settings(max_examples=100, derandomize=True, deadline=None, database=None)
@@ -237,12 +240,48 @@ def _bias(s: Source, B: int, n: Sizes) -> Factor:
     return Summed(g, (n.V, n.d))
 
 
+def _order(count: int) -> Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(count))
+
+
+def _strewn(s: Source, B: int, n: Sizes) -> Factor:
+    """Rows as they lie, in two parts that are joined; those of nobody are no part of it."""
+    g, a = s.rows(B, n.T, n.V).flatten(0, 1), s.rows(B, n.T, n.d).flatten(0, 1)
+    owners = torch.arange(B).repeat_interleave(n.T)
+    owners[::5] = NOBODY
+    order = _order(len(owners))
+    return Sum([
+        StrewnOuter((g[rows], a[rows]), Partition(owners[rows], B), (n.V, n.d))
+        for rows in (order[: n.T], order[n.T :])
+    ])  # fmt: skip
+
+
+def _strewn_transposed(s: Source, B: int, n: Sizes) -> Factor:
+    g, a = s.rows(B, n.T, n.V).flatten(0, 1), s.rows(B, n.T, n.d).flatten(0, 1)
+    rows = _order(len(g))
+    owners = torch.arange(B).repeat_interleave(n.T)[rows]
+    return mapped(
+        StrewnOuter((a[rows], g[rows]), Partition(owners, B), (n.d, n.V)), (("permute", (1, 0)),)
+    )
+
+
+def _strewn_sum(s: Source, B: int, n: Sizes) -> Factor:
+    g = s.rows(B, n.T, n.V * n.d).flatten(0, 1)
+    owners = torch.arange(B).repeat_interleave(n.T)
+    order = _order(len(owners))
+    return Sum([
+        StrewnSum((g[rows],), Partition(owners[rows], B), (n.V, n.d))
+        for rows in (order[: n.T], order[n.T :])
+    ])  # fmt: skip
+
+
 ZOO = {
     make.__name__[1:]: make
     for make in (
         _outer, _in_turns, _grouped, _experts, _misfit, _rows, _dense, _zero, _sum, _placed,
         _beside, _mapped, _transposed, _embedded, _embedded_first, _embedded_last,
         _embedded_columns, _pulled, _scaled, _convolution, _image, _computed, _bias,
+        _strewn, _strewn_transposed, _strewn_sum,
     )
 }  # fmt: skip
 
@@ -778,6 +817,9 @@ def test_moved_and_detached(kind):
         "placed",
         "beside",
         "computed",
+        "strewn",
+        "strewn_transposed",
+        "strewn_sum",
     ):  # these copy, or leave it to a function to hold
         assert all(t.data_ptr() in held for t in source.leaves)
     assert kind in ("zero", "computed") or held

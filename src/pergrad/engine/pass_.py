@@ -111,7 +111,7 @@ class Pass:
         if alone is not None:
             self.missing[alone.target].discard(end)
             if factor is not None:
-                self.emit(self.graph.targets[alone.target], self._route(alone, factor))
+                self.emit(self.graph.targets[alone.target], self._route(alone, factor).settled())
             return
         if factor is not None:
             # What the node saved is at hand now, and may be gone when the other uses have reported.
@@ -138,7 +138,7 @@ class Pass:
         ways = routes.settled(graph, way)
         if ways is None:
             function = routes.pull(graph, way.start, way.target, create_graph=self.create_graph)
-            return Pulled(factor, function, graph.shape(way.target))
+            return Pulled(factor.settled(), function, graph.shape(way.target))
         steps: list[Step] = []
         for step in ways:
             if step[0] == "embed":
@@ -171,7 +171,7 @@ class Pass:
             name = self.graph.targets[target]
             factor = _total(name, self.found.pop(target, []))
             if factor is not None:
-                self.emit(name, factor)
+                self.emit(name, factor.settled())
 
     def check_complete(self) -> None:
         """No number without every use of every parameter in it."""

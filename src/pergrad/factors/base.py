@@ -201,6 +201,10 @@ class Factor(ABC):
         """The same rows with all that is lazy formed: what it needs may soon be gone."""
         return self
 
+    def settled(self) -> "Factor":
+        """The same rows laid out for whoever asks: no others will join them."""
+        return self
+
     def formed(self) -> "Factor":
         """The same rows formed, if the norms form them anyway and they take no more memory."""
         return self

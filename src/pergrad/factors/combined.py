@@ -32,12 +32,16 @@ class Sum(Factor):
         for f in factors:
             if (f.batch, f.shape) != (first.batch, first.shape):
                 raise ValueError(f"{first} and {f} cannot be added.")
-        self.factors = _merged(factors)
+        self.factors = self._parts(factors)
         dtype = first.dtype
         for f in factors:
             dtype = torch.promote_types(dtype, f.dtype)
         super().__init__(first.batch, first.shape, first.device, dtype)
         self.tiles = all(f.tiles for f in self.factors)
+
+    @staticmethod
+    def _parts(factors: Sequence[Factor]) -> tuple[Factor, ...]:
+        return _merged(factors)
 
     @property
     def bytes_per_row(self) -> int:
@@ -128,6 +132,14 @@ class Sum(Factor):
         """The parts, formed."""
         return self._each(lambda f: f.materialized())
 
+    def settled(self) -> Factor:
+        """The parts, laid out."""
+        parts = [f.settled() for f in self.factors]
+        if len(parts) == 1:
+            return parts[0]
+        same = all(one is two for one, two in zip(parts, self.factors, strict=True))
+        return self if same else Sum(parts)
+
     def _each(self, change: Callable[[Factor], Factor]) -> "Sum":
         return Sum([change(f) for f in self.factors])
 
@@ -160,6 +172,10 @@ class Sum(Factor):
 
 class Beside(Sum):
     """As `Sum`, of parts no two of which have an example in common: each row is one part's."""
+
+    @staticmethod
+    def _parts(factors: Sequence[Factor]) -> tuple[Factor, ...]:
+        return tuple(factors)
 
     def sq_norms_and_doubts(self) -> SqNorms:
         """The parts', without a product of two."""

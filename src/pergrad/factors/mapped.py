@@ -93,6 +93,11 @@ class Mapped(Factor):
         """That of the inner factor."""
         return self.factor.norm_cost
 
+    def settled(self) -> Factor:
+        """The inner factor, laid out."""
+        inner = self.factor.settled()
+        return self if inner is self.factor else mapped(inner, self.isometry.steps)
+
     def materialized(self) -> "Mapped":
         """The inner factor, formed."""
         return Mapped(self.factor.materialized(), self.isometry)
@@ -224,6 +229,11 @@ class Embedded(Factor):
     def norm_cost(self) -> int:
         """That of the inner factor."""
         return self.factor.norm_cost
+
+    def settled(self) -> "Embedded":
+        """The inner factor, laid out."""
+        inner = self.factor.settled()
+        return self if inner is self.factor else self._inside(inner)
 
     def materialized(self) -> "Embedded":
         """The inner factor, formed."""

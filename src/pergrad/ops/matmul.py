@@ -25,6 +25,7 @@ from pergrad.graph.ops import (
 from pergrad.ops import sparse
 from pergrad.ops.registry import Operand, Served, Situation, rule
 from pergrad.ops.rows import outer, partition, reduced, rows_by_id
+from pergrad.ops.strewn import StrewnOuter, StrewnSum
 
 declare("mm", needs=["self", "mat2"], reads=Reads.MISSING, weights=True)
 declare("addmm", needs=["mat1", "mat2", "alpha", "beta"], reads=Reads.MISSING, weights=True)
@@ -84,7 +85,10 @@ def matrix(use: Situation) -> Served:
             if a.layout is not torch.strided:
                 served[first + 1] = sparse.of_right_operand(a, scaled, layout, use.batch, shape)
             elif not rows.foldable:
-                served[first + 1] = outer(a[:, None], scaled[:, None], rows, shape)
+                served[first + 1] = StrewnOuter((a, scaled), rows, shape)
+                bias = _plain_bias(use)
+                if bias is not None:
+                    served[0] = StrewnSum((g,), rows, bias.shape)
             else:
                 left, right = rows.fold(a, 1), rows.fold(scaled, 1)
                 bias = _plain_bias(use) if scale == 1 else None

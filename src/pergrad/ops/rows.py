@@ -5,14 +5,14 @@ Does not know: ops.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pergrad.factors import Dense, Factor, Outer, Placed, Rows, Sum
+from pergrad.factors import Beside, Dense, Factor, Outer, Placed, Rows
 from pergrad.factors.numeric import result_dtype
 from pergrad.graph.layout import NOBODY, Layout, regular_pattern, smear
 
@@ -21,7 +21,8 @@ class Bucket(NamedTuple):
     """Examples with about equally many rows, padded to the same number of positions."""
 
     examples: Tensor | None  # their numbers, ascending; None: all examples in order
-    rows: Tensor | None  # (examples, positions) row numbers, -1 where padded
+    rows: Tensor | None  # (examples, positions) row numbers, any where padded
+    padded: Tensor | None  # (examples, positions) of bool; None: nowhere
     outer: int
     inner: int
 
@@ -30,15 +31,25 @@ class Partition:
     """R rows, each of one example (or of none), as arrays (examples, positions, ...)."""
 
     def __init__(self, owners: Tensor, batch: int) -> None:
+        self.owners = owners
         self.batch = batch
-        pattern = regular_pattern(owners) if owners.numel() else None
-        if pattern is not None and int(owners.max()) + 1 == batch:
-            self.buckets = [Bucket(None, None, *pattern)]
-        else:
-            self.buckets = list(_buckets(owners))
-        first = self.buckets[0] if len(self.buckets) == 1 else None
-        # the rows of an example lie one after the other, or the examples take turns
-        self.foldable = first is not None and first.rows is None and 1 in (first.outer, first.inner)
+
+    @cached_property
+    def _pattern(self) -> tuple[int, int] | None:
+        pattern = regular_pattern(self.owners) if self.owners.numel() else None
+        return pattern if pattern and int(self.owners.max()) + 1 == self.batch else None
+
+    @cached_property
+    def buckets(self) -> list[Bucket]:
+        """All examples that have a row, in groups of similar counts."""
+        if self._pattern is not None:
+            return [Bucket(None, None, None, *self._pattern)]
+        return list(_buckets(self.owners))
+
+    @cached_property
+    def foldable(self) -> bool:
+        """Whether the rows of an example lie one after the other, or the examples take turns."""
+        return self._pattern is not None and 1 in self._pattern
 
     def fold(self, rows: Tensor, *groups: int) -> Tensor:
         """(R, p) -> (B, *groups, T, p), the same memory; if foldable. Groups are of size 1."""
@@ -55,14 +66,12 @@ class Partition:
             if bucket.outer == 1:
                 return shaped[0]
             return shaped.transpose(0, 1).reshape(self.batch, bucket.outer * bucket.inner, *rest)
-        index = bucket.rows.to(rows.device)
-        taken = rows[index.clamp_min(0)]
-        if bool((bucket.rows < 0).any()):
-            present = (index >= 0).reshape(*index.shape, *[1] * len(rest))
-            # where, not a product: padding must not carry another row's nan
-            taken = torch.where(present, taken, torch.full((), fill, dtype=taken.dtype,
-                                                           device=taken.device))  # fmt: skip
-        return taken
+        taken = rows[bucket.rows.to(rows.device)]
+        if bucket.padded is None:
+            return taken
+        # filled, not multiplied: padding must not carry another row's nan
+        padded = bucket.padded.to(rows.device)
+        return taken.masked_fill(padded.reshape(*padded.shape, *[1] * len(rest)), fill)
 
     def place(self, factors: Sequence[Factor]) -> Factor:
         """One factor for all examples from one per bucket."""
@@ -70,7 +79,7 @@ class Partition:
             factor if bucket.examples is None else Placed(factor, bucket.examples, self.batch)
             for factor, bucket in zip(factors, self.buckets, strict=True)
         ]
-        return placed[0] if len(placed) == 1 else Sum(placed)
+        return placed[0] if len(placed) == 1 else Beside(placed)
 
 
 def _buckets(owners: Tensor) -> list[Bucket]:
@@ -87,7 +96,8 @@ def _buckets(owners: Tensor) -> list[Bucket]:
         steps = torch.arange(longest, device="cpu")
         inside = steps < counts[members, None]
         index = (starts[members, None] + steps).clamp_max(order.numel() - 1)
-        buckets.append(Bucket(examples[members], torch.where(inside, order[index], -1), 1, 1))
+        padded = None if bool(inside.all()) else ~inside
+        buckets.append(Bucket(examples[members], order[index], padded, 1, 1))
     return buckets
 
 

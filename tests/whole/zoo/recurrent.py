@@ -113,6 +113,19 @@ def lstm_packed(B: int):
     return nn.ModuleList([model, head]), forward, (torch.randn(B, T, 3), lengths)
 
 
+@case(batch=(1, 3))
+def rnn_packed(B: int):
+    """nn.RNN over a PackedSequence, two layers, two directions: fewer examples at each step."""
+    model, head = nn.RNN(3, 4, 2, batch_first=True, bidirectional=True), nn.Linear(4, 2)
+    lengths = torch.tensor([2, 4, 3])[:B]
+
+    def forward(x: Tensor, n: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, n, batch_first=True, enforce_sorted=False)
+        return loss(head(model(packed)[1].transpose(0, 1)))
+
+    return nn.ModuleList([model, head]), forward, (torch.randn(B, T, 3), lengths)
+
+
 @case(batch=(1, 3, T))
 def gru(B: int):
     """nn.GRU."""
