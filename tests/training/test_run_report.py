@@ -100,6 +100,21 @@ def test_ranks_are_one_step() -> None:
     assert np.isnan(drawn.clipped).all()
 
 
+def test_a_step_has_the_usual_number_of_examples(tmp_path: Path) -> None:
+    """Not as many as the short last batch of an epoch."""
+    model = nn.Linear(3, 1)
+    with pergrad.Watch(tmp_path / "run", every=1) as watch:
+        for _ in range(6):
+            for size in (64, 64, 5):
+                losses = model(torch.randn(size, 3)).square().squeeze(1)
+                with watch(losses, model):
+                    losses.mean().backward()
+                model.zero_grad()
+    run = pergrad.open_watch(tmp_path / "run")
+    assert set(numbers.curves(run.by_step()).batch.tolist()) == {64}
+    assert ", a step has 64: " in words(run.report(tmp_path / "run.html"))
+
+
 def test_steps_that_could_not_be_read_are_said(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     with pergrad.Watch(tmp_path / "run", every=1) as watch:

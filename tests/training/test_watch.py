@@ -449,6 +449,37 @@ def test_a_spike_names_its_examples(tmp_path: Path) -> None:
     assert set(logged[-1][1]) - names <= {"pergrad/noise_scale", "pergrad/noise_scale/high"}
 
 
+def epochs(folder: Path, rows: int, scale: float = 1.0) -> pergrad.Watch:
+    """30 epochs in batches of 64, as a DataLoader makes them; one full batch scaled."""
+    torch.manual_seed(0)
+    model, step = nn.Linear(10, 3).double(), 0
+    x, y = torch.randn(rows, 10, dtype=torch.float64), torch.randint(3, (rows,))
+    with pergrad.Watch(folder, every=1) as watch:
+        for epoch in range(30):
+            for some in torch.randperm(rows).split(64):
+                factor = scale if epoch == 20 and len(some) == 64 else 1.0
+                losses = F.cross_entropy(model(factor * x[some]), y[some], reduction="none")
+                with watch(losses, model, keys=some, step=step):
+                    losses.mean().backward()
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p -= 0.5 * p.grad
+                model.zero_grad()
+                step += 1
+    return watch
+
+
+def test_a_short_last_batch_is_no_spike(tmp_path: Path) -> None:
+    """Its gradient is larger, because fewer examples average out less."""
+    watch = epochs(tmp_path / "run", 69)
+    rows = pergrad.open_watch(tmp_path / "run").steps().to_pylist()
+    whole, short = ([r["grad_norm"] for r in rows if r["examples"] == n] for n in (64, 5))
+    assert max(short) > 3 * sorted(whole)[15]  # so it would have been one
+    assert watch.spikes == []
+    (spike,) = epochs(tmp_path / "other", 69, scale=30.0).spikes[:1]
+    assert spike.startswith("step 40:")
+
+
 def test_outliers_that_come_again(tmp_path: Path) -> None:
     """Ranked by how often they stood out; against the running median, not one step's."""
     torch.manual_seed(0)

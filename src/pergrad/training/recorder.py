@@ -189,7 +189,7 @@ class Recorder:
         keys: list[str | None] = [None] * count
         if whole.keys is not None:
             keys = list(whole.keys)
-        spike = self._baseline.spike(row["loss"], row["grad_norm"])
+        spike = self._baseline.spike(row["loss"], row["grad_norm"], count)
         if spike is not None:
             row["spike"] = f"{spike}: {_named(to_blame(whole), keys)}"
             self.spikes.append(f"step {step}: {row['spike']}")

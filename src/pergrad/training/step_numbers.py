@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite, log, nan
-from statistics import median
+from statistics import median, median_high
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ BEFORE_SPIKES = 5  # steps before the first one that may be called a spike
 DEVIATIONS = 6.0  # robust standard deviations
 TIMES = 3.0  # and so many times the running median: quiet runs have tiny deviations
 LOSS_TIMES = 1.5
+FEW = 0.5  # of the usual number of examples: a mean of fewer is larger by chance
 TOP = 0.01
 _MAD = 1.4826  # of a normal distribution: standard deviation / median absolute deviation
 
@@ -48,6 +49,7 @@ class Baseline:
         self._spreads: deque[float] = deque(maxlen=WINDOW)
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._grad_norms: deque[float] = deque(maxlen=WINDOW)
+        self._sizes: deque[int] = deque(maxlen=WINDOW)
 
     def ratios(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """(B,), each score by the running median; and (B,), whether it is an outlier.
@@ -67,9 +69,15 @@ class Baseline:
         # what is not a number stands out more than any number
         return ratio, (ratio.log() > bound) | ~scores.isfinite()
 
-    def spike(self, loss: float, grad_norm: float) -> str | None:
-        """Why this step is a spike, in words, or None."""
+    def spike(self, loss: float, grad_norm: float, examples: int) -> str | None:
+        """Why this step is a spike, in words, or None.
+
+        The short last batch of an epoch is not judged: noise that others average out stands out.
+        """
         reasons = []
+        self._sizes.append(examples)
+        if examples < FEW * median_high(self._sizes):
+            return None
         for name, value, latest, times in (
             ("loss", loss, self._losses, LOSS_TIMES),
             ("gradient norm", grad_norm, self._grad_norms, TIMES),

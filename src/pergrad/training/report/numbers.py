@@ -5,9 +5,11 @@ Does not know: drawing, HTML.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median_high
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,7 +36,7 @@ class Curves:
     band: dict[str, Floats]  # quantiles of the examples' scores
     loss: Floats
     grad_norm: Floats
-    batch: Floats  # examples of the whole step
+    batch: Floats  # examples of a whole step, as of most of the latest WINDOW
     noise: Floats
     low: Floats
     high: Floats
@@ -77,7 +79,7 @@ class Found:
     examples: int  # rows of examples
     keys: int  # different ones
     outliers: int  # rows
-    batch: float  # examples of the latest step
+    batch: float  # examples of a step, as of most of the latest WINDOW
     noise: float  # of the latest WINDOW steps
     low: float
     high: float
@@ -100,6 +102,7 @@ def curves(by_step: Sequence[tuple[int, list[dict[str, Any]]]]) -> Curves:
     )
     by_layer: dict[str, list[float]] = {name: [] for name in layers}
     noise = NoiseScale(WINDOW)
+    sizes: deque[float] = deque(maxlen=WINDOW)
     for step, several in by_step:
         before = noise.steps, noise.trace
         add_noise(noise, several)
@@ -108,7 +111,9 @@ def curves(by_step: Sequence[tuple[int, list[dict[str, Any]]]]) -> Curves:
         rows["noise"].append(noise.value if known else math.nan)
         rows["low"].append(noise.low if known else math.nan)
         rows["high"].append(noise.high if known else math.nan)
-        rows["batch"].append(_batch(several))
+        if not math.isnan(size := _batch(several)):
+            sizes.append(size)  # the short last batch of an epoch is not the batch size
+        rows["batch"].append(median_high(sizes) if sizes else math.nan)
         rows["loss"].append(_weighted(several, "loss", "weight_sum"))
         for name in ("zero", "clipped"):
             rows[name].append(_weighted(several, name, "examples"))
