@@ -79,6 +79,34 @@ def assert_same(found: pergrad.Influence, alone: pergrad.Influence) -> None:
         torch.testing.assert_close(found.residuals, alone.residuals, rtol=1e-7, atol=1e-12)
 
 
+class Training:
+    """A model whose last bias is the mean of what its subset has first.
+
+    Ends its process for one subset and seed, `times` times in all, which a folder counts.
+    """
+
+    def __init__(self, at: tuple[int, int] = (-1, -1), deaths: Path = Path(), times: int = 1):
+        self.at, self.deaths, self.times = at, deaths, times
+        self.mine, self.data = os.getpid(), task().data
+
+    def __call__(self, indices: list[int], seed: int) -> nn.Module:
+        if (indices[0], seed) == self.at and os.getpid() != self.mine:
+            count = len(os.listdir(self.deaths))
+            if count < self.times:
+                (self.deaths / str(count)).touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        model = task().model
+        with torch.no_grad():
+            model[2].bias += torch.stack([self.data[i][0] for i in indices]).mean(0)[:3]
+            model[2].bias[seed] += 0.01 * seed
+        return model
+
+
+def scores() -> Tensor:
+    """(Q, N), some."""
+    return torch.randn(3, COUNT, generator=torch.Generator().manual_seed(5))
+
+
 class Deadly(Dataset):
     """Ends the process that reads item `at`, `times` times in all, which a folder counts."""
 

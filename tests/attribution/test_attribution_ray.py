@@ -5,12 +5,22 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import torch
 
 import pergrad
-from engines import Deadly, assert_same, measured, options_of, queries, task
+from engines import (
+    Deadly,
+    Training,
+    assert_same,
+    measured,
+    options_of,
+    queries,
+    scores,
+    task,
+)
 from pergrad.attribution import ranking, together
 from pergrad.scans.runners import ray_workers
 
@@ -108,3 +118,55 @@ def test_queries_that_cannot_be_sent_are_named(cluster: None, tmp_path: Path) ->
     match = r"`queries\.losses -> guard` \(_thread\.lock\)(.|\n)*engine=\"local\""
     with pytest.raises(pergrad.UsageError, match=match):
         pergrad.influence(mine, asked, tmp_path, **ON_RAY)
+
+
+@pytest.mark.parametrize("fitted", [False, True])
+def test_a_sketch_is_that_of_one_process(cluster: None, fitted: bool, tmp_path: Path) -> None:
+    mine = task()
+    fit = pergrad.curvature(mine, tmp_path / "fit") if fitted else None
+    found = pergrad.sketch(mine, tmp_path / "ray", curvature=fit, size=16, **ON_RAY)
+    alone = pergrad.sketch(mine, tmp_path / "one", curvature=fit, size=16, batch_size=2)
+    torch.testing.assert_close(found.scores(queries()), alone.scores(queries()))
+
+
+def evaluated(train: object, out: Path, **more: object) -> pergrad.Evaluation:
+    return pergrad.evaluate(train, task(), queries(), scores(), out=out, subsets=20, **more)
+
+
+def test_a_worker_that_dies_costs_its_retraining(
+    cluster: None, tmp_path: Path, deaths: Path
+) -> None:
+    alone = evaluated(Training(), tmp_path / "one")
+    at = int(alone.members[3].nonzero()[0][0]), 1
+    with pytest.warns(pergrad.WorkerWarning, match=r"retrainings on subset \d+ with seed 1, which"):
+        found = evaluated(Training(at, deaths), tmp_path / "ray", engine="ray", workers=2)
+    assert len(list(deaths.iterdir())) == 1
+    assert repr(found) == repr(alone)
+    np.testing.assert_array_equal(found.outputs, alone.outputs)
+
+
+def test_a_retraining_that_kills_is_named_when_all_others_are_done(
+    cluster: None, tmp_path: Path, deaths: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_workers, "DEATHS", 2)
+    alone = evaluated(Training(), tmp_path / "one")
+    at = int(alone.members[0].nonzero()[0][0]), 0
+    match = r"on subset \d+ with seed 0\. All other(.|\n)*Make the same call again"
+    with (
+        pytest.warns(pergrad.WorkerWarning) as said,
+        pytest.raises(pergrad.WorkerError, match=match),
+    ):
+        evaluated(Training(at, deaths, 2), tmp_path / "ray", engine="ray", workers=1)
+    assert "with seed 0, which are set aside" in str(said[-1].message)
+    done = list((tmp_path / "ray").glob("outputs-*"))
+    assert len(done) == 39
+    found = evaluated(Training(), tmp_path / "ray")
+    assert set(done) < set((tmp_path / "ray").glob("outputs-*"))
+    np.testing.assert_array_equal(found.outputs, alone.outputs)
+
+
+def test_a_training_that_cannot_be_sent_is_named(cluster: None, tmp_path: Path) -> None:
+    guard = threading.Lock()
+    match = r"`train -> guard` \(_thread\.lock\)(.|\n)*engine=\"local\""
+    with pytest.raises(pergrad.UsageError, match=match):
+        evaluated(lambda indices, seed: guard, tmp_path, engine="ray", workers=1)

@@ -11,7 +11,7 @@ import torch
 from attributing import job
 
 import pergrad
-from engines import KINDS, assert_same, options_of, queries, task
+from engines import KINDS, Training, assert_same, options_of, queries, scores, task
 from pergrad.scans.runners import torchrun as under_torchrun
 
 SCRIPT = """
@@ -44,6 +44,16 @@ def scored():
         for kind in how["kinds"]
     ][-1]
 
+def sketched():
+    for fit in (None, fitted()):
+        index = pergrad.sketch(mine, out / f"index {fit is None}", curvature=fit, size=16,
+                               batch_size=2, engine="torchrun")
+    return index.size
+
+def evaluated():
+    return pergrad.evaluate(engines.Training(), mine, engines.queries(), engines.scores(),
+                            out=out / "e", subsets=20, engine="torchrun")
+
 def full():  # the disk takes no more, after the first file
     if rank == 0:
         add = ranking.Folder.add
@@ -55,7 +65,9 @@ def full():  # the disk takes no more, after the first file
     return scored()
 
 try:
-    said = repr({"curvature": fitted, "influence": scored, "full": full}[how["call"]]())
+    calls = {"curvature": fitted, "influence": scored, "full": full, "sketch": sketched,
+             "evaluate": evaluated}
+    said = repr(calls[how["call"]]())
 except pergrad.PergradError as error:
     said = f"{type(error).__name__}: {error}"
 Path(f"{out}.said.{rank}").write_text(said)
@@ -111,6 +123,21 @@ def test_ranks_score_as_one_process_does(tmp_path: Path) -> None:
             mine, queries(), tmp_path / kind, batch_size=2, **options_of(kind, mine, fit)
         )
         assert_same(pergrad.Influence(out / kind), alone)
+
+
+def test_ranks_sketch_and_retrain(tmp_path: Path) -> None:
+    out, mine = tmp_path / "out", task()
+    assert torchrun(out, "sketch") == ["16", "16"]
+    fit = pergrad.curvature(mine, out / "fit")  # opens it
+    for each in (None, fit):
+        found = pergrad.open_sketch(out / f"index {each is None}", mine, curvature=each)
+        alone = pergrad.sketch(mine, tmp_path / f"{each is None}", curvature=each, size=16)
+        torch.testing.assert_close(found.scores(queries()), alone.scores(queries()))
+    said = torchrun(out, "evaluate")
+    alone = pergrad.evaluate(
+        Training(), mine, queries(), scores(), out=tmp_path / "e", subsets=20
+    )  # fmt: skip
+    assert said == [repr(alone)] * 2
 
 
 def test_ranks_that_stop_are_gone_on_with_by_any_number(tmp_path: Path) -> None:

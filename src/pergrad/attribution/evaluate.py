@@ -8,12 +8,15 @@ Does not know: statistics (`evaluation`), or how scores are computed.
 """
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from pergrad.attribution.baselines import baselines, check_text
@@ -23,9 +26,11 @@ from pergrad.attribution.folder import Folder, differences
 from pergrad.attribution.found import Influence
 from pergrad.attribution.progress import tell
 from pergrad.attribution.ranking import npy
+from pergrad.attribution.together import Crew, Engine, Task, hired
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
 from pergrad.scans.job import Job
+from pergrad.scans.runners.ray_workers import Words
 from pergrad.scans.scorer import prepared
 
 WHAT = "pergrad evaluation"
@@ -47,6 +52,9 @@ def evaluate(
     seed: int = 0,
     text: Callable[[Any], str] | None = None,
     batch_size: int | None = None,
+    engine: Engine = "local",
+    workers: int | None = None,
+    address: str | None = None,
 ) -> Evaluation:
     """Retrain on random subsets, and compare what comes with what scores foretell.
 
@@ -71,6 +79,10 @@ def evaluate(
         text: for texts: a function from an item, of the job's data or of the queries', to its text.
             BM25, a ranking by words, is then a baseline, too.
         batch_size: how many queries go through a model at once.
+        engine: "local": this process. "ray": workers of Ray. "torchrun": this call is made on every
+            rank, and the folder is on a disk that all of them see. See docs/scale-out.md.
+        workers: ray: how many (default one for each GPU; without GPUs one for each CPU).
+        address: ray: a cluster's address. Default: this machine.
 
     Returns:
         Evaluation: `.scores`, `.ceiling`, `.best`; it prints as a table.
@@ -79,6 +91,7 @@ def evaluate(
         UsageError: an argument is wrong, or `train` returns no model, one that is not finite, or
             one that does not depend on its subset.
         StoreError: the folder is about something else.
+        WorkerError: workers of Ray or ranks were lost; what they had finished is kept.
         MissingExtraError: a package is missing; `pip install 'pergrad[attribution]'` brings it, and
             'pergrad[texts]' what BM25 needs.
 
@@ -121,23 +134,30 @@ def evaluate(
     settings = {"subsets": subsets, "share": share, "seeds": seeds, "seed": seed,
                 "examples": len(job), "queries": len(asking),
                 "measured": "losses of a Job" if sign > 0 else "minus the loss"}  # fmt: skip
-    with folder.locked():
-        old = folder.manifest()
-        differ = differences(old["settings"], settings) if old else []
-        if differ:
-            raise StoreError(
-                f"The evaluation in {folder.path} is of something else: {'; '.join(differ)}. "
-                "Nothing was changed. Give this one another folder, or bring back what was."
-            )
-        if old is None:
-            folder.save_manifest({"settings": settings})
-        by_seed = _outputs(folder, train, asking, sign, members, seeds, batch_size)
+    with ExitStack() as stack:
+        crew = stack.enter_context(hired(engine, workers, address, _words(seeds)))
+        with crew.together():
+            if crew.leads:
+                stack.enter_context(folder.locked())
+            size = batch_size or batches_of(asking, None, 0).size
+        tasks = _Retraining(train, asking, sign, members, seeds, crew.of_first(size))
+        crew.check_same({"settings": settings}, differences)
+        crew.lead(tasks, "eval", lambda: _finish(folder, tasks, settings, crew))
+        by_seed = _measurements(folder, tasks)
     outputs = by_seed.mean(0)
     named |= baselines(job, asking, seed, text)
     return Evaluation(
         {name: lds(members, outputs, scores) for name, scores in named.items()},
         ceiling(by_seed), outputs, members, settings,
     )  # fmt: skip
+
+
+def _words(seeds: int) -> Words:
+    def named(block: range) -> str:
+        m, s = divmod(block.start, seeds)
+        return f"on subset {m} with seed {s}"
+
+    return Words("evaluation", "Make the same call again", "retrainings", named)
 
 
 def _check_numbers(subsets: Any, share: Any, seeds: Any) -> None:
@@ -186,42 +206,89 @@ def _members(examples: int, subsets: int, share: float, seed: int) -> np.ndarray
     return members
 
 
-def _outputs(
-    folder: Folder, train: Train, asking: Job, sign: float, members: np.ndarray, seeds: int,
-    batch_size: int | None,
-) -> np.ndarray:  # fmt: skip
-    """(seeds, M, Q): every retrained model's measurements, those that are missing made."""
+def _finish(folder: Folder, tasks: "_Retraining", settings: Mapping[str, Any], crew: Crew) -> None:
+    """Every measurement that is missing to the folder."""
+    old = folder.manifest()
+    differ = differences(old["settings"], settings) if old else []
+    if differ:
+        raise StoreError(
+            f"The evaluation in {folder.path} is of something else: {'; '.join(differ)}. "
+            "Nothing was changed. Give this one another folder, or bring back what was."
+        )
+    if old is None:
+        folder.save_manifest({"settings": settings})
     done = {first: path for first, _, path in folder.files("outputs")}
-    found = np.empty((seeds, len(members), len(asking)))
-    size = batch_size or batches_of(asking, None, 0).size
-    for k in range(seeds * len(members)):
-        m, s = divmod(k, seeds)
-        if k in done:
-            content = folder.read(done[k])
-            found[s, m] = np.load(io.BytesIO(content), allow_pickle=False)
-            continue
-        model = train(np.flatnonzero(members[m]).tolist(), s)
+    total = tasks.seeds * len(tasks.members)
+    left = [range(k, k + 1) for k in range(total) if k not in done]
+    two = 0, tasks.seeds  # the first seed of the first two subsets
+    first = {k: _read(folder, done[k]) for k in two if k in done}
+    each = crew.each("outputs", [], {}, left, lambda size: 1, ordered=False) if left else ()
+    for count, (block, found) in enumerate(each, len(done) + 1):
+        k, values = block.start, found["outputs"].numpy()
+        if k in two:
+            first[k] = values
+        if k in two and len(first) == 2 and np.array_equal(first[two[0]], first[two[1]]):
+            raise UsageError(
+                "`train` gave models with equal outputs for two different subsets, so it seems to "
+                "ignore the examples that it is given. Train on those alone."
+            )
+        folder.add("outputs", k, k + 1, npy(values), "npy")
+        tell("retrained models", count, total)
+
+
+def _measurements(folder: Folder, tasks: "_Retraining") -> np.ndarray:
+    """(seeds, M, Q): what all retrained models gave."""
+    found = np.empty((tasks.seeds, len(tasks.members), len(tasks.asking)))
+    for k, _, path in folder.files("outputs"):
+        m, s = divmod(k, tasks.seeds)
+        found[s, m] = _read(folder, path)
+    return found
+
+
+def _read(folder: Folder, path: Path) -> np.ndarray:
+    found: np.ndarray = np.load(io.BytesIO(folder.read(path)), allow_pickle=False)
+    return found
+
+
+class _Retraining:
+    """How models are made and measured, and the one kind of tasks that these give."""
+
+    device = None  # where a model is trained is the user's business
+    models: list[nn.Module] = []  # noqa: RUF012
+
+    def __init__(
+        self, train: Train, asking: Job, sign: float, members: np.ndarray, seeds: int, size: int
+    ) -> None:
+        self.train, self.asking, self.sign = train, asking, sign
+        self.members, self.seeds, self.size = members, seeds, size
+
+    def sent(self) -> tuple["_Retraining", dict[str, Any]]:
+        """What a worker needs of this, and what users know of it by the names they know."""
+        asking = replace(self.asking, show=None, key=None)
+        there = _Retraining(self.train, asking, self.sign, self.members, self.seeds, self.size)
+        return there, {"train": self.train, "queries": asking}
+
+    def task(self, name: str, about: Sequence[Any], given: Mapping[str, Tensor]) -> Task:
+        """The measurements of a retrained model."""
+        return lambda block: {"outputs": torch.from_numpy(self._outputs(block.start))}
+
+    def _outputs(self, k: int) -> np.ndarray:
+        m, s = divmod(k, self.seeds)
+        model = self.train(np.flatnonzero(self.members[m]).tolist(), s)
         if not isinstance(model, nn.Module):
             raise UsageError(
                 f"`train` returned a {type(model).__name__}. Return the trained model, a "
                 "torch.nn.Module."
             )
-        values = sign * _measured(replace(asking, model=model, params=None), size)
+        asking = replace(self.asking, model=model, params=None)
+        values = self.sign * _measured(asking, self.size)
         if not np.isfinite(values).all():
             raise UsageError(
                 f"The model retrained on subset {m} with seed {s} gives query "
                 f"{int(np.flatnonzero(~np.isfinite(values))[0])} an output that is not finite. "
                 "Check `train`; what was measured before is kept."
             )
-        found[s, m] = values
-        if m == 1 and np.array_equal(values, found[s, 0]):
-            raise UsageError(
-                "`train` gave models with equal outputs for two different subsets, so it seems to "
-                "ignore the examples that it is given. Train on those alone."
-            )
-        folder.add("outputs", k, k + 1, npy(values), "npy")
-        tell("retrained models", k + 1, seeds * len(members))
-    return found
+        return values
 
 
 def _measured(job: Job, size: int) -> np.ndarray:

@@ -109,6 +109,10 @@ class Fit(Preconditioner):
         check_damping(damping)
         return Fit(self.curved, self.shapes, self.about, self.folder, damping, self.job)
 
+    def of_job(self, job: Any) -> "Fit":
+        """The same curvature, whose data and model are had by another Job, or by none."""
+        return Fit(self.curved, self.shapes, self.about, self.folder, self.damping, job)
+
     @cached_property
     def added(self) -> dict[str, float]:
         """What the damping adds, for each parameter."""

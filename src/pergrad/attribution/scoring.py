@@ -17,7 +17,6 @@ from pergrad.attribution.adam import step_cosines
 from pergrad.attribution.asking import Asked
 from pergrad.attribution.basis import Solved
 from pergrad.attribution.batches import Batch, Batches
-from pergrad.attribution.fit import Fit
 from pergrad.attribution.gauss_newton import Curvature
 from pergrad.attribution.queries import Queries, most_bytes
 from pergrad.attribution.together import Task
@@ -81,8 +80,7 @@ class Scoring:
         parts: dict[str, Any] = {"job": batches.job, "queries": asked_as}
         if fit is not None:
             job = bare(fit.job)
-            there = Fit(fit.curved, fit.shapes, fit.about, fit.folder, fit.damping, job)
-            what = replace(what, fit=there)
+            what = replace(what, fit=fit.of_job(job))
             parts["curvature.job"] = job
         for i, point in enumerate(what.checkpoints):
             parts[f"checkpoints[{i}]"] = point.source

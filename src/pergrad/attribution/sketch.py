@@ -7,12 +7,15 @@ Does not know: how gradients are projected (`projection`), or what is asked (`in
     rows-…, scales-…         see `shards`
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from math import prod
 from os import PathLike
 from typing import Any, Literal, Unpack
 
+import torch
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from pergrad import api
@@ -34,14 +37,18 @@ from pergrad.attribution.projection import Coordinates, TensorSketch, plain_bloc
 from pergrad.attribution.shards import Writer, ends
 from pergrad.attribution.shown import check_keys
 from pergrad.attribution.summing import blocks_in
+from pergrad.attribution.together import Crew, Engine, Task, by_batches, hired
 from pergrad.engine.run import PassOptions
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
 from pergrad.scans.job import Job
+from pergrad.scans.runners.ray_workers import Words
 from pergrad.scans.scorer import prepared
 
 WHAT = "pergrad sketch"
 SIZE = 1024
+IDENTITY = ("scored", "curvature", "settings")  # of a manifest: what it is about
+WORDS = Words("sketch", "Make the same call again")
 
 
 def sketch(
@@ -53,6 +60,9 @@ def sketch(
     batch_size: int | None = None,
     seed: int = 0,
     mode: Literal["eval", "as is"] = "eval",
+    engine: Engine = "local",
+    workers: int | None = None,
+    address: str | None = None,
     **options: Unpack[PassOptions],
 ) -> Sketch:
     """Keep a few numbers of each example's gradient, so that queries take no pass over the data.
@@ -73,6 +83,10 @@ def sketch(
         batch_size: how many examples go through the model at once; by default what memory allows.
         seed: of the TensorSketch, and of random numbers drawn while an example is fetched.
         mode: "eval" (dropout off, batch norm by its running statistics), or "as is".
+        engine: "local": this process. "ray": workers of Ray. "torchrun": this call is made on every
+            rank, and the folder is on a disk that all of them see. See docs/scale-out.md.
+        workers: ray: how many (default one for each GPU; on the CPU one for each CPU).
+        address: ray: a cluster's address. Default: this machine.
         **options: on_mixing, check_layout, chunk_bytes, as in `pergrad.norms`.
 
     Returns:
@@ -82,6 +96,7 @@ def sketch(
         UsageError: an argument is wrong, or an example's gradient is not finite.
         StoreError: the folder is about another model, data set or settings.
         MixedExamplesError, UnsupportedError: as in `pergrad.norms`.
+        WorkerError: workers of Ray or ranks were lost; what they had finished is kept.
         MissingExtraError: a package is missing; `pip install 'pergrad[attribution]'` brings it.
 
     Cost: a forward and a backward pass for each example, and the projection: of a layer with T
@@ -108,23 +123,19 @@ def sketch(
     _check_size(size, Batches(job, 1))
     check_keys(job)
     folder = Folder(out, WHAT)
-    with folder.locked(), prepared(job.model, mode):
-        check_evaluating(job)
-        batches = batches_of(job, batch_size, seed)
-        about = _about(job, curvature, size, seed, mode, options)
-        old = folder.manifest()
-        if old is not None:
-            _same(folder, _grown(old, job), about)
-        writer = Writer(folder, size)
-        blocks = _blocks(batches, old, curvature, options)
-        about["blocks"] = None if blocks is None else [asdict(block) for block in blocks]
-        how = _projection(curvature, blocks, size, seed)
-        _same_data(folder, batches, how, options)
-        if old is None or writer.next < len(job):
-            if old is None or len(job) > old["scored"]["examples"]:
-                folder.save_manifest({**about, "finished": False})
-            _stream(batches, how, writer, options)
-            folder.save_manifest({**about, "finished": True})
+    with ExitStack() as stack:
+        crew = stack.enter_context(hired(engine, workers, address, WORDS))
+        with crew.together():
+            if crew.leads:
+                stack.enter_context(folder.locked())
+            stack.enter_context(prepared(job.model, mode))
+            check_evaluating(job)
+            batches = batches_of(job, batch_size, seed)
+            about = _about(job, curvature, size, seed, mode, options)
+        batches = replace(batches, size=crew.of_first(batches.size))
+        crew.check_same({n: _told(about, n) for n in IDENTITY}, differences)
+        tasks = _Sketching(batches, curvature, size, options)
+        crew.lead(tasks, mode, lambda: _finish(folder, tasks, about, crew))
     return open_sketch(out, job, curvature=curvature)
 
 
@@ -219,15 +230,16 @@ def _about(
     }  # fmt: skip
 
 
-def _same(folder: Folder, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    def told(about: Mapping[str, Any], name: str) -> dict[str, Any]:
-        found = about[name] or {}
-        return {n: value for n, value in found.items() if n != "folder"}  # it may have moved
+def _told(about: Mapping[str, Any], name: str) -> dict[str, Any]:
+    found = about[name] or {}
+    return {n: value for n, value in found.items() if n != "folder"}  # it may have moved
 
+
+def _same(folder: Folder, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     differ = [
         f"{name}: {each}"
-        for name in ("scored", "curvature", "settings")
-        for each in differences(told(old, name), told(new, name))
+        for name in IDENTITY
+        for each in differences(_told(old, name), _told(new, name))
     ]
     if differ:
         raise StoreError(
@@ -292,17 +304,70 @@ def _projection(
     return TensorSketch(blocks, size, seed)
 
 
-def _stream(
-    batches: Batches, how: Coordinates | TensorSketch, writer: Writer, options: PassOptions
-) -> None:
+def _finish(folder: Folder, tasks: "_Sketching", about: dict[str, Any], crew: Crew) -> None:
+    """All that is missing to the folder."""
+    batches, old = tasks.batches, folder.manifest()
     total = len(batches.job)
-    for batch in batches.over(range(writer.next, total)):
-        J = api.gradients(batches.losses(batch), batches.params, **options)
-        norms = J.norms()
-        _check(norms, batch)
-        writer.add(how.project(J), norms)
-        tell("sketched examples", batch.rows.stop, total)
+    if old is not None:
+        _same(folder, _grown(old, batches.job), about)
+    writer = Writer(folder, tasks.size)
+    blocks = _blocks(batches, old, tasks.fit, tasks.options)
+    about["blocks"] = None if blocks is None else [asdict(block) for block in blocks]
+    _same_data(folder, batches, tasks.projection(blocks), tasks.options)
+    if old is not None and writer.next == total:
+        return
+    if old is None or total > old["scored"]["examples"]:
+        folder.save_manifest({**about, "finished": False})
+    left = range(writer.next, total)
+    step = by_batches(len(left), batches.size)
+    for rows, found in crew.each("vectors", about["blocks"] or [], {}, [left], step):
+        writer.add(found["rows"], found["norms"])
+        tell("sketched examples", rows.stop, total)
     writer.flush()
+    folder.save_manifest({**about, "finished": True})
+
+
+class _Sketching:
+    """The job and the projection, and the one kind of tasks that these give."""
+
+    def __init__(self, batches: Batches, fit: Fit | None, size: int, options: PassOptions) -> None:
+        self.batches, self.fit, self.size, self.options = batches, fit, size, options
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The job's."""
+        return [self.batches.job.model]
+
+    @property
+    def device(self) -> str | None:
+        """Where its parameters are."""
+        return str(next(iter(self.batches.params.values())).device)
+
+    def sent(self) -> tuple["_Sketching", dict[str, Any]]:
+        """What a worker needs of this, and what users know of it by the names they know."""
+        job = replace(self.batches.job, show=None, key=None)
+        fit = None if self.fit is None else self.fit.of_job(None)
+        batches = replace(self.batches, job=job)
+        return _Sketching(batches, fit, self.size, self.options), {"job": job}
+
+    def projection(self, blocks: list[Block] | None) -> Coordinates | TensorSketch:
+        """How gradients become short."""
+        return _projection(self.fit, blocks, self.size, self.batches.seed)
+
+    def task(self, name: str, about: Sequence[Any], given: Mapping[str, Tensor]) -> Task:
+        """Short vectors of examples, and their gradients' norms."""
+        how = self.projection(blocks_in({"blocks": about}))
+
+        def vectors(rows: range) -> dict[str, Tensor]:
+            found, norms = [], []
+            for batch in self.batches.over(rows):
+                J = api.gradients(self.batches.losses(batch), self.batches.params, **self.options)
+                norms.append(J.norms())
+                _check(norms[-1], batch)
+                found.append(how.project(J))
+            return {"rows": torch.cat(found), "norms": torch.cat(norms)}
+
+        return vectors
 
 
 def _check(norms: Any, batch: Batch) -> None:

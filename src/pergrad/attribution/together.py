@@ -276,7 +276,11 @@ class _OnRay(Crew):
         left = iter(tasks)
         wanted = next(left, None)
         for block, found in workers.each(
-            tasks, lambda: told, room=lambda: len(done) < AHEAD * size, set_aside=not ordered
+            tasks,
+            lambda: told,
+            room=lambda: len(done) < AHEAD * size,
+            set_aside=not ordered,
+            ahead=2 if ordered else 1,
         ):
             if not ordered:
                 yield block, found

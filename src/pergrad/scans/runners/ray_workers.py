@@ -215,6 +215,7 @@ class Words:
     run: str  # "scan"
     again: str  # how the same is done without workers, and goes on
     examples: str = "examples"  # what tasks are ranges of
+    named: Callable[[range], str] = lambda b: f"{b.start} to {b.stop - 1}"
 
 
 class Workers:
@@ -256,6 +257,7 @@ class Workers:
         *,
         room: Callable[[], bool] = lambda: True,
         set_aside: bool = True,
+        ahead: int = AHEAD,
     ) -> Iterator[tuple[range, Any]]:
         """Each task and what came of it, as they are done.
 
@@ -264,6 +266,7 @@ class Workers:
             about: what else a worker is told with a task, asked when it is handed out.
             room: whether more tasks may be handed out now.
             set_aside: do all others before an error names a task that killed its workers.
+            ahead: how many tasks a worker has at a time.
 
         Raises:
             UsageError: what was sent cannot be loaded on a worker, or it has another torch.
@@ -273,7 +276,7 @@ class Workers:
         self._waiting.extend(islice(left, self._crew.workers))
         wanted = min(len(self._waiting), self._crew.workers)
         self._workers += [self._hired() for _ in range(wanted - len(self._workers))]
-        while self._hand_out(left, about, room):
+        while self._hand_out(left, about, room, ahead):
             yield from self._take_in(set_aside)
         if self._aside:
             raise self._given_up("All other work is done, and what came of it is stored.")
@@ -291,9 +294,10 @@ class Workers:
         tasks: Iterator[range],
         about: Callable[[], tuple[Any, ...]],
         room: Callable[[], bool],
+        ahead: int,
     ) -> bool:
         """Give tasks to the workers that can take one; whether any is left to wait for."""
-        for depth in range(AHEAD):
+        for depth in range(ahead):
             for worker in self._workers:
                 if worker.pid is None or len(worker.blocks) > depth:
                     continue
@@ -413,7 +417,7 @@ class Workers:
         warnings.warn(message, WorkerWarning, stacklevel=2)
 
     def _named(self, blocks: list[range]) -> str:
-        parts = [f"{b.start} to {b.stop - 1}" for b in sorted(blocks, key=lambda b: b.start)]
+        parts = [self._words.named(b) for b in sorted(blocks, key=lambda b: b.start)]
         return f"{self._words.examples} " + " and ".join(parts)
 
 
