@@ -16,7 +16,9 @@ from torch import Tensor, nn
 import pergrad
 from pergrad.graph import nodes
 from pergrad.training import recorder
+from pergrad.training.other_run import difference
 from pergrad.training.run_folder import RunFolder
+from pergrad.training.step_numbers import Piece
 
 
 @pytest.fixture(autouse=True)
@@ -169,9 +171,114 @@ def test_steps_that_are_stored_are_said_once(tmp_path: Path, caplog) -> None:
     for _ in range(2):
         with pergrad.Watch(tmp_path, every=1) as watch:
             train(watch, range(3), model_of())
-        assert watch.failures == []
     (said,) = [r.getMessage() for r in caplog.records]
     assert re.search(r"has step 0(.|\n)*not read again(.|\n)*a folder of its own", said)
+    assert watch.failures == [said]
+    page = watch.report(tmp_path / "report.html").read_text()
+    assert "Said while watching: " in page
+    assert "has step 0 of this run already" in page
+    caplog.clear()
+    with pergrad.Watch(tmp_path, every=1) as watch:  # of a checkpoint: it is the same run
+        train(watch, range(1, 5), model_of())
+    assert watch.failures == []
+    (said,) = [r.getMessage() for r in caplog.records]
+    assert "has step 1" in said
+
+
+def other_keys(watch: pergrad.Watch) -> None:
+    """The losses and norms that were there, of examples with other names."""
+    model = model_of()
+    x, y = batch(0)
+    loss = F.cross_entropy(model(x), y)
+    with watch(loss, model, 6, keys=range(6), step=0):
+        loss.backward()
+
+
+def other_size(watch: pergrad.Watch) -> None:
+    model = model_of()
+    loss = F.cross_entropy(model(batch(0, 5)[0]), batch(0, 5)[1])
+    with watch(loss, model, 5, step=0):
+        loss.backward()
+
+
+def other_model(watch: pergrad.Watch) -> None:
+    torch.manual_seed(1)
+    layers = nn.Linear(4, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 3)
+    train(watch, range(5), nn.Sequential(*layers).double())
+
+
+@pytest.mark.parametrize(
+    ("begin", "match"),
+    [(other_keys, r"its row 0 was the example 0/0/0 and is 0\."),
+     (other_size, r"it had 6 examples and has 5"),
+     (other_model, r"the loss of its row \d, the example 0/0/\d, was \d\.\d+ and is \d\.\d+")],
+)  # fmt: skip
+def test_another_run_of_the_same_model(tmp_path: Path, begin: Any, match: str) -> None:
+    """Also where it would go on behind the steps that are there."""
+    with pergrad.Watch(tmp_path / "run", every=1) as watch:
+        train(watch, range(3), model_of())
+    before = pergrad.open_watch(tmp_path / "run").examples()
+    with pergrad.Watch(tmp_path / "run", every=1) as watch:
+        begin(watch)
+        train(watch, range(1, 9), model_of())
+    assert pergrad.open_watch(tmp_path / "run").examples().equals(before)
+    (said,) = watch.failures
+    assert re.search(match, said)
+    assert f"its own, such as {tmp_path / 'run-2'}, or delete the old one" in " ".join(said.split())
+    with pytest.raises(pergrad.StoreError, match=match):
+        watch.report(tmp_path / "run.html")
+    assert not (tmp_path / "run.html").exists()
+
+
+def test_norms_tell_another_run_where_losses_do_not() -> None:
+    """As those of a head that is 0."""
+    ones = torch.ones(3, dtype=torch.float64)
+    rows = {"key": [None] * 3, "loss": [1.0] * 3, "norm": [1.0, 2.0, float("nan")]}
+
+    def now(*norms: float) -> Piece:
+        return Piece(ones, ones, ones, torch.tensor(norms, dtype=torch.float64), None)
+
+    assert difference(rows, now(1.001, 1.999, 7.0)) is None  # by rounding
+    assert difference(rows, now(1.0, 2.5, 7.0)) == "the norm of its row 1 was 2 and is 2.5"
+    assert difference({**rows, "norm": [float("nan")] * 3}, now(1.0, 2.5, 7.0)) is None
+
+
+def test_another_run_leaves_the_step_alone(tmp_path: Path) -> None:
+    with pergrad.Watch(tmp_path, every=1) as watch:
+        train(watch, range(2), model_of())
+    plain, watched = (nn.Linear(4, 3).double() for _ in range(2))
+    watched.load_state_dict(plain.state_dict())
+    with pergrad.Watch(tmp_path / "other", every=1) as watch:
+        train(watch, range(2), nn.Linear(4, 3).double())
+    with pergrad.Watch(tmp_path / "other", every=1) as watch:
+        after = train(watch, range(4), watched, micro=2)
+    assert len(watch.failures) == 1
+    assert "it had 6 examples and has 12" in watch.failures[0]
+    assert all(
+        torch.equal(a, b) for a, b in zip(train(None, range(4), plain, 2), after, strict=True)
+    )
+
+
+def test_a_run_that_must_be_new(tmp_path: Path) -> None:
+    with pergrad.Watch(tmp_path / "run", every=1, resume=False) as watch:
+        train(watch, range(2), model_of())
+    (tmp_path / "run-2").mkdir()
+    with pytest.raises(pergrad.StoreError, match=r"already, and resume is False(.|\n)*run-3, or"):
+        pergrad.Watch(tmp_path / "run", resume=False)
+
+
+def test_steps_counted_on_are_said(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pergrad.Watch(tmp_path, every=1) as watch:
+            for _ in range(3):
+                model = model_of()
+                loss = model(batch(0)[0]).square().sum(1).mean()
+                with watch(loss, model, 6):
+                    loss.backward()
+    (said,) = watch.failures
+    assert "has 3 watched steps already, so these are counted on from 3" in said
+    assert "resume=False" in said
+    assert len(pergrad.open_watch(tmp_path).steps()) == 6
 
 
 def test_folders_of_something_else(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pergrad.scans.report.preview import Preview
 from pergrad.scans.text import message_of, printable, storable
 from pergrad.training.noise_of_ranks import sums_of_ranks
 from pergrad.training.noise_scale import NoiseScale
+from pergrad.training.other_run import difference
 from pergrad.training.run_folder import (
     FORMAT,
     STEPS,
@@ -61,6 +62,8 @@ class Recorder:
         self.last = -1  # the last step of this folder
         self._started = self._warned = False
         self._done: set[int] = set()
+        self._begun = False  # whether the run's first step is known
+        self._compare = False  # whether the next step that is stored shows if it is the same run
         self._baseline = Baseline()
         self._reference = nan
         self._settings: dict[str, Any] = {}
@@ -74,6 +77,7 @@ class Recorder:
         self._shown: dict[str, Preview] = {}
         self._shown_changed = False
         self._began = self._flushed = time.monotonic()
+        self._wrote = False
         self._flushed_once = False  # the first step goes to the disk at once, to see if it can
 
     # --- steps -----------------------------------------------------------------------------------
@@ -92,24 +96,60 @@ class Recorder:
             raise
         self.last = max(self._done, default=-1)
 
+    def begins_with(self, step: int) -> None:
+        """A step of the run, by its number; the first one is asked for."""
+        if not self._begun:
+            self._begun = True
+            self._compare = bool(self._done) and step <= min(self._done)
+
+    def goes_on(self) -> int:
+        """The number of the first step, where they are not given."""
+        self._begun = True
+        if self._done:
+            self.say(
+                f"{printable(self.folder.folder)} has {len(self._done)} watched steps already, so "
+                f"these are counted on from {self.last + 1}, as those of one run. Another run "
+                f"needs a folder of its own, such as {printable(self.folder.free())}; "
+                "Watch(..., resume=False) makes sure of it."
+            )
+        return self.last + 1
+
     @property
     def under_way(self) -> int | None:
         """The step at hand."""
         return self._step
 
     def wants(self, step: int) -> bool:
-        """Whether a step is to be read: it is not stored already."""
+        """Whether a step is to be read: it is not stored already, or tells another run."""
         if self.off is not None:
             return False
-        stored = step != self._step and step in self._done
-        if stored and not self._warned:
+        if step == self._step or step not in self._done:
+            return True
+        if not self._compare and not self._warned:
             self._warned = True
-            _logger.warning(
-                "%s has step %d of this run already, so that is not read again, nor are other "
-                "steps that are there. Another run of the same model needs a folder of its own.",
-                printable(self.folder.folder), step,
-            )  # fmt: skip
-        return not stored
+            _logger.warning("%s", printable(self._already(step)))
+        return self._compare
+
+    def _already(self, step: int) -> str:
+        return (
+            f"{printable(self.folder.folder)} has step {step} of this run already, so that is not "
+            "read again, nor are other steps that are there. Another run of the same model needs "
+            "a folder of its own."
+        )
+
+    def _compare_with_stored(self, step: int, whole: Piece) -> None:
+        """A run that begins at the first step again; if it is another, it is left out."""
+        self._compare, self._warned = False, True
+        rows = self.folder.examples_of(self.rank, step)
+        differs = difference(rows, whole) if rows["key"] else None
+        if differs is None:
+            return self.say(self._already(step))
+        self.off = (
+            f"{printable(self.folder.folder)} has another run: in step {step}, {differs}. Nothing "
+            "was changed, and nothing of this run is kept; give it a folder of its own, such as "
+            f"{printable(self.folder.free())}, or delete the old one before."
+        )
+        return self.say(self.off)
 
     def describe(self, model: str, parameters: list[list[Any]], settings: dict[str, Any]) -> None:
         """What is trained; a folder of another run is refused. Raises StoreError."""
@@ -162,7 +202,11 @@ class Recorder:
         step, self._step = self._step, None
         pieces, self._pieces = self._pieces, []
         failure, self._failure = self._failure, None
-        if step is None or step in self._done:
+        if step is None:
+            return
+        if step in self._done:
+            if pieces and self._compare:
+                self._compare_with_stored(step, joined(pieces))
             return
         self._done.add(step)
         self.last = max(self.last, step)
@@ -285,6 +329,7 @@ class Recorder:
                         for k, p in self._shown.items()]  # fmt: skip
                 self.folder.add_shown(self.rank, rows)
                 self._shown_changed = False
+            self._wrote = True
         except OSError as error:
             self.say(
                 f"Cannot write to {printable(self.folder.folder)}: {error.strerror or error}. "
@@ -297,6 +342,11 @@ class Recorder:
         if sum(map(len, self._examples)) > MOST_ROWS:
             self.off = f"{MOST_ROWS:,} rows wait for the disk, so no more are read."
             self.say(self.off)
+
+    def check_written(self) -> None:
+        """What is in the folder is of this run. Raises StoreError."""
+        if self.off is not None and not self._wrote:
+            raise StoreError(self.off)
 
     @nodes.never_compiled  # a collection may call it
     def close(self) -> None:

@@ -13,6 +13,7 @@ A file is written under another name and renamed, so there is never half a file.
 distributed run writes files of its own; whoever reads takes all of them as one table.
 """
 
+import itertools
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import filelock
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pergrad import folders
@@ -134,6 +136,20 @@ class RunFolder:
             )
         return found
 
+    def check_new(self) -> None:
+        """There is no run yet. Raises StoreError."""
+        if self.manifest is not None:
+            raise StoreError(
+                f"{printable(self.folder)} has a watched run already, and resume is False. Give "
+                f"this run a folder of its own, such as {printable(self.free())}, or delete the "
+                "old one."
+            )
+
+    def free(self) -> Path:
+        """A folder of a like name that is not there."""
+        names = (self.folder.with_name(f"{self.folder.name}-{n}") for n in itertools.count(2))
+        return next(path for path in names if not path.exists())
+
     # --- writing ---------------------------------------------------------------------------------
 
     def take(self, rank: int) -> None:
@@ -242,6 +258,14 @@ class RunFolder:
         tables = [self._load(p.path, p.digest) for kind in ("steps", "examples")
                   for p in self.parts(kind) if p.rank == rank]  # fmt: skip
         return {step for table in tables for step in table["step"].to_pylist()}
+
+    def examples_of(self, rank: int, step: int) -> dict[str, list[Any]]:
+        """The columns of one step's examples, of one rank. Raises StoreError."""
+        parts = [p for p in self.parts("examples") if p.rank == rank]
+        tables = [self._load(p.path, p.digest) for p in parts]
+        whole = pa.concat_tables([EXAMPLES.empty_table(), *tables], promote_options="default")
+        there = whole.filter(pc.equal(whole["step"], step)).sort_by("row")
+        return there.to_pydict()
 
     def shown(self) -> dict[str, tuple[str, str | None, bytes]]:
         """Key -> what is kept for a person to see, as a preview stores it."""

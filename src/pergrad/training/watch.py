@@ -6,7 +6,6 @@ Does not know: how norms are read (`reader`), what is made of them (`recorder`).
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -16,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from pergrad import inputs
-from pergrad.engine.places import module_of
 from pergrad.errors import UsageError
 from pergrad.extras import need
 from pergrad.inputs import Params
 from pergrad.training.noise_scale import NoiseScale
+from pergrad.training.pieces import check_scale, norm_of, piece_of
 from pergrad.training.reader import Reading
+from pergrad.training.report import write
 from pergrad.training.run import open_watch
-from pergrad.training.step_numbers import Piece
 from pergrad.training.trainers import Batch, attach, lightning_callback, transformers_callback
 
 if TYPE_CHECKING:
@@ -49,7 +48,8 @@ class Watch:
 
     Args:
         out: the run's folder, made if it is new. In a folder of the same run, watching goes on;
-            steps that are stored there are not read again.
+            steps that are stored there are not read again. A run that begins at the first of them
+            again, with other examples or losses, is another run: nothing of it is read.
         every: steps whose number it divides are read.
         groups: None, or "layer" for norms by module.
         clip: a threshold; the share of norms above it is reported. Nothing is clipped.
@@ -58,6 +58,7 @@ class Watch:
             dict of "image", "text", "label". Called for outliers.
         log: called after each watched step with a dict of numbers, named as `pergrad/norm/p50`, and
             the step's number.
+        resume: go on with the run in the folder. With False there must not be one.
 
     Attributes:
         failures: what could not be read or written, and why; each once.
@@ -96,6 +97,7 @@ class Watch:
         show: Callable[[Any], Any] | None = None,
         *,
         log: Callable[[dict[str, float], int], Any] | None = None,
+        resume: bool = True,
     ) -> None:
         _check_arguments(every, groups, clip, keep, show, log)
         need("scan", "numpy", "pyarrow", "filelock")
@@ -107,7 +109,10 @@ class Watch:
         if other is not None:  # of an earlier cell of a notebook: one process writes once
             other.close()
         self.every, self.groups, self._show = every, groups, show
-        self._recorder: Recorder = Recorder(RunFolder(self.out), clip, keep, log)
+        folder = RunFolder(self.out)
+        if not resume:
+            folder.check_new()
+        self._recorder: Recorder = Recorder(folder, clip, keep, log)
         self._next: int | None = None
         self._described = False
         self._end = weakref.finalize(self, self._recorder.close)
@@ -144,6 +149,7 @@ class Watch:
                 raise UsageError(f"`step` is {number!r}; pass the step's number, 0 or more.")
             else:
                 self._start()
+                self._recorder.begins_with(number)
             if number % self.every:
                 self._recorder.finish_step()
                 return Block(None, number, step is None)
@@ -162,7 +168,7 @@ class Watch:
     def _count(self) -> int:
         if self._next is None:
             self._start()
-            self._next = self._recorder.last + 1
+            self._next = self._recorder.goes_on()
         self._next += 1
         return self._next - 1
 
@@ -268,11 +274,13 @@ class Watch:
 
         Raises:
             UsageError: the file cannot be written.
-            StoreError: nothing has been read yet, or a file of the run is damaged.
+            StoreError: nothing has been read yet, the folder has another run, or a file of the run
+                is damaged.
             MissingExtraError: a package is missing; `pip install 'pergrad[report]'` brings it.
         """
         self.flush()
-        return open_watch(self.out).report(path, title=title)
+        self._recorder.check_written()
+        return write(open_watch(self.out), path, title=title, said=self.failures)
 
     def close(self) -> None:
         """The run is over: write everything. Also done at exit."""
@@ -353,7 +361,7 @@ class Block:
 
     def _begin(self, recorder: "Recorder", named: Mapping[str, Tensor]) -> Reading | None:
         first = recorder.begins(self._step)
-        self._first = not first or _norm_of(named)[0] == 0  # gradients so far are this step's
+        self._first = not first or norm_of(named)[0] == 0  # gradients so far are this step's
         examples, options = self._given
         batch_dim, rest = options.pop("batch_dim", 0), options.pop("rest", False)
         return Reading(self._loss, self._model, examples, batch_dim, rest, options).__enter__()
@@ -384,7 +392,7 @@ class Block:
         watch = self._watch
         assert watch is not None
         piece = piece_of(read, watch.groups)
-        _check_scale(read, piece)
+        check_scale(read, piece)
         count = len(piece.norm)
         given = self._keys() if callable(self._keys) else self._keys
         if given is not None:
@@ -395,7 +403,7 @@ class Block:
             piece.preview = self._preview
             if (show := watch._show) is not None:
                 piece.preview = lambda row: show(keys[row])
-        grad_norm, sharded = _norm_of(inputs.named(self._model))
+        grad_norm, sharded = norm_of(inputs.named(self._model))
         if self._given[1].get("rest") or "without" in read.how:
             grad_norm = float("nan")  # what belongs to no example is in it
         if not self._first:
@@ -405,72 +413,6 @@ class Block:
                 "micro-batches of one step pass their step's number: `watch(..., step=step)`."
             )
         recorder.add(piece, grad_norm, sharded)
-
-
-def piece_of(read: Reading, groups: str | None) -> Piece:
-    """What was read of a micro-batch, as the gradients of the examples' own mean losses.
-
-    Raises:
-        Exception: what kept it from being read.
-    """
-    tokens = _plain(read.tokens)
-    factors = _plain(read.weights)
-    weighted = _plain(read.weighted_norms)
-    unit = read.unit
-    weight = factors * unit * tokens
-    nothing = torch.where(tokens == 0, 0.0, float("nan")).double()
-    norm = torch.where(weight == 0, nothing, weighted / weight.abs())
-    own = torch.full_like(norm, float("nan"))
-    if read.has_losses:
-        own = _plain(read.losses) / (unit * tokens)
-    scalar = read.scalar  # a trainer may have multiplied the loss itself in place meanwhile
-    total = float((factors * own).sum()) if scalar is None else float(scalar) * read.factor
-    by_group: dict[str, Tensor] = {}
-    if groups == "layer":
-        for name, norms in read.norms_by_parameter.items():
-            layer = module_of(name) or name
-            squares = _plain(norms).square()
-            by_group[layer] = by_group[layer] + squares if layer in by_group else squares
-        scale = torch.where(tokens == 0, 0.0, 1 / (unit * tokens)).abs()
-        by_group = {name: squares.sqrt() * scale for name, squares in by_group.items()}
-    return Piece(own, tokens, weight, norm, None, by_group, total)
-
-
-def _check_scale(read: Reading, piece: Piece) -> None:
-    """A GradScaler whose scale is too large says nothing about examples.
-
-    Raises:
-        UsageError: a finite loss was multiplied by something, and gradients are not finite.
-    """
-    scale = float(read.weights.abs().max()) if len(piece.norm) else 0.0
-    if scale > 1 and isfinite(piece.total) and not bool(piece.norm.isfinite().all()):
-        raise UsageError(
-            f"Gradients are not finite, though the loss is, which was multiplied by {scale:.6g}. A "
-            "GradScaler skips such a step and takes a smaller scale; without one, multiply by less."
-        )
-
-
-def _plain(values: Tensor) -> Tensor:
-    return values.detach().to("cpu", torch.float64)
-
-
-def _norm_of(params: Mapping[str, Tensor]) -> tuple[float, bool]:
-    """The norm of all .grad, of this rank's shards where they are sharded; and whether they are."""
-    norms, sharded = [], False
-    for p in params.values():
-        grad = p.grad
-        if grad is None:
-            continue
-        if hasattr(grad, "to_local"):
-            grad, sharded = grad.to_local(), True
-        if grad.layout != torch.strided:
-            grad = grad.coalesce().values() if grad.is_sparse else grad.to_dense()
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        norms.append(torch.linalg.vector_norm(grad.detach(), dtype=wide))
-    if not norms:
-        return 0.0, sharded
-    together = torch.stack([n.to(norms[0].device, torch.float64) for n in norms])
-    return float(torch.linalg.vector_norm(together)), sharded
 
 
 def _check_arguments(

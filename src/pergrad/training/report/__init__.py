@@ -4,6 +4,7 @@ Owns: `write`, from a run's tables and previews to a page.
 Does not know: models, backward passes, the layout of the run's folder.
 """
 
+from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ def write(
     *,
     title: str | None = None,
     refresh: int | None = None,
+    said: Sequence[str] = (),
 ) -> Path:
     """Write the page of a run, as far as it has been written.
 
@@ -28,6 +30,7 @@ def write(
         path: the page's file; one that is there is replaced.
         title: the page's title; by default it names the model's class.
         refresh: seconds after which an open page loads itself again; None for never.
+        said: what the watch has to say of it: what it could not read, and why.
 
     Returns:
         The page's path. It is self-contained: it opens without a network.
@@ -41,4 +44,4 @@ def write(
     from pergrad.scans.report import shell
     from pergrad.training.report.page import html
 
-    return shell.save(html(run, title=title, refresh=refresh), Path(path))
+    return shell.save(html(run, title=title, refresh=refresh, said=said), Path(path))

@@ -5,6 +5,7 @@ Does not know: models, backward passes, the layout of the run's folder.
 """
 
 import math
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from bokeh.model import Model
 from pergrad.scans.report import shell
 from pergrad.scans.report.numbers import number, percent
 from pergrad.scans.report.preview import Preview
+from pergrad.scans.text import storable
 from pergrad.training.report import figures
 from pergrad.training.report.numbers import WINDOW, Curves, Found, curves, found, marks
 
@@ -27,28 +29,28 @@ PREVIEW_BYTES = 5_000_000  # of pictures and texts, in the page
 OURS = "pergrad.training.report"
 
 
-def html(run: "Run", *, title: str | None, refresh: int | None) -> str:
+def html(run: "Run", *, title: str | None, refresh: int | None, said: Sequence[str] = ()) -> str:
     """The page's text; see `pergrad.training.report.write`."""
     by_step = run.by_step()
     whole = curves(by_step)
-    said = found(run, whole, by_step)
-    drawn = _figures(run, whole.thinned(), said)
+    there = found(run, whole, by_step)
+    drawn = _figures(run, whole.thinned(), there)
     model = run.manifest["model"] or "a model"
     cards, without = _cards(run)
     scripts = [shell.bokeh(), shell.own("drawing.js") + shell.own("page.js", OURS)]
     return shell.template(shell.own("page.html", OURS)).render(
         title=title or f"Training run: {model}",
         refresh=refresh,
-        found=said,
-        headline=headline(said, cards),
-        findings=findings(said, run.manifest.get("clip")),
+        found=there,
+        headline=headline(there, cards),
+        findings=_new(said, there) + findings(there, run.manifest.get("clip")),
         drawn=list(drawn),
         clip=run.manifest.get("clip"),
-        spikes=said.spikes[::-1][:ROWS],
-        many_spikes=len(said.spikes) > ROWS,
+        spikes=there.spikes[::-1][:ROWS],
+        many_spikes=len(there.spikes) > ROWS,
         cards=cards,
         without=without,
-        about=_about(run, said),
+        about=_about(run, there),
         data={"figures": {name: json_item(plot) for name, plot in drawn.items()}},
         scripts=scripts,
         hashes=shell.hashes(scripts),
@@ -57,6 +59,12 @@ def html(run: "Run", *, title: str | None, refresh: int | None) -> str:
         percent=percent,
         window=WINDOW,
     )
+
+
+def _new(said: Sequence[str], there: Found) -> list[str]:
+    """What the watch says, except what stands in the run itself."""
+    noted = {note for _, note in there.notes}
+    return [f"Said while watching: {words}" for words in said if storable(words) not in noted]
 
 
 def _figures(run: "Run", drawn: Curves, said: Found) -> dict[str, Model]:
