@@ -143,8 +143,9 @@ def test_a_worker_killed_in_the_middle_costs_its_block(
     assert scores.table().equals(expected)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_block_that_kills_is_set_aside_and_the_others_are_scored(
-    cluster: str, tmp_path: Path, deaths: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: str, workers: int, tmp_path: Path, deaths: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_workers, "DEATHS", 2)
     expected = locally(job(Examples(30)), tmp_path / "local").table()
@@ -153,7 +154,7 @@ def test_a_block_that_kills_is_set_aside_and_the_others_are_scored(
         pytest.warns(pergrad.WorkerWarning) as said,
         pytest.raises(pergrad.WorkerError, match=r"on examples 20 to 23\.(.|\n)*engine='local'"),
     ):
-        on_workers(killing, tmp_path / "ray")
+        on_workers(killing, tmp_path / "ray", workers)
     assert "examples 20 to 23, which are set aside" in str(said[-1].message)
     there = pergrad.open_scores(tmp_path / "ray").table(["index"])["index"].to_pylist()
     assert there == [i for i in range(30) if not 20 <= i < 24]

@@ -297,12 +297,17 @@ class Workers:
         ahead: int,
     ) -> bool:
         """Give tasks to the workers that can take one; whether any is left to wait for."""
+
+        def refill() -> None:
+            if not self._waiting and room():
+                self._waiting.extend(islice(tasks, 1))
+
+        refill()  # also where nobody can take it yet: there is something to wait for
         for depth in range(ahead):
             for worker in self._workers:
                 if worker.pid is None or len(worker.blocks) > depth:
                     continue
-                if not self._waiting and room():
-                    self._waiting.extend(islice(tasks, 1))
+                refill()
                 if self._waiting and self._may_have(worker, self._waiting[0]):
                     block = self._waiting.popleft()
                     ref = worker.actor.do.remote(block.start, block.stop, *about())
