@@ -64,8 +64,7 @@ def kernel_factor(use: Situation, g: Tensor, x: Tensor, rows: Partition) -> Fact
     rank = g.dim() - 2
     still, moving = (x, g) if transposed else (g, x)
     factors: list[Factor] = []
-    for bucket in rows.buckets:
-        left, right = rows.gather(still, bucket), rows.gather(moving, bucket)
+    for left, right in zip(rows.gather(still), rows.gather(moving), strict=True):
         kernel, stride = shape[2:], _each(use, "stride", rank)
         padding, dilation = _each(use, "padding", rank), _each(use, "dilation", rank)
         if left.shape[1] == 1:

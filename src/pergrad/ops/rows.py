@@ -21,10 +21,14 @@ class Bucket(NamedTuple):
     """Examples with about equally many rows, padded to the same number of positions."""
 
     examples: Tensor | None  # their numbers, ascending; None: all examples in order
-    rows: Tensor | None  # (examples, positions) row numbers, any where padded
-    padded: Tensor | None  # (examples, positions) of bool; None: nowhere
-    outer: int
-    inner: int
+    positions: int
+
+
+class _Places(NamedTuple):
+    """Where the rows of all buckets come from, one bucket after the other."""
+
+    rows: Tensor  # (padded rows,) row numbers, any where padded
+    padded: Tensor  # the places that are padded
 
 
 class Partition:
@@ -40,11 +44,15 @@ class Partition:
         return pattern if pattern and int(self.owners.max()) + 1 == self.batch else None
 
     @cached_property
+    def _laid(self) -> tuple[list[Bucket], _Places | None]:
+        if self._pattern is not None:
+            return [Bucket(None, prod(self._pattern))], None
+        return _buckets(self.owners)
+
+    @property
     def buckets(self) -> list[Bucket]:
         """All examples that have a row, in groups of similar counts."""
-        if self._pattern is not None:
-            return [Bucket(None, None, None, *self._pattern)]
-        return list(_buckets(self.owners))
+        return self._laid[0]
 
     @cached_property
     def foldable(self) -> bool:
@@ -53,25 +61,34 @@ class Partition:
 
     def fold(self, rows: Tensor, *groups: int) -> Tensor:
         """(R, p) -> (B, *groups, T, p), the same memory; if foldable. Groups are of size 1."""
-        outer, inner = self.buckets[0].outer, self.buckets[0].inner
+        assert self._pattern is not None
+        outer, inner = self._pattern
         if outer == 1:
             return rows.reshape(self.batch, *groups, inner, rows.shape[1])
         return rows.reshape(outer, self.batch, *groups, rows.shape[1]).movedim(0, -2)
 
-    def gather(self, rows: Tensor, bucket: Bucket, fill: float = 0) -> Tensor:
-        """(R, *rest) -> (n, positions, *rest) for the examples of one bucket."""
+    def gather(self, rows: Tensor, fill: float = 0) -> list[Tensor]:
+        """(R, *rest) -> for each bucket (n, positions, *rest)."""
         rest = rows.shape[1:]
-        if bucket.rows is None:
-            shaped = rows.reshape(bucket.outer, self.batch, bucket.inner, *rest)
-            if bucket.outer == 1:
-                return shaped[0]
-            return shaped.transpose(0, 1).reshape(self.batch, bucket.outer * bucket.inner, *rest)
-        taken = rows[bucket.rows.to(rows.device)]
-        if bucket.padded is None:
-            return taken
-        # filled, not multiplied: padding must not carry another row's nan
-        padded = bucket.padded.to(rows.device)
-        return taken.masked_fill(padded.reshape(*padded.shape, *[1] * len(rest)), fill)
+        buckets, places = self._laid
+        if self._pattern is not None:
+            outer, inner = self._pattern
+            shaped = rows.reshape(outer, self.batch, inner, *rest)
+            if outer == 1:
+                return [shaped[0]]
+            return [shaped.transpose(0, 1).reshape(self.batch, outer * inner, *rest)]
+        if places is None:
+            return []
+        taken = rows.index_select(0, places.rows.to(rows.device))
+        if len(places.padded):  # filled, not multiplied: it must not carry another row's nan
+            taken.index_fill_(0, places.padded.to(rows.device), fill)
+        found, start = [], 0
+        for examples, positions in buckets:
+            assert examples is not None
+            count = len(examples) * positions
+            found.append(taken[start : start + count].view(len(examples), positions, *rest))
+            start += count
+        return found
 
     def place(self, factors: Sequence[Factor]) -> Factor:
         """One factor for all examples from one per bucket."""
@@ -82,23 +99,25 @@ class Partition:
         return placed[0] if len(placed) == 1 else Beside(placed)
 
 
-def _buckets(owners: Tensor) -> list[Bucket]:
+def _buckets(owners: Tensor) -> tuple[list[Bucket], _Places | None]:
     """Examples of similar row counts together: padding at most doubles the work."""
     rows = (owners != NOBODY).nonzero().reshape(-1)
     order = rows[torch.argsort(owners[rows], stable=True)]
     examples, counts = torch.unique_consecutive(owners[order], return_counts=True)
     starts = counts.cumsum(0) - counts
     size_class = torch.ceil(torch.log2(counts.double())).long()
-    buckets = []
+    buckets, indices, absent = [], [], []
     for size in size_class.unique().tolist():
         members = (size_class == size).nonzero().reshape(-1)
         longest = int(counts[members].max())
         steps = torch.arange(longest, device="cpu")
-        inside = steps < counts[members, None]
         index = (starts[members, None] + steps).clamp_max(order.numel() - 1)
-        padded = None if bool(inside.all()) else ~inside
-        buckets.append(Bucket(examples[members], order[index], padded, 1, 1))
-    return buckets
+        buckets.append(Bucket(examples[members], longest))
+        indices.append(order[index].reshape(-1))
+        absent.append((steps >= counts[members, None]).reshape(-1))
+    if not buckets:
+        return [], None
+    return buckets, _Places(torch.cat(indices), torch.cat(absent).nonzero().reshape(-1))
 
 
 def row_owners(layout: Layout, dims: Sequence[int]) -> Tensor | None:
@@ -127,11 +146,10 @@ def partition(layout: Layout, dims: Sequence[int], batch: int) -> Partition | No
 
 def outer(g: Tensor, a: Tensor, groups: Partition, shape: Sequence[int]) -> Factor | None:
     """`Outer` from (R, N, p) and (R, N, d) rows, by example; None if no row has an owner."""
-    factors = []
-    for bucket in groups.buckets:
-        left = groups.gather(g, bucket).transpose(1, 2)  # (n, N, T, p)
-        right = groups.gather(a, bucket).transpose(1, 2)
-        factors.append(Outer(left, right, shape=tuple(shape)))
+    factors = [
+        Outer(left.transpose(1, 2), right.transpose(1, 2), shape=tuple(shape))  # (n, N, T, p)
+        for left, right in zip(groups.gather(g), groups.gather(a), strict=True)
+    ]
     return groups.place(factors) if factors else None
 
 
@@ -164,10 +182,10 @@ def rows_by_id(
     ids: Tensor, g: Tensor, groups: Partition, shape: Sequence[int], *, sparse: bool = False
 ) -> Factor | None:
     """`Rows` from (R,) ids and (R, *rest) gradients, grouped by example."""
-    factors = []
-    for bucket in groups.buckets:
-        own = groups.gather(ids, bucket, fill=-1)
-        factors.append(Rows(own, groups.gather(g, bucket), tuple(shape), sparse=sparse))
+    factors = [
+        Rows(own, values, tuple(shape), sparse=sparse)
+        for own, values in zip(groups.gather(ids, fill=-1), groups.gather(g), strict=True)
+    ]
     return groups.place(factors) if factors else None
 
 
