@@ -9,6 +9,7 @@ from architectures.compare import Result, compare
 from architectures.models import ARCHITECTURES
 from architectures.processes import in_a_process
 from architectures.registry import Architecture, Problem
+from architectures.table import page
 from torch import Tensor
 
 QUICK = [case for case in ARCHITECTURES.values() if case.quick]
@@ -34,6 +35,29 @@ def test_small_architecture(case: Architecture) -> None:
 def test_architecture(case: Architecture) -> None:
     assert case.available(), f"needs {', '.join(case.needs)}: `make zoo` installs them"
     agrees(case, in_a_process(case.name, timeout=600))
+
+
+# torch's own while it compiles
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_under_torch_compile() -> None:
+    """By rule; by the fallback, which says why; and what torch itself does not compile."""
+    try:
+        exact = compare(ARCHITECTURES["two-towers"], "aot_eager")
+        agrees(ARCHITECTURES["two-towers"], exact)
+        assert exact.regions == 1
+        part = compare(ARCHITECTURES["graph-network"], "aot_eager")
+        assert part.ok
+        assert "index_select" in part.left[0]
+        own = compare(ARCHITECTURES["energy-and-forces"], "aot_eager")
+        assert "double backward" in own.not_compiled
+    finally:
+        torch.compiler.reset()
+    text = page([exact, part, own], "# Architectures\n\nas it was\n")
+    assert text.startswith("# Architectures\n\nas it was\n\n## Compiled\n")
+    assert "2 of 3 architectures are compiled" in text
+    assert "0 wrong, 0 parameters missing, 1 of 2 lines with at least 95 %" in text
+    assert page([compare(ARCHITECTURES["lora-by-hand"])], text).count("## Compiled") == 1
 
 
 def test_every_refusal_names_a_module() -> None:

@@ -84,6 +84,48 @@ class Derived(nn.Module):
         return self.last(self.norm(x) * self.scale).mean(1)
 
 
+class Picked(nn.Module):
+    """Rows by indices, within each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 6), nn.Linear(18, 3)
+        self.register_buffer("ends", torch.tensor([4, 2, 0, 3]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        ends = x[torch.arange(4), self.ends]  # the last token of each
+        twice = x[:, torch.tensor([0, 0, 2])].sum(1)
+        kept = torch.zeros_like(x).copy_(x).cumsum(1)[:, -1]
+        return self.last(torch.cat([ends, twice, kept], 1))
+
+
+class Bags(nn.Module):
+    """Tables of which sums, means and maxima of rows are taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bags = nn.ModuleList(
+            nn.EmbeddingBag(11, 4, mode=mode, padding_idx=9) for mode in ("sum", "mean", "max")
+        )
+        self.last = nn.Linear(12, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.last(torch.cat([bag(ids) for bag in self.bags], 1))
+
+
+class Resized(nn.Module):
+    """Images made larger between two convolutions, by indices of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3, stride=2), nn.Conv2d(4, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(self.one(x), size=(7, 7), mode="bilinear", align_corners=False)
+        return self.two(F.interpolate(x.tanh(), size=(9, 5), mode="nearest")).mean((2, 3))
+
+
 def images(norm: Callable[[int], nn.Module]) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, padding=1, bias=False), norm(4), nn.ReLU(), nn.MaxPool2d(2),
@@ -112,6 +154,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
         lambda: nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True),
                               nn.Flatten(), nn.Linear(40, 3)), ROWS),
     "derived": (Derived, ROWS),
+    "picked": (Picked, ROWS),
+    "bags": (Bags, IDS),
+    "resized": (Resized, IMAGES),
 }  # fmt: skip
 
 
@@ -164,7 +209,7 @@ def test_every_verb(name: str, dtype: torch.dtype) -> None:
     check(lambda: losses(compiled, data), model, dtype)
 
 
-@pytest.mark.parametrize("name", ["perceptron", "batch norm"])
+@pytest.mark.parametrize("name", ["perceptron", "batch norm", "picked"])
 def test_the_default_backend(name: str) -> None:
     """Another graph, of ops that are taken apart, and code made from what is left of it."""
     model, data = made(name, torch.float32)
@@ -220,6 +265,27 @@ def test_batch_norm_in_training_is_left_to_the_fallback() -> None:
     assert rows["0.weight"].how == "fallback"
     assert "native_batch_norm_backward" in rows["0.weight"].op
     assert rows["4.weight"].how == rows["7.bias"].how == "rule"
+
+
+def test_rows_moved_between_examples_are_left_to_the_fallback() -> None:
+    """Which ones is data: what was read for one batch would not hold for the next."""
+    one, two = nn.Linear(8, 6).double(), nn.Linear(6, 3).double()
+    model = nn.Sequential(one, two)
+
+    def sent(x: Tensor, order: Tensor) -> Tensor:
+        x = one(x).tanh()
+        return two(torch.zeros_like(x).index_add(0, order, x))
+
+    compiled = torch.compile(sent, backend="aot_eager")
+    for order in (torch.arange(4), torch.tensor([2, 0, 3, 1])):
+        values = losses(lambda x, order=order: compiled(x, order), ROWS[:, 0].double())
+        truth = naive.norms(naive.loop_grads(values, model))
+        with pytest.warns(pergrad.FallbackWarning, match="index_select"):
+            norms = pergrad.norms(values, model, retain_graph=True)
+        torch.testing.assert_close(norms, truth)
+        rows = {row.parameter: row.how for row in pergrad.explain(values, model).rows}
+        assert rows == {"0.weight": "fallback", "0.bias": "fallback",
+                        "1.weight": "rule", "1.bias": "rule"}  # fmt: skip
 
 
 class _Squared(torch.autograd.Function):
@@ -371,3 +437,23 @@ def test_a_step_before_and_after(backend: str) -> None:
     values.sum().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, before[name])
+
+
+def test_a_derivative_through_a_compiled_region() -> None:
+    """torch has a node there that refuses; it is no region that could be read."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 1)).double()
+    compiled = torch.compile(model, backend="aot_eager")
+
+    def slopes() -> Tensor:
+        x = FLAT.double().requires_grad_()
+        (slope,) = torch.autograd.grad(compiled(x).sum(), x, create_graph=True)
+        return slope.square().sum(1)
+
+    with pytest.raises(RuntimeError, match="double backward"):
+        slopes().sum().backward()
+    with pytest.raises(pergrad.UnsupportedError, match=r"set_stance\(\"force_eager\"\)"):
+        pergrad.norms(slopes(), model)
+    with torch.compiler.set_stance("force_eager"):
+        truth = naive.norms(naive.loop_grads(slopes(), model))
+        torch.testing.assert_close(pergrad.norms(slopes(), model), truth)

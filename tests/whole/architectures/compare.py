@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import pergrad
 
+from .compiled import NotCompiled, compiled, reasons, torchs_own_error
 from .registry import Architecture
 
 
@@ -41,6 +42,12 @@ class Result:
     error: str = ""
     seconds: float = 0.0
     tolerance: float = 1e-6
+    # Of a compiled model: by which backend, in how many regions, at what parameters of regions are
+    # left to the fallback, and torch's own error, if it cannot compile or run the model.
+    backend: str = ""
+    regions: int = 0
+    left: list[str] = field(default_factory=list)
+    not_compiled: str = ""
 
     @property
     def worst(self) -> float:
@@ -92,12 +99,21 @@ def _worst(errors: Tensor) -> float:
     return float(errors.max()) if bool(torch.isfinite(errors).all()) else float("inf")
 
 
-def compare(case: Architecture) -> Result:
-    """Norms, Gram, inner products and every single gradient against the loop."""
+def compare(case: Architecture, backend: str = "") -> Result:
+    """Norms, Gram, inner products and every single gradient against the loop.
+
+    `backend`: compiled by it before, for `torch.compile`.
+    """
     result = Result(case.name, case.family, str(case.dtype).removeprefix("torch."))
-    result.tolerance = case.tolerance
+    result.tolerance, result.backend = case.tolerance, backend
     start = time.perf_counter()
     problem = case.problem()
+    if backend:
+        try:
+            problem, result.regions = compiled(problem, backend)
+        except NotCompiled as error:
+            result.not_compiled = str(error)
+            return result
     params = named(problem.params)
     result.parameters = sum(p.numel() for p in params.values())
     options: dict[str, object] = {"retain_graph": True}
@@ -107,9 +123,16 @@ def compare(case: Architecture) -> Result:
         losses = problem.losses(number)
         result.examples = losses.shape[0]
         if number == 0:
-            coverage = pergrad.explain(losses, problem.params)
+            try:
+                coverage = pergrad.explain(losses, problem.params)
+            except pergrad.UnsupportedError:
+                if backend and (says := torchs_own_error(losses, params)):
+                    result.not_compiled = says
+                    return result
+                raise
             result.by_rule = coverage.exact_share + coverage.unreached_share
             result.fallback_ops = sorted({r.op for r in coverage.rows if r.how == "fallback"})
+            result.left = reasons(coverage)
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", pergrad.FallbackWarning)

@@ -107,6 +107,13 @@ def compiled_regions_kept(nodes: Iterable[Node]) -> Iterator[None]:
     for cls, node in classes.items():
         # not hasattr: every Function inherits another `metadata`
         if not {"_backward_impl", "metadata"} <= set(vars(cls)):
+            if cls.__name__ == "CompiledFunctionBackward":  # torch's own refusal, as a node
+                raise UnsupportedError(
+                    "The losses are made of a derivative that was taken with create_graph=True "
+                    "through a region compiled by torch.compile, and torch compiles no second "
+                    "derivative: a backward pass of yours would fail, too. Compute the losses "
+                    'under `with torch.compiler.set_stance("force_eager"):`.'
+                )
             raise UnsupportedError(
                 f"torch {torch.__version__} runs the region `{op_name(node)}` compiled by "
                 "torch.compile otherwise than pergrad knows, and it would run more than once. "

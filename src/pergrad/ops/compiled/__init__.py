@@ -1,7 +1,7 @@
 """Regions compiled by torch.compile: their backward graph is read like torch's own.
 
 Owns: how ownership moves through a region, and the rule for the parameters that are used in it.
-Does not know: single ops of aten (`owners`, `ends`).
+Does not know: single ops of aten (`owners`, `places`, `ends`).
 """
 
 from collections.abc import Iterable
@@ -10,6 +10,7 @@ from pergrad.graph import nodes
 from pergrad.graph.layout import Layout
 from pergrad.graph.ops import Op, Result, Why, declare, owners_of_all
 from pergrad.graph.uses import Site
+from pergrad.ops.compiled import places as places
 from pergrad.ops.compiled.owners import SUMMED
 from pergrad.ops.compiled.reading import Reading, reading_of
 from pergrad.ops.registry import Served, Situation, rule

@@ -197,6 +197,18 @@ def _embedding(call: Call, _: int) -> End:
     return _by_rule(call, "embedding", 0, fields, "grad_output", call.shape)
 
 
+@_of("_embedding_bag_backward")
+def _embedding_bag(call: Call, _: int) -> End | None:
+    if call["scale_grad_by_freq"] or call["sparse"]:
+        return None
+    saved = ("indices", "offsets", "per_sample_weights")
+    fields = {field: call.arguments.get(field) for field in saved}
+    fields |= {field: call[field] for field in ("scale_grad_by_freq", "mode", "sparse")}
+    fields |= {"result2": call.arguments["bag_size"], "result3": call.arguments["maximum_indices"]}
+    fields["padding_idx"] = call.get("padding_idx", -1)
+    return _by_rule(call, "embedding_bag", 0, fields, "grad", call.shape)
+
+
 @_of("index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate")
 def _put(call: Call, _: int) -> End | None:
     """Rows that are added to a table of zeros; with a mask, only some of them."""

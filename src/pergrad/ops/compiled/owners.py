@@ -19,7 +19,6 @@ from torch import Tensor, fx
 
 from pergrad.graph import nodes
 from pergrad.graph.layout import (
-    NOBODY,
     Layout,
     along,
     compressed,
@@ -91,7 +90,9 @@ Owners = Callable[[Call], State]
 _TABLE: dict[str, Owners] = {}
 
 
-def _of(*names: str) -> Callable[[Owners], Owners]:
+def of_ops(*names: str) -> Callable[[Owners], Owners]:
+    """Enter a function into the table, for ops of these names."""
+
     def add(function: Owners) -> Owners:
         for name in names:
             _TABLE[name] = function
@@ -100,9 +101,16 @@ def _of(*names: str) -> Callable[[Owners], Owners]:
     return add
 
 
+# What takes the shape of a tensor and none of its numbers.
+_OF_SHAPES = frozenset(
+    ("new_zeros", "new_ones", "new_full", "new_empty", "new_empty_strided", "zeros_like",
+     "ones_like", "full_like", "empty_like")
+)  # fmt: skip
+
+
 def state_after(call: Call) -> State:
     """The owners of an op's results."""
-    if not call.linear:
+    if not call.linear or call.name in _OF_SHAPES:
         return None
     node = call.node
     if call.name == "getitem":
@@ -121,11 +129,12 @@ def state_after(call: Call) -> State:
     return UNREAD if function is None else function(call)
 
 
-def _or(layout: Layout | None, otherwise: Meets) -> Single:
+def either(layout: Layout | None, otherwise: Meets) -> Single:
+    """The layout, if there is one."""
     return otherwise if layout is None else layout
 
 
-def _sized(layout: Layout | None, shape: Sequence[int], otherwise: Meets = UNREAD) -> Single:
+def sized(layout: Layout | None, shape: Sequence[int], otherwise: Meets = UNREAD) -> Single:
     """The same map on a tensor of another size along the dimensions that do not vary."""
     if layout is None or len(shape) != len(layout.shape):
         return otherwise
@@ -134,14 +143,15 @@ def _sized(layout: Layout | None, shape: Sequence[int], otherwise: Meets = UNREA
     return Layout(tuple(shape), layout.owner)
 
 
-def _broadcast(layout: Layout, shape: Sequence[int]) -> Single:
+def broadcast(layout: Layout, shape: Sequence[int]) -> Single:
+    """The same map on a tensor that is expanded to a shape."""
     lead = len(shape) - len(layout.shape)
     if lead < 0:
         return UNREAD
-    return _sized(Layout((1,) * lead + layout.shape, layout.owner[(None,) * lead]), shape)
+    return sized(Layout((1,) * lead + layout.shape, layout.owner[(None,) * lead]), shape)
 
 
-@_of(
+@of_ops(
     "native_dropout_backward", "_to_copy", "copy", "hardswish_backward", "leaky_relu_backward",
     "elu_backward", "softplus_backward", "log_sigmoid_backward", "hardtanh_backward",
     "hardsigmoid_backward", "mish_backward", "expand", "lift_fresh_copy", "softshrink_backward",
@@ -152,34 +162,34 @@ def elementwise(call: Call) -> State:
     """Each element from those at its place, broadcast or not."""
     total: Single = None
     for node in call.linear:
-        here = _broadcast(call.layout(node), call.shape)
+        here = broadcast(call.layout(node), call.shape)
         if not isinstance(here, Layout):
             return UNREAD
         # two examples' gradients, added up
-        total = here if total is None else _or(merge(total, here), UNREAD)  # type: ignore[arg-type]
+        total = here if total is None else either(merge(total, here), UNREAD)  # type: ignore[arg-type]
         if not isinstance(total, Layout):
             return UNREAD
     return total
 
 
-@_of("mse_loss_backward", "smooth_l1_loss_backward", "huber_loss_backward",
+@of_ops("mse_loss_backward", "smooth_l1_loss_backward", "huber_loss_backward",
      "soft_margin_loss_backward", "binary_cross_entropy_backward")  # fmt: skip
 def _losses(call: Call) -> State:
     return elementwise(call) if call.get("reduction") == 0 else UNREAD
 
 
-@_of("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")
+@of_ops("view", "_unsafe_view", "reshape", "squeeze", "unsqueeze")
 def _same_order(call: Call) -> State:
     return reshape(call.layout(), call.shape)
 
 
-@_of("permute")
+@of_ops("permute")
 def _permute(call: Call) -> State:
     layout = call.layout()
     return permute(layout, [positive(d, len(layout.shape)) for d in call["dims"]])
 
 
-@_of("t", "transpose")
+@of_ops("t", "transpose")
 def _transpose(call: Call) -> State:
     layout = call.layout()
     rank = len(layout.shape)
@@ -191,11 +201,12 @@ def _transpose(call: Call) -> State:
     return permute(layout, order)
 
 
-@_of(
+@of_ops(
     "slice", "select", "split", "split_with_sizes", "unbind", "cat", "stack", "slice_backward",
     "select_backward", "slice_scatter", "select_scatter", "constant_pad_nd", "flip", "roll",
     "repeat", "diagonal", "diagonal_backward", "unfold", "tril", "triu", "narrow", "chunk",
     "unsafe_split", "unsafe_split_with_sizes", "diag_embed", "pixel_shuffle", "pixel_unshuffle",
+    "rev",
 )  # fmt: skip
 def _moved(call: Call) -> State:
     """Ops that move elements, and put zeros: run on the numbers of the owners."""
@@ -215,7 +226,7 @@ def _moved(call: Call) -> State:
     return tuple(compressed(m.shape, m - 1) for m in moved)
 
 
-@_of("sum", "mean")
+@of_ops("sum", "mean")
 def _sum(call: Call) -> State:
     layout = call.layout()
     rank = len(layout.shape)
@@ -229,13 +240,13 @@ def _reshaped(layout: Layout | None, shape: Sequence[int]) -> Single:
     return SUMMED if layout is None else reshape(layout, shape)
 
 
-@_of("cumsum", "_softmax_backward_data", "_log_softmax_backward_data", "logcumsumexp", "sort")
+@of_ops("cumsum", "_softmax_backward_data", "_log_softmax_backward_data", "logcumsumexp", "sort")
 def _along_dim(call: Call) -> State:
     layout = call.layout()
-    return _or(smear(layout, [positive(call["dim"], len(layout.shape))]), UNREAD)
+    return either(smear(layout, [positive(call["dim"], len(layout.shape))]), UNREAD)
 
 
-@_of("mm", "bmm")
+@of_ops("mm", "bmm")
 def _product(call: Call) -> State:
     return _matrices(call, call.arguments["self"], call.arguments["mat2"])
 
@@ -249,29 +260,29 @@ def _matrices(call: Call, left: Any, right: Any) -> Single:
     plain = smear(layout, [rank - 1 if on_left else rank - 2])
     if plain is None:
         return SUMMED
-    return _sized(plain, [*layout.shape[: rank - 2], *_last_two(call)])
+    return sized(plain, [*layout.shape[: rank - 2], *_last_two(call)])
 
 
 def _last_two(call: Call) -> tuple[int, ...]:
     return call.shape[-2:]
 
 
-@_of("addmm", "baddbmm")
+@of_ops("addmm", "baddbmm")
 def _added_product(call: Call) -> State:
     names = ("mat1", "mat2") if call.name == "addmm" else ("batch1", "batch2")
     added, (left, right) = call.arguments["self"], (call.arguments[n] for n in names)
     if added not in call.linear:
         return _matrices(call, left, right)
-    first = _broadcast(call.layout(added), call.shape)
+    first = broadcast(call.layout(added), call.shape)
     if left not in call.linear and right not in call.linear:
         return first
     second = _matrices(call, left, right)
     if not isinstance(first, Layout) or not isinstance(second, Layout):
         return UNREAD
-    return _or(merge(first, second), UNREAD)
+    return either(merge(first, second), UNREAD)
 
 
-@_of("mv", "dot")
+@of_ops("mv", "dot")
 def _vector(call: Call) -> State:
     matrix = call.arguments["self"]
     if call.name == "dot" or [matrix] != call.linear:
@@ -280,50 +291,50 @@ def _vector(call: Call) -> State:
     return SUMMED if plain is None else Layout(call.shape, plain.owner[:, 0])
 
 
-@_of("convolution")
+@of_ops("convolution")
 def _convolution(call: Call) -> State:
     if call.linear != [call.arguments["input"]]:
         return UNREAD
     layout = call.layout()
-    return _sized(smear(layout, range(1, len(layout.shape))), call.shape)
+    return sized(smear(layout, range(1, len(layout.shape))), call.shape)
 
 
-@_of("convolution_backward")
+@of_ops("convolution_backward")
 def _convolution_backward(call: Call) -> State:
     if call.linear != [call.arguments["grad_output"]]:
         return UNREAD
     layout, shapes = call.layout(), call.shapes
     plain = smear(layout, range(1, len(layout.shape)))
     below = UNREAD if plain is None else SUMMED
-    first = None if shapes[0] is None else _sized(plain, shapes[0])
+    first = None if shapes[0] is None else sized(plain, shapes[0])
     return first, below, below
 
 
-@_of("native_layer_norm_backward", "_fused_rms_norm_backward")
+@of_ops("native_layer_norm_backward", "_fused_rms_norm_backward")
 def _layer_norm_backward(call: Call) -> State:
     if call.linear != [call.arguments["grad_out"]]:
         return UNREAD
     layout = call.layout()
     rank, count = len(layout.shape), len(call["normalized_shape"])
     plain = smear(layout, range(rank - count, rank))
-    first = _or(plain, UNREAD)
+    first = either(plain, UNREAD)
     below: list[Single] = [
         None if s is None else UNREAD if plain is None else SUMMED for s in call.shapes[1:]
     ]
     return first, *below
 
 
-@_of("native_group_norm_backward")
+@of_ops("native_group_norm_backward")
 def _group_norm_backward(call: Call) -> State:
     if call.linear != [call.arguments["grad_out"]]:
         return UNREAD
     layout = call.layout()
     plain = smear(layout, range(1, len(layout.shape)))
     below = UNREAD if plain is None else SUMMED
-    return _or(plain, UNREAD), below, below
+    return either(plain, UNREAD), below, below
 
 
-@_of("native_batch_norm_backward", "cudnn_batch_norm_backward", "miopen_batch_norm_backward",
+@of_ops("native_batch_norm_backward", "cudnn_batch_norm_backward", "miopen_batch_norm_backward",
      "batch_norm_backward")  # fmt: skip
 def _batch_norm_backward(call: Call) -> State:
     grad = call.arguments.get("grad_out", call.arguments.get("grad_output"))
@@ -332,47 +343,13 @@ def _batch_norm_backward(call: Call) -> State:
     layout = call.layout()
     channel = smear(layout, [d for d in range(len(layout.shape)) if d != 1])
     training = call.get("train", call.get("update", True))
-    first = _or(channel if training else layout, UNREAD)
+    first = either(channel if training else layout, UNREAD)
     below: Single = SUMMED if call.name == "native_batch_norm_backward" else UNREAD
     if channel is not None:  # instance norm is a batch norm over (1, B * C, ...)
         dims = [d for d in range(len(layout.shape)) if d != 1]
         count = layout.shape[1]
         below = along((count,), 0, channel.owner.amax(dims).expand(count))
     return first, below, below
-
-
-@_of("embedding_dense_backward")
-def _embedding(call: Call) -> State:
-    layout = call.layout()
-    return UNREAD if layout.is_constant and int(layout.owner.max()) == NOBODY else SUMMED
-
-
-@_of("index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate")
-def _put(call: Call) -> State:
-    values = call.arguments["values"]
-    return SUMMED if call.linear == [values] and _whole_rows(call) else UNREAD
-
-
-def _whole_rows(call: Call) -> bool:
-    """Whether rows are added to a table of zeros, by one index along its first dimension."""
-    indices, values = call.arguments["indices"], call["values"]
-    accumulates = call.get("accumulate", call.name.startswith("_unsafe_masked"))
-    if not accumulates or len(indices) != 1 or not _zeros(call.arguments["self"]):
-        return False
-    index = call.values[indices[0]]
-    shape = (*index.shape, *call.shape[1:])
-    mask = call.get("mask")
-    inside = mask is None or all(n == 1 for n in mask.shape[index.dim() :])
-    return index.dtype != torch.bool and tuple(values.shape) == shape and inside
-
-
-def _zeros(node: Any) -> bool:
-    """Whether a value was made of zeros."""
-    name = name_of(node) if isinstance(node, fx.Node) else ""
-    value = node.args[-1] if name in ("full", "full_like", "new_full") else None
-    if name == "full":
-        value = node.args[1]
-    return name in ("zeros", "new_zeros", "zeros_like") or value == 0
 
 
 _IN_IMAGES = """
@@ -387,17 +364,17 @@ upsample_trilinear3d_backward _upsample_bilinear2d_aa_backward _upsample_bicubic
 """.split()
 
 
-@_of(*_IN_IMAGES)
+@of_ops(*_IN_IMAGES)
 def _image(call: Call) -> State:
     layout = call.layout()
     spatial = re.search(r"([123])d", call.name)
     assert spatial is not None
     rank = len(layout.shape)
     plain = smear(layout, range(rank - int(spatial[1]), rank))
-    return _sized(plain, call.shape)
+    return sized(plain, call.shape)
 
 
-@_of(
+@of_ops(
     "_scaled_dot_product_flash_attention_for_cpu_backward",
     "_scaled_dot_product_flash_attention_backward",
     "_scaled_dot_product_efficient_attention_backward",
@@ -409,55 +386,21 @@ def _attention(call: Call) -> State:
     if len(call.linear) != 1:
         return UNREAD
     plain = smear(layout, range(1, len(layout.shape)))
-    return tuple(None if s is None else _sized(plain, s) for s in call.shapes)
+    return tuple(None if s is None else sized(plain, s) for s in call.shapes)
 
 
-@_of("nll_loss_backward")
+@of_ops("nll_loss_backward")
 def _nll(call: Call) -> State:
     if call["reduction"] != 0 or call.linear != [call.arguments["grad_output"]]:
         return UNREAD
     layout = call.layout()
-    return _sized(Layout((*layout.shape, 1), layout.owner[:, None]), call.shape)
+    return sized(Layout((*layout.shape, 1), layout.owner[:, None]), call.shape)
 
 
-@_of("nll_loss2d_backward")
+@of_ops("nll_loss2d_backward")
 def _nll2d(call: Call) -> State:
     if call["reduction"] != 0 or call.linear != [call.arguments["grad_output"]]:
         return UNREAD
     layout = call.layout()
     wide = Layout((layout.shape[0], 1, *layout.shape[1:]), layout.owner[:, None])
-    return _sized(wide, call.shape)
-
-
-@_of("gather", "index_select", "index", "_unsafe_index", "scatter_add", "scatter", "index_add")
-def _indexed(call: Call) -> State:
-    """Indices are data: what is read holds for any of them."""
-    table = call.arguments.get("self")
-    layout = call.layout()
-    if call.name in ("gather", "index_select"):
-        if call.linear != [table]:
-            return UNREAD
-        dim = positive(call["dim"], len(layout.shape))
-        return _sized(smear(layout, [dim]), call.shape)
-    if call.name in ("scatter_add", "scatter"):
-        source = call.arguments.get("src")
-        if call.linear != [source]:
-            return UNREAD
-        dim = positive(call["dim"], len(layout.shape))
-        if any(n != m for d, (n, m) in enumerate(zip(layout.shape, call.shape, strict=True))
-               if d != dim):  # fmt: skip
-            return UNREAD
-        return _sized(smear(layout, [dim]), call.shape)
-    if call.name in ("index", "_unsafe_index"):
-        if call.linear != [table]:
-            return UNREAD
-        indices = call.arguments["indices"]
-        read = [d for d, i in enumerate(indices) if i is not None]
-        plain = smear(layout, read)
-        if plain is None or not read or read != list(range(read[0], read[-1] + 1)):
-            return UNREAD
-        more = len(call.shape) - len(layout.shape) + len(read)  # dimensions of the indices
-        owner = plain.owner
-        sizes = [*owner.shape[: read[0]], *[1] * more, *owner.shape[read[-1] + 1 :]]
-        return _sized(Layout(tuple(sizes), owner.reshape(sizes)), call.shape)
-    return UNREAD
+    return sized(wide, call.shape)

@@ -161,6 +161,9 @@ def _read(node: Any, layouts: tuple[Layout | None, ...], batch: int) -> Reading:
         raise Unread("its backward graph does not take what the region hands to it")
     tangents = _tangents(inputs, arguments, layouts)
     values = nodes.shapes_within(module, arguments)
+    for n, value in zip(inputs, arguments, strict=True):
+        if n.name.startswith(("arange", "iota")):  # the same in every batch of this size
+            values[n] = value
     states: dict[fx.Node, State] = {}
     for n in graph.nodes:
         if n.op == "placeholder":
