@@ -5,7 +5,14 @@ from collections import Counter
 
 import pytest
 import torch
-from tests.whole.fuzz.judge import check, judge, truth
+from tests.whole.fuzz.judge import (
+    check,
+    judge,
+    loop_is_wrong,
+    repeats_itself,
+    second_is_wrong,
+    truth,
+)
 from tests.whole.fuzz.models import Model
 
 import pergrad
@@ -27,6 +34,7 @@ ONCE_FAILED = {
     55895: "torch's layer norm over one element has rounding for a gradient",
     9507: "the same of an expanded and permuted 4-D input, below a user's hook",
     6278: "a group norm of non-contiguous cotangents",
+    316685: "torch's second derivatives are no derivatives, pergrad's are",
     40567: "a tensor asked for together with the parameter it is computed from",
 }
 
@@ -79,6 +87,16 @@ def test_a_seed_is_one_model(seed: int) -> None:
     assert torch.equal(first, second)
     assert torch.equal(first, one.forward(one.data()))  # also when the parameters exist already
     assert [p.shape for p in one.params.values()] == [p.shape for p in two.params.values()]
+
+
+def test_the_judge_does_not_blame_torch_without_need() -> None:
+    """What it asks torch about: repetition and second derivatives; of models with all right."""
+    for seed in (0, 2, 5, 7):
+        model = Model(seed)
+        model.forward(model.data())
+        assert repeats_itself(model, 0)
+        assert not loop_is_wrong(model, 0)
+        assert not second_is_wrong(model, 0, on_mixing="exact")
 
 
 def test_the_judge_sees_a_wrong_number() -> None:

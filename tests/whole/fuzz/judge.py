@@ -159,7 +159,7 @@ def finite_differences(model: Model, version: int) -> Tensor:
     """(B, P), to settle what torch and pergrad disagree about."""
     data, step = model.data(version), 1e-6
     columns = []
-    for p in list(model.params.values()):
+    for p in [p for p in model.params.values() if p.is_leaf]:
         flat = p.detach().view(-1)
         for i in range(flat.numel()):
             value = float(flat[i])
@@ -172,13 +172,54 @@ def finite_differences(model: Model, version: int) -> Tensor:
 
 
 def loop_is_wrong(model: Model, version: int) -> bool:
-    """Whether torch's own gradients are not the finite differences."""
+    """Whether torch's own gradients are not the finite differences; of the leaves."""
     with model.without_hooks():
         losses = model.forward(model.data(version))
-        if not all(p.is_leaf for p in model.params.values()):
+        leaves = {name: p for name, p in model.params.items() if p.is_leaf}
+        if not leaves:
             return False
-        J, real = truth(losses, model.params), finite_differences(model, version)
+        J, real = truth(losses, leaves), finite_differences(model, version)
         return bool((J - real).abs().max() > 1e-3 * real.abs().max())
+
+
+def repeats_itself(model: Model, version: int) -> bool:
+    """Whether torch's own gradients are the same in every graph of the same numbers."""
+    with model.without_hooks():
+        found = [truth(model.forward(model.data(version)), model.params) for _ in range(20)]
+        return all(torch.equal(J, found[0]) for J in found)
+
+
+def second_is_wrong(model: Model, version: int, **options: object) -> bool:
+    """Whether pergrad's derivatives of norms are the finite differences, the loop's not."""
+    with model.without_hooks():
+        data, params, step = model.data(version), model.params, 1e-6
+        leaves = [p for p in params.values() if p.is_leaf]
+
+        def loop(create_graph: bool = False) -> Tensor:
+            rows = truth(model.forward(data), model.params, create_graph=create_graph)
+            return rows.norm(dim=1).sum()
+
+        losses = model.forward(data)
+        mine = pergrad.norms(losses, model.params, create_graph=True, **options).sum()
+        found = {}
+        for name, total in (("loop", loop(create_graph=True)), ("mine", mine)):
+            grads = torch.autograd.grad(total, leaves, allow_unused=True)
+            found[name] = torch.cat([
+                torch.zeros_like(p).reshape(-1) if g is None else g.reshape(-1)
+                for p, g in zip(leaves, grads, strict=True)
+            ])  # fmt: skip
+        real = []
+        for flat in (p.detach().view(-1) for p in leaves):
+            for i in range(flat.numel()):
+                value = float(flat[i])
+                ends = []
+                for moved in (value + step, value - step):
+                    flat[i] = moved
+                    ends.append(float(loop()))
+                flat[i] = value
+                real.append((ends[0] - ends[1]) / (2 * step))
+    off = {name: (grads - torch.tensor(real)).abs().max() for name, grads in found.items()}
+    return bool(off["mine"] < 1e-3 * off["loop"])
 
 
 def torch_is_wrong(model: Model, version: int, **options: object) -> bool:
@@ -259,6 +300,12 @@ def judge(seed: int, skip: frozenset[int] = frozenset(), everything: bool = Fals
             except Wrong as error:
                 if torch_is_wrong(model, version, on_mixing="exact"):
                     return Verdict("torch", str(error).split("\n")[0])
+                if "second derivative" in str(error) and second_is_wrong(
+                    model, version, on_mixing="exact"
+                ):
+                    return Verdict("torch", "its own second derivatives are wrong")
+                if not repeats_itself(model, version):
+                    return Verdict("torch", "its own gradients differ from one graph to the next")
                 return Verdict("wrong", f"{'after refusal, ' if refused else ''}{error}")
             except ArithmeticError:
                 return Verdict("nothing", "not finite")
