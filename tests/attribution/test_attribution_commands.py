@@ -230,6 +230,46 @@ def test_evaluate_compares_folders(pergrad_: Run, file: Path, tmp_path: Path) ->
     assert re.search(r"Two folders of --found have the name k. Say --found NAME=DIR", told)
 
 
+def test_on_workers_of_ray(pergrad_: Run, file: Path, tmp_path: Path) -> None:
+    """The job, the queries and the training are of a file that a worker cannot import."""
+    job, on = f"{file}:job", ["--engine", "ray", "--workers", 1]
+    code, _, told = pergrad_("curvature", job, "-o", tmp_path / "fit", "-q", *on)
+    assert code == 0, told
+    words = ["influence", job, "--queries", f"{file}:margin", "--curvature", tmp_path / "fit",
+             "--refine", 1, "-q", "-o"]  # fmt: skip
+    for out, more in (("ray", on), ("one", [])):
+        code, _, told = pergrad_(*words, tmp_path / out, *more)
+        assert code == 0, told
+    one, other = (pergrad.Influence(tmp_path / out).scores for out in ("one", "ray"))
+    torch.testing.assert_close(other, one)
+    words = ["evaluate", job, "--queries", f"{file}:margin", "--train", f"{file}:train",
+             "--found", tmp_path / "one", "--subsets", 20, "--seeds", 1, "--json", "-q",
+             "-o"]  # fmt: skip
+    said = [pergrad_(*words, tmp_path / f"e{len(more)}", *more)[1] for more in (on, [])]
+    assert json.loads(said[0])["scores"] == json.loads(said[1])["scores"]
+    code, _, told = pergrad_("curvature", job, "-o", tmp_path / "s", "--address", "10.0.0.1:1")
+    assert code == 1
+    assert 'address is for engine="ray"' in told
+
+
+def test_on_the_ranks_of_torchrun(file: Path, tmp_path: Path) -> None:
+    """The first one says it for all."""
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    words = [["curvature", f"{file}:job", "-o", tmp_path / "fit"],
+             ["sketch", f"{file}:job", "-o", tmp_path / "s", "--curvature", tmp_path / "fit",
+              "--size", 6, "--queries", f"{file}:test"]]  # fmt: skip
+    for each in words:
+        done = subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+             "-m", "pergrad", *map(str, each), "--engine", "torchrun", "--json", "-q"],
+            env={**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True,
+            text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert json.loads(done.stdout)["examples"] == 24
+
+
 def test_bad_input_is_one_clear_line(pergrad_: Run, file: Path, tmp_path: Path) -> None:
     job, test, out = f"{file}:job", f"{file}:test", tmp_path / "found"
     words = ["influence", job, "-o", out, "--queries"]

@@ -1,12 +1,12 @@
 """The commands of attribution: `curvature`, `influence`, `sketch`, `evaluate`; `top` of influences.
 
-Owns: their options, and what is printed.
+Owns: what each is given, and what is printed.
 Does not know: how anything is computed; each command is one call of the library.
 """
 
+import os
 import shlex
 from collections.abc import Mapping
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,69 +14,29 @@ import typer
 
 import pergrad
 from pergrad.command import left, printing
+from pergrad.command.attribution_options import (
+    Address,
+    AsMode,
+    BatchSize,
+    Engine,
+    Kind,
+    Method,
+    Mixing,
+    Mode,
+    OnEngine,
+    OnMixing,
+    Out,
+    Queries,
+    Quiet,
+    Seed,
+    Workers,
+)
 from pergrad.command.common import AsJson, JobName, resumable
 from pergrad.errors import UsageError
 from pergrad.scans.rows import as_table
 
 if TYPE_CHECKING:
     from pergrad.scans.job import Job
-
-
-class Kind(StrEnum):
-    """How much of the curvature is kept."""
-
-    ekfac = "ekfac"
-    kfac = "kfac"
-    shampoo = "shampoo"
-    diagonal = "diagonal"
-
-
-class Mode(StrEnum):
-    """The mode that the model is put into."""
-
-    eval = "eval"
-    as_is = "as-is"
-
-
-class Method(StrEnum):
-    """A method that does not follow from other options."""
-
-    kernel = "kernel"
-
-
-class Mixing(StrEnum):
-    """What happens where examples influence each other."""
-
-    refuse = "raise"
-    exact = "exact"
-
-
-BatchSize = Annotated[
-    int | None,
-    typer.Option(
-        min=1, metavar="N", help="Examples in a batch; by default what memory allows.",
-        show_default=False,
-    ),
-]  # fmt: skip
-Seed = Annotated[int, typer.Option(help="Of random numbers that are drawn.")]
-AsMode = Annotated[Mode, typer.Option(help="The mode of the model; it is put back afterwards.")]
-OnMixing = Annotated[
-    Mixing,
-    typer.Option(help="exact: pay for examples that influence each other, as in batch norm."),
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
-Queries = Annotated[
-    str,
-    typer.Option(
-        metavar="FILE.py:FUNCTION",
-        help="What is asked about: the function, called with the Job, returns a data set with "
-        "items as in the job's, or a Job whose losses are a measurement.",
-    ),
-]
-Out = Annotated[
-    Path,
-    typer.Option("--out", "-o", metavar="DIR", help="Where the results go. Made if it is new."),
-]
 
 
 def curvature(
@@ -96,6 +56,9 @@ def curvature(
     seed: Seed = 0,
     mode: AsMode = Mode.eval,
     on_mixing: OnMixing = Mixing.refuse,
+    engine: OnEngine = Engine.local,
+    workers: Workers = None,
+    address: Address = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -109,7 +72,9 @@ def curvature(
     Examples:
         pergrad curvature train.py:job --out fit
         pergrad curvature train.py:job --out fit --kind kfac --labels 8
+        pergrad curvature train.py:job --out fit --engine ray --workers 4
     """
+    on = _on(engine, workers, address)
     with resumable(lambda: left.curved(out)):
         from pergrad.command import jobs
 
@@ -117,8 +82,10 @@ def curvature(
         with left.bar(out, quiet):
             fit = pergrad.curvature(
                 chosen, out, kind=kind.value, labels=_labels(labels), batch_size=batch_size,
-                seed=seed, mode=_mode(mode), **_options(on_mixing),
+                seed=seed, mode=_mode(mode), **_options(on_mixing), **on,
             )  # fmt: skip
+    if _others(on):
+        return
     if not as_json:
         typer.echo(f"{fit!r}\n\nTo use it:")
         typer.echo(
@@ -198,6 +165,9 @@ def influence(
     seed: Seed = 0,
     mode: AsMode = Mode.eval,
     on_mixing: OnMixing = Mixing.refuse,
+    engine: OnEngine = Engine.local,
+    workers: Workers = None,
+    address: Address = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -216,21 +186,24 @@ def influence(
             --checkpoint 1.pt --checkpoint 2.pt --rate 0.1 --rate 0.05
         pergrad top found --query 0
     """
+    on = _on(engine, workers, address)
     with resumable(lambda: left.influenced(out)):
         from pergrad.command import jobs
 
         chosen = jobs.job(job)
         asked = _queries(queries, chosen, mode)
         with left.bar(out, quiet):
-            fit = None if curvature is None else left.opened(curvature, chosen)
+            fit = None if curvature is None else left.opened(curvature, chosen, on)
             found = pergrad.influence(
                 chosen, asked, out, curvature=fit, refine=refine, terms=terms,
                 checkpoints=[str(each) for each in checkpoint] if checkpoint else None,
                 rates=rate or None, cosine=cosine,
                 adam=[left.state_of(each) for each in adam] if adam else None,
                 method=None if method is None else "kernel", top=top, damping=damping,
-                batch_size=batch_size, seed=seed, mode=_mode(mode), **_options(on_mixing),
+                batch_size=batch_size, seed=seed, mode=_mode(mode), **_options(on_mixing), **on,
             )  # fmt: skip
+    if _others(on):
+        return
     if not as_json:
         name = shlex.quote(str(out))
         words = f"pergrad top {name} --query 0\n  pergrad report {name}"
@@ -279,6 +252,9 @@ def sketch(
     seed: Seed = 0,
     mode: AsMode = Mode.eval,
     on_mixing: OnMixing = Mixing.refuse,
+    engine: OnEngine = Engine.local,
+    workers: Workers = None,
+    address: Address = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
@@ -293,17 +269,18 @@ def sketch(
         pergrad sketch train.py:job --out index --curvature fit
         pergrad sketch train.py:job --out index --curvature fit --queries train.py:test -n 5
     """
+    on = _on(engine, workers, address)
     with resumable(lambda: left.sketched(out)):
         from pergrad.command import jobs
 
         chosen = jobs.job(job)
         with left.bar(out, quiet):
-            fit = None if curvature is None else left.opened(curvature, chosen)
+            fit = None if curvature is None else left.opened(curvature, chosen, on)
             if fit is not None and damping is not None:
                 fit = fit.damped(damping)
             index = pergrad.sketch(
                 chosen, out, curvature=fit, size=size, batch_size=batch_size, seed=seed,
-                mode=_mode(mode), **_options(on_mixing),
+                mode=_mode(mode), **_options(on_mixing), **on,
             )  # fmt: skip
             if queries is not None:
                 asked = _queries(queries, chosen, mode)
@@ -314,6 +291,8 @@ def sketch(
         n = min(count, candidates, len(index))
         each = [end(q, n).to_pylist() for q in range(len(answer.estimates))]
         found |= {"queries": each, "recall": answer.recall(n).tolist()}
+    if _others(on):
+        return
     if as_json:
         typer.echo(printing.as_json(found))
         return
@@ -356,6 +335,9 @@ def evaluate(
     ] = None,
     seed: Seed = 0,
     batch_size: BatchSize = None,
+    engine: OnEngine = Engine.local,
+    workers: Workers = None,
+    address: Address = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -372,7 +354,10 @@ def evaluate(
             --found found --out retrained
         pergrad evaluate train.py:job --queries train.py:test --train train.py:train \\
             --found ekfac=found --found dots=others --out retrained --json
+        pergrad evaluate train.py:job --queries train.py:test --train train.py:train \\
+            --found found --out retrained --engine ray --workers 4
     """
+    on = _on(engine, workers, address)
     with resumable(lambda: left.retrained(out, subsets * seeds)):
         from pergrad.command import jobs
 
@@ -385,8 +370,10 @@ def evaluate(
             result = pergrad.evaluate(
                 train_on, chosen, asked, influences, out=out, subsets=subsets, share=share,
                 seeds=seeds, seed=seed, batch_size=batch_size,
-                text=None if text is None else jobs.function(text),
+                text=None if text is None else jobs.function(text), **on,
             )  # fmt: skip
+    if _others(on):
+        return
     if not as_json:
         typer.echo(repr(result))
         return
@@ -433,6 +420,15 @@ def _labels(text: str | None) -> Any:
 
 def _mode(mode: Mode) -> Any:
     return "as is" if mode is Mode.as_is else "eval"
+
+
+def _on(engine: Engine, workers: int | None, address: str | None) -> dict[str, Any]:
+    return {"engine": engine.value, "workers": workers, "address": address}
+
+
+def _others(on: Mapping[str, Any]) -> bool:
+    """Whether another rank says it for all."""
+    return on["engine"] == "torchrun" and os.environ.get("RANK", "0") != "0"
 
 
 def _options(mixing: Mixing) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Does not know: the commands' options.
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +32,8 @@ def is_influence(folder: Path) -> bool:
     return isinstance(found, dict) and found.get("format") == INFLUENCE
 
 
-def opened(folder: Path, job: "Job") -> "Fit":
-    """The curvature in a folder, by the settings that it was begun with."""
+def opened(folder: Path, job: "Job", on: Mapping[str, Any]) -> "Fit":
+    """The curvature in a folder, by the settings that it was begun with, on an engine."""
     from pergrad.attribution.curvature import WHAT
     from pergrad.attribution.folder import Folder
 
@@ -45,7 +45,7 @@ def opened(folder: Path, job: "Job") -> "Fit":
         )
     own = about["settings"]
     names = ("kind", "labels", "seed", "mode")
-    return pergrad.curvature(job, folder, **{n: own[n] for n in names}, **own["options"])
+    return pergrad.curvature(job, folder, **{n: own[n] for n in names}, **own["options"], **on)
 
 
 def state_of(path: Path) -> Any:
