@@ -15,11 +15,13 @@ from torch import Tensor
 from pergrad import inputs
 from pergrad.clipping import Clip
 from pergrad.coverage import Coverage, coverage_of
+from pergrad.engine import reading_pass
 from pergrad.engine.accumulation import accumulate
 from pergrad.engine.late_norms import Doubts, adding_to
 from pergrad.engine.pass_ import Emit, Explained
 from pergrad.engine.places import module_of
 from pergrad.engine.run import Options, OptionsGiven, run
+from pergrad.engine.totals import Total
 from pergrad.engine.user_state import Held
 from pergrad.errors import UnsupportedError, UsageError
 from pergrad.factors import Factor
@@ -126,7 +128,7 @@ def norms(losses: Tensor, params: Params, **options: Unpack[OptionsGiven]) -> Te
         tensor([5., 1.])
     """
     named, losses, chosen = _prepare(losses, params, options)
-    total = _Total(losses, named, (losses.shape[0],))
+    total = Total(losses, result_dtype(named), (losses.shape[0],))
     _stream_sq_norms(losses, named, chosen, lambda _, squares: total.add(squares))
     return _result(root(total.value).to(total.dtype), chosen)
 
@@ -196,7 +198,7 @@ def gram(losses: Tensor, params: Params, **options: Unpack[OptionsGiven]) -> Ten
                 [ 4.,  1.]])
     """
     named, losses, chosen = _prepare(losses, params, options)
-    total = _Total(losses, named, (losses.shape[0],) * 2)
+    total = Total(losses, result_dtype(named), (losses.shape[0],) * 2)
     _stream(losses, named, chosen, lambda name, f: total.add(f.gram(f)))
     return _result(total.value, chosen)
 
@@ -246,13 +248,13 @@ def dots(
         own = GradientMatrix(zeros_for(named, {}, batch), batch)
         own._check_match(against)
         against._check_versions()
-        total = _Total(losses, named, (batch, len(against)))
+        total = Total(losses, result_dtype(named), (batch, len(against)))
         factors = against._factors
         _stream(losses, named, chosen, lambda name, f: total.add(f.gram(factors[name])))
     else:
         shapes = {name: tuple(p.shape) for name, p in named.items()}
         v = inputs.direction(against, shapes, {name: p.device for name, p in named.items()})
-        total = _Total(losses, named, (batch,))
+        total = Total(losses, result_dtype(named), (batch,))
         _stream(
             losses,
             named,
@@ -379,22 +381,22 @@ def backward(
                 "`norms = pergrad.norms(losses, model, retain_graph=True)`, then "
                 "`(weights * losses).sum().backward()`."
             )
-    total = _Total(losses, named, (batch,))
+    total = Total(losses, result_dtype(named), (batch,))
     if batch == 0:
         for name in walk(losses, named).targets.values():  # an optimizer's step wants zeros
             accumulate(named[name], torch.zeros_like(named[name]))
         return total.value
     kept: dict[str, Held] = {}
-    layers: dict[str, _Total] = {}
+    dtype, layers = result_dtype(named), dict[str, Total]()
     clipper = weights if isinstance(weights, Clip) and weights.by is not None else None
-    doubts = Doubts()
+    doubts, read = Doubts(), reading_pass.taken_over(losses, named)
 
     def emit(name: str, factor: Factor) -> None:
         factor = factor.formed()  # the norm and the sum need the same rows
         add = total.add
         if clipper is not None:
-            add = layers.setdefault(module_of(name), _Total(losses, named, (batch,))).add
-        doubts.sq_norms(name, factor, add)
+            add = layers.setdefault(module_of(name), Total(losses, dtype, (batch,))).add
+        doubts.sq_norms(name, factor, add if read is None else read.besides(name, add))
         # The graph may be gone when the weights are known, so nothing may be left to pull.
         kept[name] = Held(factor.materialized())
 
@@ -415,6 +417,8 @@ def backward(
             if may_leave_out and bool((out := (weights == 0) & ~norms_.isfinite()).any()):
                 kept_rows = torch.nonzero(~out).flatten()
         rows = weights if isinstance(weights, Tensor) else torch.full_like(norms_, number)
+        if read is not None:
+            read.told(rows, by_layer=clipper is not None)
         with torch.no_grad():  # what an op saved has a history
             # A hook may step in the backward pass, and so change what other factors hold.
             steps = any(nodes.hooks_after_accumulation(p) for p in named.values())
@@ -466,32 +470,6 @@ def explain(losses: Tensor, params: Params, **options: Unpack[OptionsGiven]) -> 
         warnings.simplefilter("ignore")
         _stream(losses, named, chosen, lambda name, f: None, told=told)
     return coverage_of(named, told.records, losses.shape[0], told.price)
-
-
-class _Total:
-    """A running sum in the result's dtype, on the losses' device."""
-
-    def __init__(self, losses: Tensor, named: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
-        self.shape = shape
-        self.dtype = result_dtype(named)
-        self.device = losses.device
-        self.terms: list[Tensor] = []
-        # One addition of many terms takes less time than many of two; and less rounding.
-        self.at_most = 64 if len(shape) == 1 else 2
-
-    def add(self, term: Tensor) -> None:
-        if term.dtype != self.dtype or term.device != self.device:
-            term = term.to(self.device, torch.promote_types(self.dtype, term.dtype))
-        self.terms.append(term)
-        if len(self.terms) >= self.at_most:
-            self.terms = [self.value]
-
-    @property
-    def value(self) -> Tensor:
-        """The sum so far."""
-        if not self.terms:
-            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        return self.terms[0] if len(self.terms) == 1 else torch.stack(self.terms).sum(0)
 
 
 def _result(value: Tensor, options: Options) -> Tensor:

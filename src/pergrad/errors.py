@@ -54,7 +54,7 @@ _SECTIONS = [
     (
         "reading",
         "training.reader|engine.reading_pass",
-        "pergrad.reading|not see what|Something beside|Two backward",
+        "pergrad.reading|read or watched|not see what|Something beside|Two backward",
     ),
     ("watching", "training.(watch|run)", ""),
     ("freed-graph", "", "has been freed by an earlier|selective activation"),

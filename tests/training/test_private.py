@@ -54,6 +54,19 @@ def trained(epochs: int = 3, dtype: torch.dtype = torch.float64, **more: Any) ->
     return [p.detach() for p in model.parameters()]
 
 
+def test_a_private_step_is_not_read() -> None:
+    """What is written of single examples is not private, and `.grad` is gone at once."""
+    model = network()
+    private = made(model, Rows())
+    for batch in private:
+        values = losses(model, batch)
+        with pergrad.reading(values, model) as read:
+            private.backward(values)
+        with pytest.raises(pergrad.UsageError, match="Train without the watch"):
+            _ = read.norms
+    assert private.steps == 5
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_a_step_is_the_loops(dtype: torch.dtype) -> None:
     data, model = Rows(dtype=dtype), network(dtype)

@@ -419,6 +419,93 @@ def test_something_else_flows_in(small) -> None:
     close(read.norms, judged(model, losses()), torch.float64)
 
 
+# -- pergrad.backward in the block -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "B"), zoo.each_batch())
+def test_the_zoo_in_a_backward_of_ours(case: zoo.Case, B: int) -> None:
+    """Its pass is not the user's: it tells what it finds."""
+    run, plain = case.run(B), case.run(B)
+    params = {n: p for n, p in run.named.items() if p.is_leaf}
+    if len(params) < len(run.named):
+        return  # `backward` has no .grad to write to
+    theirs = {n: p for n, p in plain.named.items() if p.is_leaf}
+    weights = torch.linspace(0.5, 2.0, B, dtype=torch.float64)
+    for p in (*params.values(), *theirs.values()):
+        p.grad = None
+    norms = pergrad.backward(plain.losses, plain.params, weights=weights / 4, **case.options)
+    losses = run.losses
+    with pergrad.reading(losses, run.params, **case.options) as read:
+        same = pergrad.backward(losses, run.params, weights=weights / 4, **case.options)
+    assert torch.equal(norms, same)
+    same_bits({n: p.grad for n, p in params.items()}, {n: p.grad for n, p in theirs.items()})
+    G = zoo.reference(case.name, B)
+    want = naive.norms(G)
+    assert_agrees(read.norms, want, want, what="norms")
+    assert_agrees(read.weighted_norms, want * weights / 4, want, what="weighted")
+    for name, each in naive.norms_by_parameter(G).items():
+        assert_agrees(read.norms_by_parameter[name], each, want, what=name)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "weights",
+    [None, 0.25, pergrad.clip(0.5, mean=True), lambda norms: 1 / (1 + norms)],
+    ids=["ones", "number", "clip", "function"],
+)
+def test_weights_of_a_backward_of_ours(weights: object, dtype: torch.dtype) -> None:
+    model, ids = text(dtype)
+    losses = token_losses(model, ids).sum(1)
+    want = judged(model, losses)
+    with pergrad.reading(losses, model) as read:
+        norms = pergrad.backward(losses, model, weights=weights)
+    close(read.norms, want, dtype)
+    close(norms, want, dtype)
+    c = {"None": torch.ones(4), "0.25": torch.full((4,), 0.25)}.get(str(weights))
+    c = weights(want) if c is None and callable(weights) else c
+    close(read.weights, c, dtype)
+    assert torch.equal(read.losses, losses.detach())
+
+
+def test_an_example_that_a_backward_of_ours_leaves_out(small) -> None:
+    model, losses = small
+    values = losses() * torch.tensor([1.0, torch.inf, 1.0, 1.0, 1.0], dtype=torch.float64)
+    with pergrad.reading(values, model) as read:
+        pergrad.backward(values, model, weights=lambda n: n.isfinite().to(n.dtype))
+    want = judged(model, losses())
+    assert read.weights.tolist() == [1, 0, 1, 1, 1]
+    assert read.weighted_norms[1] == 0
+    assert read.norms.isnan().tolist() == [False, True, False, False, False]
+    close(read.norms[[0, 2, 3, 4]], want[[0, 2, 3, 4]], torch.float64)
+
+
+def test_a_backward_of_ours_that_cannot_be_read(small) -> None:
+    model, losses = small
+    values = losses()
+    with pergrad.reading(values, model) as read:
+        pergrad.backward(values, model, weights=pergrad.clip(1.0, by="layer"))
+    refused(read, pergrad.UsageError, r"layer(.|\n)*Clip whole gradients(.|\n)*pergrad\.norms")
+    values = losses()
+    with pergrad.reading(values, model) as read:
+        pergrad.backward(values, model[0])
+    refused(read, pergrad.UsageError, r"other parameters(.|\n)*same model to both")
+    for second in (pergrad.backward, lambda v, _: v.sum().backward()):
+        values = losses()
+        with pergrad.reading(values, model) as read:
+            pergrad.backward(values, model, retain_graph=True)
+            second(values, model)
+        refused(read, pergrad.UsageError, r"Two backward passes(.|\n)*block of its own")
+    values = losses()
+    with pergrad.reading(values.mean(), model) as read:
+        pergrad.backward(values, model)
+    refused(read, pergrad.UsageError, r"`pergrad.backward` with these losses")
+    values = losses()
+    with pergrad.reading(values, model) as read, pytest.raises(ZeroDivisionError):
+        pergrad.backward(values, model, weights=lambda n: 1 / 0)
+    refused(read, pergrad.UsageError, r"No backward pass came by")
+    assert not nodes.hooks_of_node(values.grad_fn)
+
+
 def test_two_passes(small) -> None:
     model, losses = small
     values = losses()

@@ -6,6 +6,7 @@ What is compared: weights, the optimizer's state, and every random state.
 """
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import naive
 import pytest
+import torch
 import torch.nn.functional as F
 from fits import (
     LIGHTNING,
@@ -162,3 +164,45 @@ def test_lightning(tmp_path: Path, more: dict[str, Any]) -> None:
     assert [row["step"] for row in steps] == list(range(0, 10 // accumulate, 2))
     assert all(row["examples"] == 4 * accumulate for row in steps)
     assert all(row["noise_scale"] is not None for row in steps)
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_lightning_and_a_pass_that_it_does_not_see(tmp_path: Path, block: bool) -> None:
+    """The callback says so; a block in the module reads it."""
+    import lightning
+
+    class Clipped(lightning.LightningModule):
+        automatic_optimization = False
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(5, 1)
+
+        def training_step(self, batch: Any, _: int) -> None:
+            losses = self.net(batch[0]).square().squeeze(1)
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            clip = pergrad.clip(1.0, mean=True)
+            if block:
+                with watch(losses, self, keys=watch.keys_of(batch), step=self.global_step):
+                    pergrad.backward(losses, self, weights=clip)
+            else:
+                pergrad.backward(losses, self, weights=clip)
+            optimizer.step()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    watch = pergrad.Watch(tmp_path / "run", every=2)
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(32, 5)), 8)
+    lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, callbacks=[] if block else [watch.lightning()],
+    ).fit(Clipped(), data)  # fmt: skip
+    watch.close()
+    if block:
+        assert watch.failures == []
+        assert pergrad.open_watch(tmp_path / "run").steps()["step"].to_pylist() == [0, 2]
+    else:
+        (said,) = watch.failures
+        assert re.search(r"has read nothing(.|\n)*with watch\(losses, self", said)

@@ -576,6 +576,44 @@ def epochs(folder: Path, rows: int, scale: float = 1.0) -> pergrad.Watch:
     return watch
 
 
+def test_clipped_while_watched(tmp_path: Path) -> None:
+    """`pergrad.backward` in the block: the step is the same, and it is read."""
+
+    def trained(watch: pergrad.Watch | None) -> list[Tensor]:
+        model = model_of()
+        for step in range(4):
+            x, y = batch(step)
+            losses = F.cross_entropy(model(x), y, reduction="none")
+            clipped = pergrad.clip(0.5, mean=True)
+            if watch is None:
+                pergrad.backward(losses, model, weights=clipped)
+            else:
+                with watch(losses, model, keys=range(6), step=step):
+                    pergrad.backward(losses, model, weights=clipped)
+            with torch.no_grad():
+                for p in model.parameters():
+                    p -= p.grad
+            model.zero_grad()
+        return list(model.parameters())
+
+    with pergrad.Watch(tmp_path, every=1, groups="layer") as watch:
+        watched = trained(watch)
+    assert watch.failures == []
+    assert all(torch.equal(a, b) for a, b in zip(trained(None), watched, strict=True))
+    run = pergrad.open_watch(tmp_path)
+    model = model_of()
+    x, y = batch(0)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    norms = naive.norms(naive.loop_grads(losses, model))
+    table = run.examples().slice(0, 6)
+    assert table["norm"].to_pylist() == pytest.approx(norms.tolist(), rel=1e-9)
+    weights = (0.5 / norms).clamp(max=1) / 6
+    assert table["weight"].to_pylist() == pytest.approx(weights.tolist(), rel=1e-9)
+    (first, *_) = run.steps().to_pylist()
+    assert first["norm:3"] > 0
+    assert first["noise_scale"] is not None
+
+
 def test_a_short_last_batch_is_no_spike(tmp_path: Path) -> None:
     """Its gradient is larger, because fewer examples average out less."""
     watch = epochs(tmp_path / "run", 69)

@@ -10,6 +10,7 @@ Does not know: how losses were had, what a caller makes of the norms.
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -31,6 +32,9 @@ from pergrad.graph import nodes
 from pergrad.graph.plan import plan_of
 from pergrad.graph.walk import Graph
 from pergrad.ops.joining import SINKS
+
+# Those that wait for a backward pass, by the losses that it would start from.
+_WAITING: "weakref.WeakValueDictionary[int, UserPass]" = weakref.WeakValueDictionary()
 
 _REMEDY = (
     "Take the norms before the backward pass: `pergrad.norms(losses, model, retain_graph=True)`."
@@ -68,6 +72,9 @@ class UserPass:
         self._number: int | None = None
         self._doubts = Doubts()
         self._handles: list[RemovableHandle] = []
+        self._add, self._losses = add, weakref.ref(losses)
+        self._names = {id(p): name for name, p in params.items()}
+        self._told: dict[str, list[Tensor]] | None = None  # squared norms from a pass of ours
         self._one_at_a_time = threading.RLock()
         self._budget = options.chunk_bytes or limit(losses.device)
         self._unreached = _Unreached(graph, params)
@@ -93,6 +100,7 @@ class UserPass:
         except BaseException:
             self.detach()
             raise
+        _WAITING[id(losses)] = self
 
     def _attach(self) -> None:
         graph, plan = self.graph, self.plan
@@ -128,10 +136,7 @@ class UserPass:
         """The pass is at the root."""
         number = nodes.pass_number()
         if self._number is not None and number != self._number:
-            raise UsageError(
-                "Two backward passes came by the same losses inside one `pergrad.reading` block, "
-                "so what was read is the gradient of neither. Give each pass a block of its own."
-            )
+            raise UsageError(_two_passes())
         self._number = number
         seed = cotangents[self.graph.root[1]]
         self.seed = None if seed is None else seed.detach().clone()
@@ -228,6 +233,60 @@ class UserPass:
         if self.failure is None:
             self.failure = error.with_traceback(None)
 
+    # --- a pass of `pergrad.backward`, which is not the user's own -------------------------------
+
+    def take_over(self, params: Mapping[str, Tensor]) -> None:
+        """A pass of ours begins, which tells its squared norms. Nothing is raised."""
+        self.detach()
+        if self._number is not None or self._told is not None:
+            self.fail(UsageError(_two_passes()))
+        self._told = {}
+        if {id(p) for p in params.values()} != set(self._names):
+            self.fail(
+                UsageError(
+                    "pergrad.backward was given other parameters than the `pergrad.reading` or "
+                    "`watch` block around it. Pass the same model to both."
+                )
+            )
+
+    def besides(self, name: str, add: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+        """Add squared norms (B,) there, and keep them."""
+        assert self._told is not None
+        kept = self._told.setdefault(name, [])
+
+        def both(squares: Tensor) -> None:
+            kept.append(squares.detach())
+            add(squares)
+
+        return both
+
+    def told(self, weights: Tensor, *, by_layer: bool) -> None:
+        """The pass is over; weights (B,) of its examples. Nothing is raised."""
+        told, self._told = self._told or {}, {}
+        if by_layer:
+            self.fail(
+                UsageError(
+                    'clip(by="layer") gives each layer weights of its own, so an example has no '
+                    "one weight in the step, by which it could be read or watched. Clip whole "
+                    f"gradients in the steps that are read. {_REMEDY}"
+                )
+            )
+        if self.failure is not None:
+            return
+        try:
+            with torch.no_grad():
+                self.seed = weights.detach().clone()
+                for name, several in told.items():
+                    for squares in several:
+                        by = self.seed.to(squares.device, squares.dtype)
+                        # an example that was left out has no finite norm, and added nothing
+                        self._add(name, torch.where(by == 0, 0.0, squares * by.square()))
+            # whatever pass comes next would be another
+            root = self.graph.nodes[self.graph.root[0]]
+            self._handles.append(nodes.before(root, lambda _: self.fail(UsageError(_two_passes()))))
+        except Exception as error:
+            self.fail(error)
+
     def detach(self) -> None:
         """No hook of ours is left."""
         for handle in self._handles:
@@ -237,6 +296,8 @@ class UserPass:
     def finish(self) -> None:
         """After the backward pass: all came by, and nothing is missing in the squared norms."""
         self.detach()
+        if _WAITING.get(key := id(self._losses())) is self:
+            del _WAITING[key]
         try:
             if self.failure is None:
                 with torch.no_grad(), workspace(self._budget):
@@ -246,11 +307,14 @@ class UserPass:
         del self._pass, self.graph, self.plan
 
     def _complete(self) -> None:
-        if self._number is None:
+        if self.seed is None and (self._told is not None or self._number is None):
             raise UsageError(
                 "No backward pass came by these losses inside the `pergrad.reading` block. Call "
-                "`loss.backward()` inside it, on a loss made of the very losses that were given."
+                "`loss.backward()` inside it, on a loss made of the very losses that were given, "
+                "or `pergrad.backward` with these losses."
             )
+        if self._told is not None:  # a pass of ours has seen to the rest
+            return
         if self._hooked_direct:
             raise UnsupportedError(
                 f"The parameter `{self._hooked_direct[0]}` has a tensor hook, and its own gradient "
@@ -293,6 +357,29 @@ class _Unreached:
                     "of these losses: an op runs a backward pass of its own and hides it. "
                     "Reversible layers do so, and some checkpoints. Compute the losses without it."
                 )
+
+
+def taken_over(losses: Tensor, params: Mapping[str, Tensor]) -> UserPass | None:
+    """The reading that waits for a backward pass of these losses, if a pass of ours is that one."""
+    waiting = _WAITING.get(id(losses))
+    if waiting is None or waiting._losses() is not losses:
+        return None
+    waiting.take_over(params)
+    return waiting
+
+
+def set_aside(losses: Tensor, why: UsageError) -> None:
+    """A reading that waits for a backward pass of these losses has no numbers."""
+    waiting = _WAITING.get(id(losses))
+    if waiting is not None and waiting._losses() is losses:
+        waiting.fail(why)
+
+
+def _two_passes() -> str:
+    return (
+        "Two backward passes came by the same losses inside one `pergrad.reading` block, so what "
+        "was read is the gradient of neither. Give each pass a block of its own."
+    )
 
 
 def _left_out(place: str) -> str:

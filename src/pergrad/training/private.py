@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pergrad import api
+from pergrad.engine.reading_pass import set_aside
 from pergrad.errors import UsageError
 from pergrad.extras import need
 from pergrad.training.private_ranks import (
@@ -200,6 +201,14 @@ class Private:
                 'for each, such as F.cross_entropy(..., reduction="none").'
             )
         self._check_gradients()
+        set_aside(
+            losses,
+            UsageError(
+                "A step of `Private` cannot be watched or read: it adds noise, and steps by "
+                "itself, and what is written of single examples is not private. Train without the "
+                "watch; `private.backward` returns the norms."
+            ),
+        )
         norms = api.backward(losses, self._params, weights=self._weights)
         for name, p in self._params.items():
             grad, p.grad = p.grad, None

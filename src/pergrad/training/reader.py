@@ -40,7 +40,8 @@ def reading(
         read.norms                                          # (B,)
 
     No pass of pergrad's own, no retained graph; `.grad` is the same to the bit. Nothing is raised
-    inside the block or by it: what cannot be read is raised where a number is asked for.
+    inside the block or by it: what cannot be read is raised where a number is asked for. The pass
+    may be `pergrad.backward` with the same losses, which clips them.
 
     Args:
         losses_or_loss: the losses (B,); or the scalar loss, which is taken apart from its graph

@@ -310,6 +310,7 @@ def lightning_callback(watch: "Watch") -> Any:
             self._steps = _Steps(watch)
             self._batch = Batch(())
             self._block: Block | None = None
+            self._heard = False  # whether Lightning has begun a backward pass
 
         def on_train_batch_start(
             self, trainer: Any, module: Any, batch: Any, batch_idx: int
@@ -319,6 +320,7 @@ def lightning_callback(watch: "Watch") -> Any:
 
         def on_before_backward(self, trainer: Any, module: Any, loss: Any) -> None:
             self._close()
+            self._heard = True
             try:
                 block = self._steps.block(loss, module, self._batch, trainer.global_step)
                 if block is not None:
@@ -351,6 +353,12 @@ def lightning_callback(watch: "Watch") -> Any:
 
         def on_train_end(self, trainer: Any, module: Any) -> None:
             self._close()
+            if not self._heard:
+                watch.say(
+                    "No backward pass of Lightning's came by, so the callback has read nothing. A "
+                    "module that calls pergrad.backward, or loss.backward, itself does it inside "
+                    "`with watch(losses, self, step=self.global_step):`, and needs no callback."
+                )
             watch.flush()
 
     return WatchCallback()
