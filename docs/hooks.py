@@ -14,7 +14,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md"]
-SOUGHT = {"start.md": 2, "guides": 3, "errors.md": 3, "glossary.md": 3}  # who searches has a task, or a message
+# who searches has a task, a message, or a word
+SOUGHT = {"start.md": 2, "guides": 3, "errors.md": 3, "glossary.md": 3}
 LINK = re.compile(r"(\]\()([^)#\s]+)")
 
 

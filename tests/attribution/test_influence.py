@@ -505,9 +505,57 @@ def test_it_prints(tmp_path: Path) -> None:
     fit = pergrad.curvature(task, tmp_path / "fit")
     text = repr(pergrad.influence(task, queries, tmp_path / "f", curvature=fit))
     assert "Influence (refined) of 11 examples on 3 queries" in text
-    assert "positive: the example helps: it lowers the query's loss; unit: change for each" in text
+    assert "positive: the example helps: it lowers the query's loss; unit: how far the" in text
     assert "damping 1 x mean" in text
     assert "5 steps of conjugate gradients; residuals" in text
+    assert "would lower them" not in text
+    rough = pergrad.influence(
+        task, queries, tmp_path / "rough", curvature=fit, refine=1, damping=0.01
+    )
+    assert "(refine=4 would lower them)" in repr(rough)
+    more = pergrad.influence(
+        task, queries, tmp_path / "more", curvature=fit, refine=4, damping=0.01
+    )
+    assert more.residuals.max() < rough.residuals.max()
+
+
+def test_the_unit_is_what_it_says(tmp_path: Path) -> None:
+    """Against models fitted anew with a little more weight of an example, in closed form."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 4, dtype=torch.float64, generator=g)
+    y = x.sum(1) + torch.randn(30, dtype=torch.float64, generator=g)
+    items = list(zip(x, y, strict=True))
+
+    def fitted(weights: Tensor) -> nn.Module:
+        net = nn.Linear(4, 1, bias=False, dtype=torch.float64)
+        with torch.no_grad():
+            solved = torch.linalg.solve(x[:25].mT @ (weights[:, None] * x[:25]),
+                                        x[:25].mT @ (weights * y[:25]))  # fmt: skip
+            net.weight.copy_(solved[None])
+        return net
+
+    def squares(m: nn.Module, batch: Any) -> Tensor:
+        return (m(batch[0])[:, 0] - batch[1]).square() / 2
+
+    task = pergrad.Job(fitted(torch.ones(25, dtype=torch.float64)), items[:25], squares,
+                       outputs=lambda m, b: m(b[0]), likelihood="gaussian")  # fmt: skip
+    measured = pergrad.Job(task.model, items[25:], lambda m, b: m(b[0])[:, 0])
+    fit = pergrad.curvature(task, tmp_path / "fit")
+    exact: dict[str, Any] = {"curvature": fit, "refine": 20, "damping": 1e-9}
+    found = pergrad.influence(task, items[25:], tmp_path / "data", **exact)
+    margin = pergrad.influence(task, measured, tmp_path / "job", **exact)
+    assert "how far the query's loss falls" in found.unit
+    assert "how far the measurement rises" in margin.unit
+    for i in range(3):
+        more = torch.ones(25, dtype=torch.float64)
+        more[i] += 1e-6
+        batch = (x[25:], y[25:])
+        before, after = (squares(m, batch).detach() for m in (task.model, fitted(more)))
+        torch.testing.assert_close(
+            (before - after) / 1e-6, found.scores[:, i], rtol=1e-4, atol=1e-6
+        )
+        rise = fitted(more)(x[25:])[:, 0] - task.model(x[25:])[:, 0]
+        torch.testing.assert_close(rise.detach() / 1e-6, margin.scores[:, i], rtol=1e-4, atol=1e-6)
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -114,7 +114,8 @@ def test_residuals_and_hubs_are_told(tmp_path: Path) -> None:
     )
     said = words(found.report(tmp_path / "page.html").read_text())
     assert "After 1 refining steps the worst residual is" in said
-    assert "more steps would change scores" in said
+    assert "more steps would change scores. Take four times as many" in said
+    assert "refine=4), in another folder" in said
     assert "ekfac curvature" in said
     one = (np.array([7, 1]), np.array([2.0, 1.0]))
     told = page.findings(found.manifest, [(one, one)] * 5, None)

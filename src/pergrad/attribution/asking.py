@@ -49,12 +49,13 @@ class Asked:
         """Whether the queries' gradients are formed."""
         return self.method in ("less", "solve", "refined")
 
-    @property
-    def unit(self) -> str:
-        """What a score of 1 is."""
+    def unit(self, data: bool) -> str:
+        """What a score of 1 is, of queries given as a data set or as a Job."""
         if self.method in ("solve", "refined", "kernel"):
+            moves = "query's loss falls" if data else "measurement rises"
             return (
-                "change for each unit that w[i] rises, in the mean loss (1/N) sum of w[i] loss[i]"
+                f"how far the {moves}, to first order, if the example counts once more (w[i] + 1 "
+                "in the mean loss (1/N) sum of w[i] loss[i])"
                 + (f"; inverse approximated by {self.terms} terms" if self.terms else "")
             )
         weighted = " times its rate, summed over checkpoints" if self.checkpoints else ""

@@ -36,7 +36,7 @@ from pergrad.attribution.folder import (
     tensors_to_bytes,
 )
 from pergrad.attribution.likelihood import outputs_of, resolve_labels
-from pergrad.attribution.progress import tell
+from pergrad.attribution.progress import bars, tell
 from pergrad.attribution.summing import Summing, blocks_in
 from pergrad.attribution.together import Crew, Engine, by_batches, hired
 from pergrad.engine.run import PassOptions
@@ -66,6 +66,7 @@ def curvature(
     engine: Engine = "local",
     workers: int | None = None,
     address: str | None = None,
+    progress: bool = True,
     **options: Unpack[PassOptions],
 ) -> Fit:
     """Estimate the curvature of the loss, to precondition gradients with.
@@ -93,6 +94,7 @@ def curvature(
             rank, and the folder is on a disk that all of them see. See docs/scale-out.md.
         workers: ray: how many (default one for each GPU; on the CPU one for each CPU).
         address: ray: a cluster's address. Default: this machine.
+        progress: show a bar for each pass.
         **options: on_mixing, check_layout, chunk_bytes, as in `pergrad.norms`.
 
     Returns:
@@ -141,6 +143,7 @@ def curvature(
         labels = "given"
     folder = Folder(out, WHAT)
     with ExitStack() as stack:
+        stack.enter_context(bars(progress))
         crew = stack.enter_context(hired(engine, workers, address, WORDS))
         with crew.together():
             if crew.leads:

@@ -24,7 +24,7 @@ from pergrad.attribution.batches import Batches, batches_of, check_job
 from pergrad.attribution.evaluation import Evaluation, ceiling, lds
 from pergrad.attribution.folder import Folder, differences
 from pergrad.attribution.found import Influence
-from pergrad.attribution.progress import tell
+from pergrad.attribution.progress import bars, tell
 from pergrad.attribution.ranking import npy
 from pergrad.attribution.together import Crew, Engine, Task, hired
 from pergrad.errors import StoreError, UsageError
@@ -55,6 +55,7 @@ def evaluate(
     engine: Engine = "local",
     workers: int | None = None,
     address: str | None = None,
+    progress: bool = True,
 ) -> Evaluation:
     """Retrain on random subsets, and compare what comes with what scores foretell.
 
@@ -83,6 +84,7 @@ def evaluate(
             rank, and the folder is on a disk that all of them see. See docs/scale-out.md.
         workers: ray: how many (default one for each GPU; without GPUs one for each CPU).
         address: ray: a cluster's address. Default: this machine.
+        progress: show a bar.
 
     Returns:
         Evaluation: `.scores`, `.ceiling`, `.best`; it prints as a table.
@@ -135,6 +137,7 @@ def evaluate(
                 "examples": len(job), "queries": len(asking),
                 "measured": "losses of a Job" if sign > 0 else "minus the loss"}  # fmt: skip
     with ExitStack() as stack:
+        stack.enter_context(bars(progress))
         crew = stack.enter_context(hired(engine, workers, address, _words(seeds)))
         with crew.together():
             if crew.leads:
@@ -220,6 +223,8 @@ def _finish(folder: Folder, tasks: "_Retraining", settings: Mapping[str, Any], c
     done = {first: path for first, _, path in folder.files("outputs")}
     total = tasks.seeds * len(tasks.members)
     left = [range(k, k + 1) for k in range(total) if k not in done]
+    if left:
+        tell("retrained models", len(done), total)  # the first may take long
     two = 0, tasks.seeds  # the first seed of the first two subsets
     first = {k: _read(folder, done[k]) for k in two if k in done}
     each = crew.each("outputs", [], {}, left, lambda size: 1, ordered=False) if left else ()

@@ -206,7 +206,7 @@ class Sketch:
             }  # fmt: skip
             found = influence(
                 few, queries, folder, batch_size=batch_size, seed=settings["seed"],
-                mode=settings["mode"], **solve, **settings["options"],
+                mode=settings["mode"], progress=False, **solve, **settings["options"],
             )  # fmt: skip
             return found.scores.clone()
 

@@ -30,7 +30,7 @@ from pergrad.attribution.fit import Fit
 from pergrad.attribution.folder import Folder, differences, tensors_from_bytes, tensors_to_bytes
 from pergrad.attribution.found import WHAT, Influence
 from pergrad.attribution.gauss_newton import Refining, lengths
-from pergrad.attribution.progress import tell
+from pergrad.attribution.progress import bars, tell
 from pergrad.attribution.queries import most_bytes, queries_of
 from pergrad.attribution.scoring import Scoring
 from pergrad.attribution.together import Crew, Engine, by_batches, hired
@@ -71,6 +71,7 @@ def influence(
     engine: Engine = "local",
     workers: int | None = None,
     address: str | None = None,
+    progress: bool = True,
     **options: Unpack[PassOptions],
 ) -> Influence:
     """Score every training example for every query: how much does it help, or harm?
@@ -83,8 +84,8 @@ def influence(
     positive score means that the example helps: more of it lowers the query's loss. For queries
     given as a Job, its losses are a measurement (a logit, a margin), and positive raises it; a Job
     that returns a loss therefore has the opposite sign. **Unit**: with a curvature or the kernel,
-    the change for each unit of weight that the example has more in the mean loss, divided by N; else
-    that of the inner product.
+    how far the query's loss falls, to first order, if the example counts once more in the mean loss
+    (w[i] + 1 in (1/N) sum of w[i] loss[i]); else that of the inner product.
 
     Queries are held, and training examples stream by. Goes on where an earlier call with the same
     arguments stopped, and opens the folder if it is finished.
@@ -121,6 +122,7 @@ def influence(
             rank, and the folder is on a disk that all of them see. See docs/scale-out.md.
         workers: ray: how many (default one for each GPU; on the CPU one for each CPU).
         address: ray: a cluster's address. Default: this machine.
+        progress: show a bar for each pass.
         **options: on_mixing, check_layout, chunk_bytes, as in `pergrad.norms`.
 
     Returns:
@@ -156,6 +158,7 @@ def influence(
                  terms)  # fmt: skip
     folder = Folder(out, WHAT)
     with ExitStack() as stack:
+        stack.enter_context(bars(progress))
         crew = stack.enter_context(hired(engine, workers, address, WORDS))
         with crew.together():
             if crew.leads:
@@ -252,7 +255,7 @@ class _Run:
             "settings": settings,
             "sign": "the example helps: it lowers the query's loss" if data
             else "the example raises the measurement",
-            "unit": self.what.unit,
+            "unit": self.what.unit(data),
             "losses": {
                 "scored": self._sample(self.batches), "asked": self._sample(self.queries.batches)
             },

@@ -32,7 +32,7 @@ from pergrad.attribution.blocks import Block
 from pergrad.attribution.fit import Fit
 from pergrad.attribution.folder import Folder, differences
 from pergrad.attribution.index import Sketch
-from pergrad.attribution.progress import tell
+from pergrad.attribution.progress import bars, tell
 from pergrad.attribution.projection import Coordinates, TensorSketch, plain_blocks
 from pergrad.attribution.shards import Writer, ends
 from pergrad.attribution.shown import check_keys
@@ -63,6 +63,7 @@ def sketch(
     engine: Engine = "local",
     workers: int | None = None,
     address: str | None = None,
+    progress: bool = True,
     **options: Unpack[PassOptions],
 ) -> Sketch:
     """Keep a few numbers of each example's gradient, so that queries take no pass over the data.
@@ -87,6 +88,7 @@ def sketch(
             rank, and the folder is on a disk that all of them see. See docs/scale-out.md.
         workers: ray: how many (default one for each GPU; on the CPU one for each CPU).
         address: ray: a cluster's address. Default: this machine.
+        progress: show a bar.
         **options: on_mixing, check_layout, chunk_bytes, as in `pergrad.norms`.
 
     Returns:
@@ -124,6 +126,7 @@ def sketch(
     check_keys(job)
     folder = Folder(out, WHAT)
     with ExitStack() as stack:
+        stack.enter_context(bars(progress))
         crew = stack.enter_context(hired(engine, workers, address, WORDS))
         with crew.together():
             if crew.leads:

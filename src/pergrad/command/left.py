@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pergrad
 from pergrad import folders
-from pergrad.attribution.progress import listening
+from pergrad.attribution.progress import bars, listening
 from pergrad.errors import UsageError
 
 if TYPE_CHECKING:
@@ -65,13 +65,10 @@ def state_of(path: Path) -> Any:
 def bar(out: Path, quiet: bool) -> Iterator[None]:
     """A progress bar on stderr, a line for each pass."""
     if quiet:
-        yield
+        with listening(lambda what, done, total: None):
+            yield
         return
-    from rich.console import Console
-
-    from pergrad.scans.progress import passes
-
-    with passes(Console(stderr=True)) as shown, listening(shown):
+    with bars(True):
         yield
 
 

@@ -4,6 +4,7 @@ Owns: the progress bar and the closing words, on stderr.
 Does not know: what is counted.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,6 +65,7 @@ def bar(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
         _Rate(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         console=console, refresh_per_second=2,
+        redirect_stdout=sys.stdout.isatty(),  # what a user prints into a file goes there
     )  # fmt: skip
     how = {"eval": "in eval mode (dropout off)", "train": "in train mode", "as is": "as it is"}
     console.print(
@@ -80,12 +82,13 @@ def bar(
 
 
 @contextmanager
-def passes(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each pass over the data that is told of, by name, done and total."""
+def passes() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr for each pass over the data that is told of, by name, done and total."""
     shown = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn(),
         TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-        console=console, refresh_per_second=2,
+        console=Console(stderr=True), refresh_per_second=2,
+        redirect_stdout=sys.stdout.isatty(),  # what a user prints into a file goes there
     )  # fmt: skip
     tasks: dict[str, Any] = {}
 
