@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from torch import nn
 
 import pergrad
 from pergrad.command import main, runs
-from pergrad.training.report import numbers
+from pergrad.scans.report.preview import Preview
+from pergrad.training.report import numbers, page
+from pergrad.training.trainers import Batch
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>{{7*7}}"
 FLAGS = (
@@ -66,6 +69,41 @@ def test_the_page_names_what_stood_out(tmp_path: Path) -> None:
     assert "of the latest norms were above 1." in said
     assert "src=" not in re.sub(r'src="data:', "", page.read_text().split('id="data"')[0])
     watch.close()
+
+
+def test_the_headline_shows_whose_it_is() -> None:
+    said: Any = SimpleNamespace(steps=9, examples=72, spikes=[])
+    card: dict[str, Any] = {"key": "187cf92f77e043f0", "times": 5, "seen": 6}
+    told = page.headline(said, [card])
+    assert "examples do: 187cf92f77e043f0 stood out in 5 of the 6 steps" in told
+    told = page.headline(said, [{**card, "label": "label 3", "text": "to be\nor " + "not " * 99}])
+    assert "187cf92f77e043f0 (label 3, to be or not not" in told
+    assert "not …) stood out" in told
+
+
+CLASSES = torch.tensor([4, 2])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "label"),
+    [
+        ([torch.rand(2, 1, 4, 4), CLASSES], "label 4"),
+        ((torch.rand(2, 4, 4), CLASSES), "label 4"),
+        ({"pixel_values": torch.rand(2, 3, 4, 4), "labels": CLASSES}, "label 4"),
+        ({"x": torch.rand(2, 3), "y": CLASSES}, "label 4"),
+        ([torch.rand(2, 3), CLASSES.double()], None),  # a regression
+        ([torch.rand(2, 3), CLASSES, CLASSES], None),  # whose first class it is, nobody says
+        ({"input_ids": torch.ones(2, 3).long(), "labels": torch.ones(2, 3).long()}, None),
+        (torch.rand(2, 3), None),
+    ],
+)
+def test_a_batch_shows_its_labels(inputs: Any, label: str | None) -> None:
+    """Without it nobody sees that a label is wrong."""
+    seen = Batch(inputs).preview(0)
+    shown = Preview.of(seen)
+    assert shown.label == label
+    assert (shown.image is not None) or (shown.text is not None)
+    assert Preview.from_stored(*shown.stored()).label == label
 
 
 def test_curves_are_those_of_the_rows(tmp_path: Path) -> None:

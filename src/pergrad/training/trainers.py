@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from pergrad.training.watch import Block, Watch
 
 
+LABELS = ("labels", "label", "targets", "target", "y")  # of a batch with names
+
+
 class Batch:
     """What a batch of a trainer's says of its examples, which lie along first dimensions."""
 
@@ -52,7 +55,24 @@ class Batch:
         return found
 
     def preview(self, row: int) -> Any:
-        """The picture or text of a row."""
+        """The picture or text of a row, with its label if the batch has classes."""
+        seen, label = self._seen(row), self._label(row)
+        if label is None:
+            return seen
+        return {"text" if isinstance(seen, str) else "image": seen, "label": label}
+
+    def _label(self, row: int) -> str | None:
+        """The class of a row: a whole number each, under a name for it or beside the inputs."""
+        names = [name for name in LABELS if name in self._named]
+        if self._named.keys() == {"0", "1"}:  # a batch (inputs, labels)
+            names = ["1"]
+        for classes in (self._named[name] for name in names):
+            whole = not (classes.is_floating_point() or classes.is_complex())
+            if whole and classes.shape == (self.examples,):
+                return f"label {int(classes[row])}"
+        return None
+
+    def _seen(self, row: int) -> Any:
         pixels = self._named.get("pixel_values")
         if pixels is not None:
             return pixels[row].detach().float().cpu()

@@ -7,6 +7,7 @@ Does not know: models, backward passes, the layout of the run's folder.
 import math
 from collections.abc import Sequence
 from importlib.metadata import version
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 CARDS = 60
 ROWS = 200  # of the table of spikes, the latest ones
+SEEN = 60  # characters of an example in the headline
 PREVIEW_BYTES = 5_000_000  # of pictures and texts, in the page
 OURS = "pergrad.training.report"
 
@@ -106,10 +108,17 @@ def headline(said: Found, cards: list[dict[str, Any]]) -> str:
     if cards and cards[0]["times"] > 1:
         worst = cards[0]
         return (
-            f"No step stands out, but some examples do: {worst['key']} stood out in "
+            f"No step stands out, but some examples do: {_named(worst)} stood out in "
             f"{worst['times']:,} of the {worst['seen']:,} steps that it was seen in."
         )
     return "Neither a step nor an example stands out again and again."
+
+
+def _named(card: dict[str, Any]) -> str:
+    """An example by its key, and beside it what a person knows it by."""
+    words = [card.get("label"), card.get("text")]
+    seen = shorten(", ".join(str(each) for each in words if each), SEEN, placeholder=" …")
+    return f"{card['key']} ({seen})" if seen else str(card["key"])
 
 
 def findings(said: Found, clip: float | None) -> list[str]:
