@@ -9,7 +9,7 @@ For an outer product of one position Ql' (g a') Qr = (Ql' g) (Qr' a)', so neithe
 matrix. All other blocks are solved as they are.
 """  # noqa: E501
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -46,12 +46,17 @@ class Solved:
     def against(self, J: GradientMatrix) -> Tensor:
         """(B, Q): inner products of examples' gradients with all queries."""
         total: Tensor | None = None
+        for _, part in self.by_block(J):
+            total = part if total is None else total + part.to(total)
+        assert total is not None
+        return total
+
+    def by_block(self, J: GradientMatrix) -> Iterator[tuple[str, Tensor]]:
+        """The same in parts: a block's weight, and (B, Q)."""
         with J._working(), torch.no_grad():
             for c in self.fit.curved:
                 for part in self._block(c, J):
-                    total = part if total is None else total + part.to(total)
-        assert total is not None
-        return total
+                    yield c.block.weight, part
 
     def _block(self, c: Curved, J: GradientMatrix) -> Iterable[Tensor]:
         weight = c.block.weight

@@ -6,7 +6,7 @@ Does not know: how they were computed.
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,15 @@ from torch import Tensor
 
 from pergrad.attribution.folder import Folder
 from pergrad.attribution.ranking import read_pairs, strongest
-from pergrad.attribution.shown import EACH_END, QUERIES, nearest, read_table, recall
+from pergrad.attribution.shown import (
+    EACH_END,
+    QUERIES,
+    Parts,
+    nearest,
+    parts,
+    read_table,
+    recall,
+)
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
 
@@ -212,8 +220,40 @@ class Influence:
 
         return [(end(row, "top"), end(row, "bottom")) for row in rows]
 
+    def by_layer(self, query: int) -> "pa.Table":
+        """The scores of a query's strongest examples in parts: `index`, `layer`, `score`.
+
+        Raises:
+            UsageError: there is no such query, or the parts were not asked for.
+        """
+        import pyarrow as pa
+
+        names, found = self._parts()
+        if query not in found:
+            raise UsageError(
+                f"There are no scores by layer of query {query!r}: pass a number from 0 to "
+                f"{len(found) - 1}."
+            )
+        rows = [(i, name, score) for i, scores in found[query].items()
+                for name, score in zip(names, scores, strict=True)]  # fmt: skip
+        columns = zip(("index", "layer", "score"), zip(*rows, strict=True), strict=True)
+        return pa.table(dict(columns)).replace_schema_metadata(self._told())
+
+    def _parts(self) -> tuple[list[str], Parts]:
+        found = parts(self._folder)
+        if found is None:
+            raise UsageError(
+                f"{self.folder} has no scores by layer. Make the same call of pergrad.influence "
+                'with groups="layer": it adds them.'
+            )
+        return found
+
     def report(
-        self, path: str | PathLike[str] = "influence.html", *, title: str | None = None
+        self,
+        path: str | PathLike[str] = "influence.html",
+        *,
+        title: str | None = None,
+        by: Literal["layer"] | None = None,
     ) -> Path:
         """Write one HTML page: each query, and the examples that help and harm it most.
 
@@ -224,12 +264,14 @@ class Influence:
         Args:
             path: the page's file; one that is there is replaced.
             title: the page's title; by default it names the model's class.
+            by: "layer": whoever opens an example sees its score by layer, too, where
+                `influence(groups="layer")` has kept that.
 
         Returns:
             The page's path.
 
         Raises:
-            UsageError: the file cannot be written.
+            UsageError: the file cannot be written, or scores by layer were not asked for.
             StoreError: a file of the folder is damaged.
             MissingExtraError: a package is missing; `pip install 'pergrad[report]'` brings it.
         """
@@ -237,6 +279,9 @@ class Influence:
         from pergrad.attribution.report import page
         from pergrad.scans.report import shell
 
+        if by not in (None, "layer"):
+            raise UsageError(f'by is {by!r}; pass "layer", or None.')
+        layers = None if by is None else self._parts()
         previews = {side: recall(self._folder, kind)
                     for side, kind in (("asked", "askedshown"), ("scored", "shown"))}  # fmt: skip
         keys = {
@@ -244,7 +289,8 @@ class Influence:
         }
         ends = self.ends(EACH_END)[:QUERIES]
         near = nearest(self._folder)
-        text = page.html(self.manifest, self.folder, ends, keys, previews, near=near, title=title)
+        text = page.html(self.manifest, self.folder, ends, keys, previews, near=near,
+                         layers=layers, title=title)  # fmt: skip
         return shell.save(text, Path(path))
 
     def _names(self, kind: str) -> list[str] | None:

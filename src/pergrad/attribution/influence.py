@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pergrad import api
-from pergrad.attribution import kernel, ranking, shown
+from pergrad.attribution import kernel, layers, ranking, shown
 from pergrad.attribution.asking import asked
 from pergrad.attribution.batches import Batches, check_evaluating, check_job, described
 from pergrad.attribution.fit import Fit
@@ -65,6 +65,7 @@ def influence(
     damping: float | None = None,
     terms: int | None = None,
     show: Callable[[int], Any] | None = None,
+    groups: Literal["layer"] | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     mode: Literal["eval", "as is"] = "eval",
@@ -114,6 +115,9 @@ def influence(
             layers of few positions, and an approximation; 8 lose next to nothing. Default: exactly.
         show: how a person sees query i of a data set in a report, as in `Job(show=)`; a Job of
             queries has its own.
+        groups: "layer": also in parts, one for each layer, that add up to the score; for the 24
+            examples at each end of the first 200 queries, which a report shows. A folder that is
+            finished gets them, too.
         batch_size: how many examples go through the model at once; by default what memory allows.
             Scores do not depend on it.
         seed: of random numbers drawn while an example is fetched.
@@ -156,6 +160,13 @@ def influence(
         raise UsageError(f'mode is {mode!r}; pass "eval" or "as is".')
     what = asked(job, curvature, refine, checkpoints, rates, cosine, adam, method, top, damping,
                  terms)  # fmt: skip
+    if groups not in (None, "layer"):
+        raise UsageError(f'groups is {groups!r}; pass "layer", or None for whole scores alone.')
+    if groups is not None and what.method in ("kernel", "less"):
+        raise UsageError(
+            f"groups takes inner products apart, and a score of the method {what.method!r} is "
+            "none. Leave out groups, or score with a curvature or without."
+        )
     folder = Folder(out, WHAT)
     with ExitStack() as stack:
         stack.enter_context(bars(progress))
@@ -188,7 +199,11 @@ def influence(
 
         def lead() -> None:
             run.finish(about)
-            shown.remember(folder, Influence(out), job, asking.batches.job)
+            found = Influence(out)
+            shown.remember(folder, found, job, asking.batches.job)
+            if groups is not None:
+                layers.keep(folder, found, scoring, lambda: run.compared(found), run.scale)
+            run.clean(len(found.manifest["blocks"]))
 
         crew.lead(scoring, mode, lead)
         return Influence(out)
@@ -232,7 +247,10 @@ class _Run:
         if self.what.refine:
             about["residuals"] = [float(r) for each in residuals for r in each or ()]
         self.folder.save_manifest({**about, "finished": True})
-        done = ("gram", *(f"{kind}{k}" for k in range(len(blocks))
+
+    def clean(self, count: int) -> None:
+        """Remove what was kept on the way to the scores of so many blocks of queries."""
+        done = ("gram", *(f"{kind}{k}" for k in range(count)
                           for kind in ("solved", "refining", "ends", "products")))  # fmt: skip
         for kind in done:
             for _, _, path in self.folder.files(kind):
@@ -382,6 +400,13 @@ class _Run:
             for n, t in part.items():
                 total[n] += t.to(total[n])
         return {n: t / count for n, t in total.items()}
+
+    def compared(self, found: Influence) -> list[dict[str, Tensor]]:
+        """For each block of queries what examples are compared with, where it was solved for."""
+        blocks = [range(*block) for block in found.manifest["blocks"]]
+        if not self.what.refine:
+            return [{} for _ in blocks]
+        return [self._solved(k, rows)[0] for k, rows in enumerate(blocks)]
 
     # --- the kernel ------------------------------------------------------------------------------
 

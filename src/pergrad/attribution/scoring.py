@@ -4,7 +4,7 @@ Owns: how an example is compared with queries, on whichever process does it.
 Does not know: which process that is, how scores are kept, files.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,8 +20,10 @@ from pergrad.attribution.batches import Batch, Batches
 from pergrad.attribution.gauss_newton import Curvature
 from pergrad.attribution.queries import Queries, most_bytes
 from pergrad.attribution.together import Task
+from pergrad.engine.places import module_of
 from pergrad.engine.run import PassOptions
 from pergrad.errors import UsageError
+from pergrad.factors import Dense
 from pergrad.factors.numeric import bytes_of
 from pergrad.factors.workspace import chunks, limit
 from pergrad.matrices import concatenate
@@ -30,6 +32,11 @@ from pergrad.scans.checkpoints import of_its_own
 from pergrad.scans.job import Job
 
 Compare = Callable[[GradientMatrix, Any, int], Tensor]
+
+
+def layer_of(name: str) -> str:
+    """The layer that a parameter belongs to."""
+    return module_of(name) or name
 
 
 class Scoring:
@@ -130,6 +137,43 @@ class Scoring:
             return {"scores": scores}
 
         return score
+
+    def in_layers(
+        self, rows: range, given: Mapping[str, Tensor], chosen: Sequence[int], names: Sequence[str]
+    ) -> Tensor:
+        """(layers, chosen examples, queries): scores in parts that add up to them."""
+        queries, _ = self._compared(rows, given)
+        found = torch.zeros((len(names), len(chosen), len(rows)), dtype=torch.float64)
+        at = {layer: k for k, layer in enumerate(names)}
+        for c, rate in enumerate(self.what.rates):
+            self._put(c)
+            for first in range(0, len(chosen), self.batches.size):
+                few = chosen[first : first + self.batches.size]
+                J = self._gradients(self.batches.at(few))
+                scale = self._norms(J, queries[c])
+                for name, part in self._parts(J, queries[c]):
+                    own = found[at[layer_of(name)], first : first + len(few)]
+                    own += rate * (part.detach().double() / scale.double()).cpu()
+        return found
+
+    def _parts(self, J: GradientMatrix, held: Any) -> Iterator[tuple[str, Tensor]]:
+        """Inner products with the queries by parameter, or by a block's weight."""
+        if isinstance(held, Solved):
+            yield from held.by_block(J)
+            return
+        with J._working(), torch.no_grad():
+            for n, factor in J._factors.items():
+                if isinstance(held, Mapping):
+                    yield n, factor.gram(Dense(held[n].to(factor.device, factor.dtype)))
+                else:
+                    yield n, factor.gram(held[0]._factors[n])
+
+    def _norms(self, J: GradientMatrix, held: Any) -> Tensor:
+        """What inner products are divided by: 1, or for cosines both norms; infinity for 0."""
+        if not self.what.cosine:
+            return torch.ones((), device=J.device)
+        scale = J.norms()[:, None] * held[1][None]
+        return torch.where(scale == 0, torch.inf, scale)
 
     def _compared(self, rows: range, given: Mapping[str, Tensor]) -> tuple[list[Any], Compare]:
         """For each checkpoint what examples are compared with, and how."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pergrad.attribution.found import Influence
 
 Near = list[tuple[np.ndarray, np.ndarray]]
+Parts = dict[int, dict[int, list[float]]]  # query -> example -> scores by layer
 
 QUERIES = 200  # of so many a report shows the strongest examples
 EACH_END = 24  # and so many of these
@@ -161,3 +162,16 @@ def recall(folder: Folder, kind: str) -> dict[int, Preview]:
     table = read_table(folder, kind)
     rows = [] if table is None else table.to_pylist()
     return {r["index"]: Preview.from_stored(r["kind"], r["label"], r["data"]) for r in rows}
+
+
+def parts(folder: Folder) -> tuple[list[str], Parts] | None:
+    """The layers' names and the parts of scores; None without."""
+    table = read_table(folder, "layers")
+    if table is None:
+        return None
+    told = {key.decode(): name.decode() for key, name in table.schema.metadata.items()}
+    names = [told[str(k)] for k in range(len(told))]
+    found: Parts = {}
+    for row in table.to_pylist():
+        found.setdefault(row["query"], {})[row["index"]] = row["scores"]
+    return names, found

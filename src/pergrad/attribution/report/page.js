@@ -32,13 +32,19 @@
     return parts;
   }
 
-  function open(row, score, what) {
+  function open(row, score, what, query) {
     const box = element("div", "big");
     const list = element("dl");
     const add = (term, value) => list.append(element("dt", "", term), element("dd", "", value));
     add("example", data.names[row]);
     add("index", String(row));
     add(what, number(score));
+    const parts = (what === "score" && query.layers?.[row]) || [];
+    for (const [layer, part] of parts) add(`${data.layers[layer]}`, number(part));
+    if (parts.length && parts.length < data.layers.length) {
+      const rest = parts.reduce((left, [, part]) => left - part, score);
+      add(`${data.layers.length - parts.length} other layers`, number(rest));
+    }
     box.append(...seen(data.scored[row] || {}, data.names[row]), list);
     get("full-content").replaceChildren(box);
     get("full").showModal();
@@ -47,7 +53,7 @@
     if (event.target === get("full")) get("full").close();
   });
 
-  function card([row, score], most, what) {
+  function card([row, score], most, what, query) {
     const item = element("li");
     const button = element("button", "card");
     button.type = "button";
@@ -58,22 +64,22 @@
     bar.style.width = `${most > 0 ? (100 * Math.abs(score)) / most : 0}%`;
     numbers.append(bar);
     button.append(numbers);
-    button.addEventListener("click", () => open(row, score, what));
+    button.addEventListener("click", () => open(row, score, what, query));
     item.append(button);
     return item;
   }
 
-  function end(title, rows, most, what = "score") {
+  function end(title, rows, most, query, what = "score") {
     const parts = [element("h3", "", title)];
     const list = element("ul", "cards");
     if (rows.some(([row]) => data.scored[row]?.text)) list.classList.add("texts");
-    list.append(...rows.slice(0, FIRST).map((row) => card(row, most, what)));
+    list.append(...rows.slice(0, FIRST).map((row) => card(row, most, what, query)));
     parts.push(list);
     if (rows.length > FIRST) {
       const more = element("button", "more", `Show ${rows.length - FIRST} more`);
       more.type = "button";
       more.addEventListener("click", () => {
-        list.append(...rows.slice(FIRST).map((row) => card(row, most, what)));
+        list.append(...rows.slice(FIRST).map((row) => card(row, most, what, query)));
         more.remove();
         list.children[FIRST].querySelector("button").focus();
       });
@@ -93,8 +99,8 @@
     const both = element("div");
     const most = Math.max(...[...query.high, ...query.low].map(([, score]) => Math.abs(score)));
     const words = get("queries").dataset;
-    both.append(...end(words.high, query.high, most), ...end(words.low, query.low, most));
-    if (query.near.length) both.append(...end(words.near, query.near, 1, "cosine"));
+    both.append(...end(words.high, query.high, most, query), ...end(words.low, query.low, most, query));
+    if (query.near.length) both.append(...end(words.near, query.near, 1, query, "cosine"));
     box.append(asked, both);
     return box;
   }

@@ -19,6 +19,7 @@ from pergrad.scans.report.preview import Preview
 PREVIEW_BYTES = 8_000_000  # of pictures and texts, in the page
 OURS = "pergrad.attribution.report"
 NEAR = 10  # nearest examples, and highest scores that they are compared with
+LAYERS = 12  # of an example, those that add most to its score
 HUB = 10  # an example among so many of the strongest of most queries is told of
 METHODS = {
     "dots": "inner products", "cosines": "cosines", "less": "LESS", "solve": "one solve",
@@ -37,6 +38,7 @@ def html(
     previews: Mapping[str, Mapping[int, Preview]],
     *,
     near: Sequence[tuple[np.ndarray, np.ndarray]] = (),
+    layers: tuple[list[str], Mapping[int, Mapping[int, list[float]]]] | None = None,
     title: str | None,
 ) -> str:
     """The page's text.
@@ -48,6 +50,7 @@ def html(
         keys: the names of the "scored" examples and of the "asked" queries, None without.
         previews: what a person sees of both, by number.
         near: for each listed query the numbers and cosines of the nearest examples; empty without.
+        layers: the layers' names, and for each query and example its scores by layer.
         title: the page's title; by default it names the model's class.
     """
     model, total = manifest["scored"]["model"] or "a model", manifest["asked"]["examples"]
@@ -62,11 +65,13 @@ def html(
                 "high": _listed(high),
                 "low": _listed(low),
                 "near": _listed(near[q]) if q < len(near) else [],
+                **({} if layers is None else {"layers": _largest(layers[1].get(q, {}))}),
             }
             for q, (high, low) in enumerate(ends)
         ],
         "names": {i: _name(named, i) for i in chosen},
         **shown,
+        **({} if layers is None else {"layers": layers[0]}),
     }
     helps = manifest["settings"]["queries"] == "data set"
     scripts = [shell.own("drawing.js") + shell.own("page.js", OURS)]
@@ -169,6 +174,15 @@ def _name(keys: list[str] | None, i: int) -> str:
 
 def _listed(end: tuple[np.ndarray, np.ndarray]) -> list[list[float]]:
     return [[int(i), float(score)] for i, score in zip(*end, strict=True)]
+
+
+def _largest(parts: Mapping[int, list[float]]) -> dict[int, list[list[float]]]:
+    """For each example the layers that add most to its score, by number, and what they add."""
+    found = {}
+    for i, scores in parts.items():
+        order = sorted(range(len(scores)), key=lambda k: -abs(scores[k]))[:LAYERS]
+        found[i] = [[k, float(f"{scores[k]:.4g}")] for k in order]
+    return found
 
 
 def _shown(
