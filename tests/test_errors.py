@@ -91,6 +91,30 @@ def test_help_in_a_shell(
     said = capsys.readouterr().err
     assert "No errors have a section 'nothing'" in said
     assert "  freed-graph" in said
+    assert "Words that are explained as well: cotangent" in said
+    assert ", outlier," in said
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["outlier"], "Outlier\nIn a watched run"),
+        (["LDS"], "LDS\nLinear datamodelling score"),
+        (["noise", "scale"], "Noise scale\nThe trace"),
+        (["per-example-gradient"], "Per-example gradient\nThe gradient of one"),
+        (["noisy label"], "Mislabeled, mislabelled, noisy label\nA label"),
+        (["hooks"], "Hooks\n\nA hook"),  # errors first
+    ],
+)
+def test_help_about_a_word(
+    asked: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pergrad", "help", *asked])
+    assert main() == 0
+    assert capsys.readouterr().out.startswith(said)
 
 
 def test_help_needs_only_pergrad() -> None:

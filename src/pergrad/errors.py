@@ -160,15 +160,30 @@ def section_of(kind: type[PergradError], module: str, message: str) -> str:
 
 def explained() -> dict[str, str]:
     """Section -> its text in docs/errors.md, without the examples that tests run."""
-    here = Path(__file__).parent
-    file = next(p for p in (here / "docs", here.parents[1] / "docs") if p.is_dir()) / "errors.md"
     tests = r"```python\n(?:(?!```).)*?\bsays\((?:(?!```).)*```\n"
-    text = re.sub(tests, "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+    text = re.sub(tests, "", _page("errors.md"), flags=re.DOTALL)
     parts = re.findall(r"^### (.+)\n((?:(?!#).*\n?)*)", text, re.MULTILINE)
     return {
         re.sub(r"\W+", "-", title.lower()): re.sub(r"\n{3,}", "\n\n", f"{title}\n{body}").strip()
         for title, body in parts
     }
+
+
+def glossary() -> dict[str, str]:
+    """Word, in small letters -> what docs/glossary.md says of it."""
+    found = re.findall(r"^\*\*(.+)\*\*\n: ((?:.+\n?)+)", _page("glossary.md"), re.MULTILINE)
+    return {
+        word.lower(): f"{words}\n{said}".strip()
+        for words, said in found
+        for word in words.split(", ")
+    }
+
+
+def _page(name: str) -> str:
+    """A page of the documentation, of the checkout or as the wheel carries it."""
+    here = Path(__file__).parent
+    folder = next(p for p in (here / "docs", here.parents[1] / "docs") if p.is_dir())
+    return (folder / name).read_text(encoding="utf-8")
 
 
 def _raised_in() -> str:

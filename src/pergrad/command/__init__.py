@@ -7,7 +7,7 @@ Does not know: the commands.
 import sys
 import traceback
 
-from pergrad.errors import PergradError, UsageError, explained
+from pergrad.errors import PergradError, UsageError, explained, glossary
 from pergrad.extras import need
 from pergrad.scans.text import printable_lines
 
@@ -34,10 +34,18 @@ def main() -> int:
 
 
 def _explain(section: str) -> int:
-    """Print what docs/errors.md says under a name that an error gives; returns the exit code."""
-    sections = explained()
-    if section and section not in sections:
+    """Print what docs/errors.md says under a name that an error gives, or the glossary of a word.
+
+    Returns the exit code.
+    """
+    sections, words = explained(), glossary()
+    asked = section.lower().replace("-", " ")
+    said = [text for word, text in words.items() if asked == word.replace("-", " ")]
+    if section and section not in sections and not said:
         names = "\n  ".join(sections)
-        raise UsageError(f"No errors have a section {section!r}. The sections are:\n  {names}")
-    print(sections.get(section) or "\n".join(sections))  # noqa: T201
+        raise UsageError(
+            f"No errors have a section {section!r}. The sections are:\n  {names}\n"
+            f"Words that are explained as well: {', '.join(sorted(words))}."
+        )
+    print(sections.get(section) or "".join(said) or "\n".join(sections))  # noqa: T201
     return 0
