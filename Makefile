@@ -69,7 +69,7 @@ format: $(STAMP)  ## let ruff rewrite what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: $(STAMP)  ## find wrongly labelled digits: train, scan, report (under a minute)
+demo: $(STAMP)  ## which training digits drive a prediction, checked by training again (under a minute)
 	$(BIN)/pergrad demo
 
 # A broken link or an example that fails stops it. `mkdocs gh-deploy` puts the pages on GitHub.

@@ -66,7 +66,14 @@ def uses(records: dict[str, Record]) -> str:
     cells = [c["kind"] for c in compared["cells"] if c["library"] == "pergrad"]
     others = sum(c["kind"] == "wrong" for c in compared["cells"])
     clip = _ratio(records["W8-clip-gpt"], "pergrad")
+    foretold = printed["influential_digits"]["figures"]
     rows = [
+        (
+            "[say which training examples drive a prediction](docs/guides/influential.md)",
+            "what training again on 50 halves of the digits does to doubtful predictions: "
+            f"influence foretells it with a rank correlation of {foretold['influence']}, the "
+            f"digits most alike with {foretold['alike']}, their losses with {foretold['losses']}",
+        ),
         (
             "[find influential examples](docs/guides/influential.md)",
             f"600 Fashion-MNIST pictures that inner products name: a step on them was said to "

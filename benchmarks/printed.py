@@ -1,6 +1,7 @@
 """Run the examples whose figures stand in README.md, and keep what they printed of them.
 
-python benchmarks/printed.py [digits] [fashion]    # two minutes; fashion needs its data set
+python benchmarks/printed.py [influential_digits] [digits]    # a minute
+python benchmarks/printed.py           # and Fashion-MNIST, which has to be there; three minutes
 """
 
 import os
@@ -18,6 +19,11 @@ ROOT = Path(__file__).parents[1]
 
 # Of each example: figures by name, and where they stand in what it prints.
 FIGURES = {
+    "influential_digits": {
+        "influence": r"influence: +(-?\d\.\d+) ",
+        "alike": r"the digits most alike: +(-?\d\.\d+) ",
+        "losses": r"the training digits' losses: +(-?\d\.\d+) ",
+    },
     "digits": {
         "norm": r"by gradient norm: +(\d+) of 90",
         "loss": r"by loss: +(\d+) of 90",

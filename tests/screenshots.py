@@ -1,4 +1,4 @@
-"""The command: `python -m tests.screenshots`: docs/images/report.png, the demo's report now.
+"""The command: `python -m tests.screenshots`: docs/images/report.png, digits.py's report now.
 
 Needs Chromium, which `make browser` installs. With a folder as its argument it also looks at the
 pages of a site in it (`make docs`), at desktop and phone width, light and dark, writes what it sees
@@ -18,7 +18,7 @@ from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-from pergrad.command import demonstration
+from pergrad.command import jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEN = ROOT / "build" / "screenshots"
@@ -79,7 +79,7 @@ def main() -> None:
                 shutil.copy(folder / "index.html", home)
             sys.exit("; ".join(site(opened, folder)) or 0)
         with tempfile.TemporaryDirectory() as name:
-            found = demonstration.run(Path(name))
+            found = jobs.function(f"{ROOT / 'examples' / 'digits.py'}:main")(Path(name))
             picture, _ = seen(opened, Path(found["report"]), 1280, 1900)
         small = picture.quantize(256)
         small.save(ROOT / "docs" / "images" / "report.png", optimize=True)

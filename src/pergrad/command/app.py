@@ -49,7 +49,7 @@ pergrad.Job (model, data, losses):
 
 \b
 First steps:
-    pergrad demo                                    see what it does, on 1797 digits
+    pergrad demo                                    which training digits drive a prediction
     pergrad explain train.py:job                    can pergrad score this model, and how?
     pergrad scan train.py:job --out scores          score every example; Ctrl-C and resume
     pergrad top scores                              the examples with the largest norms
@@ -394,11 +394,11 @@ def demo(
     ] = Path("demo_output"),
     as_json: AsJson = False,
 ) -> None:
-    """Find wrongly labelled digits: train, scan and report, in under a minute.
+    """Which training digits drive a prediction? Checked by training again; a minute.
 
     \b
     Needs `pip install 'pergrad[demo]'` and no network. Says at the end where its code is, to
-    copy. It replaces the scores of an earlier demo in the same folder.
+    copy. It replaces what an earlier demo left in the same folder.
     """
     from pergrad.command import demonstration
 

@@ -16,7 +16,8 @@ def file() -> Path:
     """The demo's file: beside the package in a checkout, inside it where it is installed."""
     package = Path(pergrad.__file__).parent
     installed = package / "examples"
-    return (installed if installed.is_dir() else package.parents[1] / "examples") / "digits.py"
+    folder = installed if installed.is_dir() else package.parents[1] / "examples"
+    return folder / "influential_digits.py"
 
 
 def run(out: Path) -> dict[str, Any]:
@@ -25,5 +26,5 @@ def run(out: Path) -> dict[str, Any]:
     Raises:
         MissingExtraError: a package that it needs is not installed.
     """
-    need("demo", "bokeh", "jinja2", "matplotlib", "PIL", "sklearn")
+    need("demo", "bokeh", "jinja2", "pyarrow", "safetensors", "PIL", "sklearn")
     return jobs.function(f"{file()}:main")(out)
