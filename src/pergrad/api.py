@@ -39,9 +39,16 @@ def _prepare(losses: Tensor, params: Params, options: OptionsGiven) -> tuple:
     try:
         chosen = Options(**options) if options else _DEFAULT
     except TypeError:
-        known = ", ".join(Options.__dataclass_fields__)
-        wrong = ", ".join(name for name in options if name not in Options.__dataclass_fields__)
-        raise UsageError(f"Unknown option {wrong}. The options are: {known}.") from None
+        fields = Options.__dataclass_fields__
+        wrong = [name for name in options if name not in fields]
+        meant = inputs.meant(wrong, fields)
+        if any("clip" in name or "norm" in name for name in wrong):
+            meant = " To clip each gradient, say pergrad.backward(..., weights=pergrad.clip(1.0))."
+        elif any("weight" in name for name in wrong):
+            meant = " Weights of the examples go to pergrad.backward(..., weights=...)."
+        raise UsageError(
+            f"Unknown option {', '.join(wrong)}.{meant} The options are: {', '.join(fields)}."
+        ) from None
     if isinstance(losses, Tensor) and nodes.is_transformed(losses):
         raise UsageError(
             "`losses` belongs to a transform of torch.func (vmap, grad, ...), which is still under "
@@ -320,7 +327,7 @@ def _kept(factor: Factor, owned: set[int], live: bool) -> Factor:
 
 
 def backward(
-    losses: Tensor, params: Params, *, weights: Weights = None, **options: Unpack[OptionsGiven]
+    losses: Tensor, params: Params, weights: Weights = None, **options: Unpack[OptionsGiven]
 ) -> Tensor:
     """Add the weighted sum of all gradients to `.grad`, B times that of a mean; return the norms.
 

@@ -5,6 +5,7 @@ Does not know: the graph.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from math import prod
 
 import torch
@@ -335,3 +336,9 @@ def directions(
                 f"{tuple(shapes[n])}. Pass (Q, *{tuple(shapes[n])})."
             )
     return {n: V[n] for n in shapes}
+
+
+def meant(wrong: Iterable[str], known: Iterable[str]) -> str:
+    """A question for a message: which names of arguments may have been meant; or nothing."""
+    near = [name for word in wrong for name in get_close_matches(word, list(known), 1)]
+    return f" Did you mean {', '.join(f'`{name}`' for name in near)}?" if near else ""

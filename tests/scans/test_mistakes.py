@@ -1,5 +1,7 @@
 """Common mistakes: each is one error that says what it is and what to write instead."""
 
+import dataclasses
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,3 +183,16 @@ def test_directions_of_another_kind(given: Any, says: str) -> None:
     net = model()
     with pytest.raises(pergrad.UsageError, match=says):
         pergrad.dots(losses(net, (X, Y)), net, against=given)
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("loss", "losses"), ("dataset", "data")])
+def test_a_job_with_a_misspelt_argument(wrong: str, right: str) -> None:
+    given = {"model": nn.Linear(2, 1), "data": [1], "losses": lambda m, b: b}
+    given[wrong] = given.pop(right)
+    with pytest.raises(
+        pergrad.UsageError, match=rf"no argument {wrong}\. Did you mean `{right}`\?"
+    ):
+        pergrad.Job(**given)
+    assert list(inspect.signature(pergrad.Job).parameters)[:3] == ["model", "data", "losses"]
+    job = pergrad.Job(nn.Linear(2, 1), [1], print)
+    assert dataclasses.replace(job, data=[1, 2]).data == [1, 2]

@@ -113,6 +113,23 @@ def test_the_mean_is_the_sum_through_their_number(dtype: torch.dtype, by: str | 
     assert len(pergrad.clip(1.0, mean=True)(torch.ones(0))) == 0
 
 
+def test_a_clip_where_it_does_not_go() -> None:
+    model, losses = set_up(torch.float64)
+    for name in ("clip", "max_norm", "clip_norm"):
+        with pytest.raises(pergrad.UsageError, match=r"weights=pergrad\.clip\(1\.0\)"):
+            pergrad.backward(losses, model, **{name: 1.0})
+    with pytest.raises(pergrad.UsageError, match=r"weights=\.\.\."):
+        pergrad.backward(losses, model, weight=1.0)
+    with pytest.raises(pergrad.UsageError, match=r"retain_grap\. Did you mean `retain_graph`\?"):
+        pergrad.norms(losses, model, retain_grap=True)
+    want = pergrad.backward(losses, model, pergrad.clip(1.0), retain_graph=True)
+    by_position = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    assert torch.equal(want, pergrad.backward(losses, model, weights=pergrad.clip(1.0)))
+    for p, grad in zip(model.parameters(), by_position, strict=True):
+        assert torch.equal(p.grad, grad)
+
+
 def test_a_clip_prints_as_it_is_typed() -> None:
     for text in (
         "pergrad.clip(1.0)",

@@ -206,3 +206,17 @@ def test_lightning_and_a_pass_that_it_does_not_see(tmp_path: Path, block: bool) 
     else:
         (said,) = watch.failures
         assert re.search(r"has read nothing(.|\n)*with watch\(losses, self", said)
+
+
+def test_callbacks_of_the_other_trainer(tmp_path: Path) -> None:
+    watch = pergrad.Watch(tmp_path)
+    with pytest.raises(AttributeError, match=r"pass `watch\.lightning\(\)` to a lightning"):
+        watch.hf().on_exception
+    with pytest.raises(AttributeError, match=r"pass `watch\.hf\(\)` to transformers'"):
+        watch.lightning().on_init_end
+    import transformers
+
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    for wrong in (watch, watch.hf, watch.lightning()):
+        with pytest.raises(AttributeError, match=r"`watch\.hf\(\)`"):
+            transformers.Trainer(nn.Linear(1, 1), arguments, callbacks=[wrong])

@@ -424,7 +424,8 @@ def test_mixed_examples_are_noted(tmp_path: Path) -> None:
     ("more", "match"),
     [({"keys": ["a"]}, r"`keys` has 1 entries, for 6"), ({"step": -1}, r"`step` is -1"),
      ({"step": 1.5}, r"`step` is 1\.5"), ({"examples": 4}, r"4 examples do not divide"),
-     ({"colour": 1}, r"no option colour"), ({"model": None}, r"NoneType")],
+     ({"colour": 1}, r"no option colour"),
+     ({"example": 6}, r"no option example(.|\n)*Did you mean `examples`\?(.|\n)*keys and step"), ({"model": None}, r"NoneType")],
 )  # fmt: skip
 def test_bad_input_stays_out_of_the_step(tmp_path: Path, more: dict, match: str) -> None:
     model = model_of()
@@ -699,6 +700,23 @@ def test_a_loss_scaled_up(tmp_path: Path, in_place: bool) -> None:
         (row,) = pergrad.open_watch(tmp_path / str(scale)).steps().to_pylist()
         found.append((row["noise_scale"], row["p50"], row["loss"]))
     assert found[0] == pytest.approx(found[1], rel=1e-9)
+
+
+def test_a_watch_in_the_place_of_a_callback(tmp_path: Path) -> None:
+    watch = pergrad.Watch(tmp_path)
+    for asked in ("on_init_end", "on_exception", "setup"):
+        with pytest.raises(AttributeError, match=r"pass `watch\.hf\(\)` to transformers' Trainer"):
+            getattr(watch, asked)
+    with pytest.raises(
+        AttributeError, match=r"`watch\.hf` is not a callback(.|\n)*`watch\.hf\(\)`"
+    ):
+        watch.hf.on_init_end  # noqa: B018
+    with pytest.raises(AttributeError, match=r"pass what it returns, `watch\.lightning\(\)`"):
+        watch.lightning.on_exception  # noqa: B018
+    with pytest.raises(AttributeError, match=r"^A Watch has no attribute 'colour'\.$"):
+        watch.colour  # noqa: B018
+    assert not hasattr(watch, "on_init_end")
+    assert "Trainer(model" in (watch.hf.__doc__ or "")
 
 
 def test_repr(tmp_path: Path) -> None:

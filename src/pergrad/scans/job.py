@@ -6,15 +6,39 @@ Does not know: where scores go, or how they are computed.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import wraps
+from inspect import signature
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
 from pergrad.errors import UsageError
-from pergrad.inputs import Params, check_params
+from pergrad.inputs import Params, check_params, meant
 from pergrad.scans.mistakes import check_data, check_losses_function, check_model
 
+Made = TypeVar("Made")
 
+
+def _names_checked(kind: type[Made]) -> type[Made]:
+    """A class that says what a misspelt argument is called; its signature is as it was."""
+    make = kind.__init__
+
+    @wraps(make)
+    def init(self: Made, *given: Any, **named: Any) -> None:
+        known = [name for name in signature(make).parameters if name != "self"]
+        wrong = [name for name in named if name not in known]
+        if wrong:
+            raise UsageError(
+                f"pergrad.{kind.__name__} has no argument {', '.join(wrong)}."
+                f"{meant(wrong, known)} The arguments are {', '.join(known)}."
+            )
+        make(self, *given, **named)
+
+    kind.__init__ = init  # type: ignore[method-assign]
+    return kind
+
+
+@_names_checked
 @dataclass(frozen=True)
 class Job:
     """What `pergrad.scan` scores: a model, a data set, and how the losses follow from them.

@@ -286,13 +286,15 @@ def _divided(norms: Tensor, weights: Tensor) -> Tensor:
 
 
 _KNOWN = ("on_mixing", "check_layout", "chunk_bytes")
+_NAMES = ("examples", "batch_dim", "rest", *_KNOWN)  # beside the losses and the model
 
 
 def _options(options: Mapping[str, Any]) -> Options:
-    wrong = ", ".join(name for name in options if name not in _KNOWN)
+    wrong = [name for name in options if name not in _KNOWN]
     if wrong:
         raise UsageError(
-            f"pergrad.reading has no option {wrong}: its pass is yours. The options are "
-            f"{', '.join(_KNOWN)}."
+            f"pergrad.reading and a watch have no option {', '.join(wrong)}: their pass is yours."
+            f"{inputs.meant(wrong, (*_NAMES, 'keys', 'step'))} The options are {', '.join(_NAMES)};"
+            " a watch's are keys and step, too."
         )
     return Options(**options)

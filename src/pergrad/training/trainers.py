@@ -101,6 +101,27 @@ def _tensors(inputs: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{name}{k}")
 
 
+def not_a_callback(name: str, what: str, instead: str) -> AttributeError:
+    """For what a trainer was given in the place of a callback, and asks for one's methods."""
+    asked = name.startswith("on_") or name in ("setup", "teardown", "state_key")
+    told = f" {what} is not a callback for this trainer: pass {instead}." if asked else ""
+    return AttributeError(f"{what} has no attribute {name!r}.{told}")
+
+
+class Maker:
+    """A method that makes a callback, and says so where it is passed in the place of one."""
+
+    def __init__(self, name: str, make: Callable[[], Any], words: str | None) -> None:
+        self._name, self._make, self.__doc__ = name, make, words
+
+    def __call__(self) -> Any:
+        """The callback."""
+        return self._make()
+
+    def __getattr__(self, name: str) -> Any:
+        raise not_a_callback(name, f"`{self._name}`", f"what it returns, `{self._name}()`")
+
+
 class Deferred:
     """A block of a watch that ends with the backward pass that comes by its loss.
 
@@ -192,6 +213,9 @@ def transformers_callback(watch: "Watch") -> Any:
             self._step = 0
             self._decode: Any = None
             self._heard = False  # whether a model has returned a loss
+
+        def __getattr__(self, name: str) -> Any:
+            raise not_a_callback(name, "`watch.hf()`", "`watch.lightning()` to a lightning.Trainer")
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **about: Any) -> None:
             self._remove()
@@ -331,6 +355,9 @@ def lightning_callback(watch: "Watch") -> Any:
             self._batch = Batch(())
             self._block: Block | None = None
             self._heard = False  # whether Lightning has begun a backward pass
+
+        def __getattr__(self, name: str) -> Any:
+            raise not_a_callback(name, "`watch.lightning()`", "`watch.hf()` to transformers'")
 
         def on_train_batch_start(
             self, trainer: Any, module: Any, batch: Any, batch_idx: int

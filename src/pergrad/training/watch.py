@@ -6,6 +6,7 @@ Does not know: how norms are read (`reader`), what is made of them (`recorder`).
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,14 @@ from pergrad.training.pieces import check_scale, norm_of, piece_of
 from pergrad.training.reader import Reading
 from pergrad.training.report import write
 from pergrad.training.run import open_watch
-from pergrad.training.trainers import Batch, attach, lightning_callback, transformers_callback
+from pergrad.training.trainers import (
+    Batch,
+    Maker,
+    attach,
+    lightning_callback,
+    not_a_callback,
+    transformers_callback,
+)
 
 if TYPE_CHECKING:
     from pergrad.training.recorder import Recorder
@@ -172,7 +180,15 @@ class Watch:
         self._next += 1
         return self._next - 1
 
-    def hf(self) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        raise not_a_callback(
+            name,
+            "A Watch",
+            "`watch.hf()` to transformers' Trainer, `watch.lightning()` to Lightning's",
+        )
+
+    @property
+    def hf(self) -> Callable[[], Any]:
         """A callback for transformers' Trainer, which alone is enough.
 
             trainer = Trainer(model, args, train_dataset=data, callbacks=[watch.hf()])
@@ -183,7 +199,7 @@ class Watch:
         Raises:
             MissingExtraError: transformers is not installed.
         """
-        return transformers_callback(self)
+        return Maker("watch.hf", partial(transformers_callback, self), Watch.hf.__doc__)
 
     @staticmethod
     def keys_of(inputs: Any) -> list[str]:
@@ -212,7 +228,8 @@ class Watch:
         """
         attach(self, trainer, examples)
 
-    def lightning(self) -> Any:
+    @property
+    def lightning(self) -> Callable[[], Any]:
         """A callback for lightning's Trainer, also where a module optimizes by hand.
 
             trainer = lightning.Trainer(callbacks=[watch.lightning()])
@@ -220,7 +237,7 @@ class Watch:
         Raises:
             MissingExtraError: lightning is not installed.
         """
-        return lightning_callback(self)
+        return Maker("watch.lightning", partial(lightning_callback, self), Watch.lightning.__doc__)
 
     def skips(self, step: int) -> bool:
         """Whether nothing is read in a step."""
