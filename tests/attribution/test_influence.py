@@ -399,6 +399,7 @@ def test_the_strongest_are_those_of_the_full_matrix(tmp_path: Path) -> None:
 def test_more_are_asked_than_there_are(tmp_path: Path) -> None:
     task, queries = both("perceptron")
     found = pergrad.influence(task, queries, tmp_path / "f", top=50)
+    assert str(found.top(1, 50)).split()[:3] == ["rank", "index", "score"]
     assert len(found.top(1, 50)) == len(found.bottom(1, 50)) == 11
     assert found.bottom(1, 50)["index"].to_pylist() == found.top(1, 50)["index"].to_pylist()[::-1]
     assert len(found.table()) == 33

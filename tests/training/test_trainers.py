@@ -211,9 +211,9 @@ def test_lightning_and_a_pass_that_it_does_not_see(tmp_path: Path, block: bool) 
 def test_callbacks_of_the_other_trainer(tmp_path: Path) -> None:
     watch = pergrad.Watch(tmp_path)
     with pytest.raises(AttributeError, match=r"pass `watch\.lightning\(\)` to a lightning"):
-        watch.hf().on_exception
+        watch.hf().on_exception  # noqa: B018
     with pytest.raises(AttributeError, match=r"pass `watch\.hf\(\)` to transformers'"):
-        watch.lightning().on_init_end
+        watch.lightning().on_init_end  # noqa: B018
     import transformers
 
     arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)

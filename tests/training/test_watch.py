@@ -425,7 +425,8 @@ def test_mixed_examples_are_noted(tmp_path: Path) -> None:
     [({"keys": ["a"]}, r"`keys` has 1 entries, for 6"), ({"step": -1}, r"`step` is -1"),
      ({"step": 1.5}, r"`step` is 1\.5"), ({"examples": 4}, r"4 examples do not divide"),
      ({"colour": 1}, r"no option colour"),
-     ({"example": 6}, r"no option example(.|\n)*Did you mean `examples`\?(.|\n)*keys and step"), ({"model": None}, r"NoneType")],
+     ({"example": 6}, r"no option example(.|\n)*Did you mean `examples`\?(.|\n)*keys and step"),
+     ({"model": None}, r"NoneType")],
 )  # fmt: skip
 def test_bad_input_stays_out_of_the_step(tmp_path: Path, more: dict, match: str) -> None:
     model = model_of()
@@ -643,6 +644,10 @@ def test_outliers_that_come_again(tmp_path: Path) -> None:
             model.zero_grad()
     table = pergrad.open_watch(tmp_path).top(2)
     assert table["key"].to_pylist() == ["d", "b"]
+    head, first, _ = str(table).splitlines()
+    assert head.split()[:3] == ["key", "times", "seen"]
+    assert first.split()[:3] == ["d", "10", "10"]
+    assert table.schema.names[0] == "key"
     assert table["times"].to_pylist()[0] == 10
     assert pergrad.open_watch(tmp_path).top(1, by="ratio")["key"].to_pylist() == ["b"]
     with pytest.raises(pergrad.UsageError, match=r"Rank by"):

@@ -14,9 +14,10 @@ from torch import Tensor
 from pergrad.errors import UsageError
 from pergrad.scans import manifest
 from pergrad.scans.job import Job
+from pergrad.scans.rows import Rows
 
 if TYPE_CHECKING:
-    import pyarrow as pa
+    pass
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,7 +38,7 @@ class Answer:
     sign: str
     others: Callable[[], Iterator[tuple[Tensor, Tensor]]]
 
-    def top(self, query: int, n: int = 20) -> "pa.Table":
+    def top(self, query: int, n: int = 20) -> Rows:
         """The n candidates with the highest scores for a query, highest first.
 
         Columns: `rank`, `index`, `key` if the job has keys, `score` (exact where there is one),
@@ -48,7 +49,7 @@ class Answer:
         """
         return self._end(query, n, -1)
 
-    def bottom(self, query: int, n: int = 20) -> "pa.Table":
+    def bottom(self, query: int, n: int = 20) -> Rows:
         """The n candidates with the lowest scores for a query, lowest first; as `top`."""
         return self._end(query, n, 1)
 
@@ -87,7 +88,7 @@ class Answer:
                 "index.query(..., top=)."
             )
 
-    def _end(self, query: int, n: int, sign: int) -> "pa.Table":
+    def _end(self, query: int, n: int, sign: int) -> Rows:
         import pyarrow as pa
 
         self._check(query, n)
@@ -100,7 +101,8 @@ class Answer:
         columns["score"] = scores[order].tolist()
         for name, values in (("estimate", self.estimates), ("error", self.errors)):
             columns[name] = values[query][order].tolist()
-        return pa.table(columns).replace_schema_metadata({"sign": self.sign})
+        table = pa.table(columns).replace_schema_metadata({"sign": self.sign})
+        return Rows(table, ["rank", "score"])
 
     def __repr__(self) -> str:
         how = "by estimates" if self.exact is None else "by exact scores"

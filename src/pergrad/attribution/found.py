@@ -25,6 +25,7 @@ from pergrad.attribution.shown import (
 )
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
+from pergrad.scans.rows import Rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -109,17 +110,18 @@ class Influence:
         found = self.manifest.get("residuals")
         return None if found is None else torch.tensor(found, dtype=torch.float64)
 
-    def top(self, query: int, n: int = 20) -> "pa.Table":
+    def top(self, query: int, n: int = 20) -> Rows:
         """The n examples with the highest scores for a query, highest first.
 
-        Columns: `rank`, `index`, `key` if the job has keys, `score`.
+        Columns: `rank`, `index`, `key` if the job has keys, `score`. Prints as a table, and is a
+        `pyarrow.Table` otherwise.
 
         Raises:
             UsageError: there is no such query, or so many were not kept.
         """
         return self._end(query, n, 1)
 
-    def bottom(self, query: int, n: int = 20) -> "pa.Table":
+    def bottom(self, query: int, n: int = 20) -> Rows:
         """The n examples with the lowest scores for a query, lowest first; as `top`."""
         return self._end(query, n, -1)
 
@@ -160,7 +162,7 @@ class Influence:
         table = read_table(self._folder, kind)
         return None if table is None else table["key"].combine_chunks()
 
-    def _end(self, query: int, n: int, sign: int) -> "pa.Table":
+    def _end(self, query: int, n: int, sign: int) -> Rows:
         import pyarrow as pa
 
         queries, total = self.shape
@@ -187,7 +189,8 @@ class Influence:
         if keys is not None:
             arrays["key"] = keys.take(arrays["index"])
         order = [n for n in ("rank", "index", "key", "score") if n in arrays]
-        return pa.table({n: arrays[n] for n in order}).replace_schema_metadata(self._told())
+        table = pa.table({n: arrays[n] for n in order}).replace_schema_metadata(self._told())
+        return Rows(table, ["rank", "score"])
 
     def _ends(self, query: int) -> tuple[Any, Any]:
         """(numbers, scores) highest first; and lowest first if only the ends were kept."""

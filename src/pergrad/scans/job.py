@@ -34,7 +34,7 @@ def _names_checked(kind: type[Made]) -> type[Made]:
             )
         make(self, *given, **named)
 
-    kind.__init__ = init  # type: ignore[method-assign]
+    kind.__init__ = init  # type: ignore[assignment]
     return kind
 
 

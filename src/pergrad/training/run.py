@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
+from pergrad.scans.rows import Rows
 from pergrad.scans.text import printable
 from pergrad.training.noise_of_ranks import add_noise
 from pergrad.training.noise_scale import NoiseScale
@@ -69,11 +70,12 @@ class Run:
         """
         return self._folder.read("examples")
 
-    def top(self, n: int = 20, by: str = "outlier") -> "pa.Table":
-        """The examples that stood out most often, most often first, a pyarrow.Table.
+    def top(self, n: int = 20, by: str = "outlier") -> Rows:
+        """The examples that stood out most often, most often first.
 
         key, times (as an outlier), seen, ratio (the largest), loss and norm there, and its step.
-        Examples without keys are told apart by step and row.
+        Examples without keys are told apart by step and row. Prints as a table, and is a
+        `pyarrow.Table` otherwise.
 
         Args:
             n: how many.
@@ -114,7 +116,8 @@ class Run:
             + [(c, pa.float64()) for c in ("ratio", "loss", "norm", "score")]
             + [("step", pa.int64())]
         )
-        return pa.Table.from_pylist([{k: e.get(k) for k in schema.names} for e in order], schema)
+        table = pa.Table.from_pylist([{k: e.get(k) for k in schema.names} for e in order], schema)
+        return Rows(table, ["key", "times", column])
 
     def spikes(self) -> list[dict[str, Any]]:
         """Steps whose loss or gradient stands out: step, rank, and in words why, and whose."""

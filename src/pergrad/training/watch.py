@@ -181,11 +181,8 @@ class Watch:
         return self._next - 1
 
     def __getattr__(self, name: str) -> Any:
-        raise not_a_callback(
-            name,
-            "A Watch",
-            "`watch.hf()` to transformers' Trainer, `watch.lightning()` to Lightning's",
-        )
+        instead = "`watch.hf()` to transformers' Trainer, `watch.lightning()` to Lightning's"
+        raise not_a_callback(name, "A Watch", instead)
 
     @property
     def hf(self) -> Callable[[], Any]:
