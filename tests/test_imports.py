@@ -16,7 +16,7 @@ import torch
 import pergrad
 
 PROBE = """
-import json, logging, random, sys, threading, warnings
+import gc, json, logging, random, sys, threading, warnings
 import torch
 import torch.utils.data  # what torch itself imports on demand is not ours to count
 
@@ -34,6 +34,7 @@ def state():
         "deterministic": torch.are_deterministic_algorithms_enabled(),
         "showwarning": warnings.showwarning is shown,
         "excepthook": sys.excepthook is sys.__excepthook__,
+        "collections": gc.isenabled(),
     }
 
 shown = warnings.showwarning
@@ -65,6 +66,28 @@ def test_the_verbs_need_torch_and_the_standard_library_alone() -> None:
 def test_import_has_no_side_effect() -> None:
     found = probe()
     assert found["after"] == found["before"]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_no_collection_runs_while_modules_are_loaded(on: bool) -> None:
+    """It would look at all that torch has made, and find nothing. Afterwards it is as it was."""
+    code = f"""
+import gc, torch, pergrad
+gc.set_threshold(1)
+{"gc.enable()" if on else "gc.disable()"}
+runs = []
+gc.callbacks.append(lambda phase, info: runs.append(phase))
+pergrad.norms
+assert gc.isenabled() is {on}
+gc.callbacks.clear()
+assert len(runs) < 50, len(runs)
+try:
+    pergrad.no_such_name
+except AttributeError:
+    pass
+assert gc.isenabled() is {on}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 SOURCE = Path(pergrad.__file__)

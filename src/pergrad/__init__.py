@@ -13,7 +13,9 @@
 Every name has an example in its help, `help(pergrad.norms)`.
 """
 
+import gc
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pergrad.errors import (
@@ -95,11 +97,22 @@ else:
 
     def __getattr__(name: str) -> Any:
         if name == "precondition":  # a module itself
-            return import_module("pergrad.precondition")
+            return _loaded("pergrad.precondition")
         if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = globals()[name] = getattr(import_module(f"pergrad.{_LATER[name]}"), name)
+        value = globals()[name] = getattr(_loaded(f"pergrad.{_LATER[name]}"), name)
         return value
+
+    def _loaded(module: str) -> ModuleType:
+        # Nothing that an import makes is garbage, but its objects may set off a collection of all
+        # that torch has made: that takes longer than the import.
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return import_module(module)
+        finally:
+            if collects:
+                gc.enable()
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})

@@ -90,10 +90,6 @@ _SECTIONS = [
     ("judging-scores", "attribution.evaluate", ""),
     ("curvature-and-influence", "attribution", ""),
 ]
-_FITS = [
-    (name, re.compile(rf"pergrad\.({file})"), re.compile(words, re.DOTALL))
-    for name, file, words in _SECTIONS
-]
 
 
 class PergradError(Exception):
@@ -154,8 +150,11 @@ class WorkerWarning(RuntimeWarning):
 
 def section_of(kind: type[PergradError], module: str, message: str) -> str:
     """The section of docs/errors.md about an error that a module raises."""
-    fits = (n for n, file, words in _FITS if file.match(module) and words.search(message))
-    return next(fits, kind._otherwise)
+    for name, file, words in _SECTIONS:
+        # compiled when needed, which an import has no time for
+        if re.match(rf"pergrad\.({file})", module) and re.search(words, message, re.DOTALL):
+            return name
+    return kind._otherwise
 
 
 def explained() -> dict[str, str]:
