@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import pergrad
 from pergrad.attribution import curvature as curvature_module
+from pergrad.attribution import estimate
 from pergrad.errors import StoreError, UnsupportedError, UsageError
 
 
@@ -424,3 +425,15 @@ def test_batch_norm_in_training_mode(tmp_path: Path) -> None:
         pergrad.curvature(job("perceptron", model=net), tmp_path / "t", mode="as is")
     assert pergrad.curvature(job("perceptron", model=net), tmp_path / "e").curved
     assert net.training
+
+
+@DTYPES
+@pytest.mark.parametrize("wide", [5, 256, 257, 600, 1030])
+def test_half_of_a_second_moment_is_the_other_half(wide: int, dtype: torch.dtype) -> None:
+    rows = torch.randn(2, 140, wide, dtype=dtype)
+    whole = rows.mT @ rows
+    got = estimate._gram(rows, full=True)
+    assert_agrees(got, whole, float(whole.abs().max()), tolerance(dtype))
+    torch.testing.assert_close(got, got.mT)
+    assert_agrees(estimate._gram(rows, full=False), whole.diagonal(dim1=1, dim2=2),
+                  float(whole.abs().max()), tolerance(dtype))  # fmt: skip

@@ -24,6 +24,7 @@ from pergrad.attribution.blocks import MOST_SIDE, Block, outers, uses
 from pergrad.factors import Correlation, Factor, Outer, Rows
 from pergrad.factors.workspace import chunks, limit
 
+NARROW = 128  # a product with fewer columns is slower than what it saves
 Kind = Literal["kfac", "ekfac", "shampoo", "diagonal"]
 
 
@@ -215,8 +216,20 @@ def _second(x: Tensor, *, full: bool) -> Tensor:
 
 
 def _gram(rows: Tensor, *, full: bool) -> Tensor:
-    """X' X, or its diagonal, for each (N, m, d)."""
-    return rows.mT @ rows if full else rows.square().sum(1)
+    """X' X, or its diagonal, for each (N, m, d). Half of it by symmetry, where it is wide."""
+    if not full:
+        return rows.square().sum(1)
+    N, m, d = rows.shape
+    if d < 2 * NARROW or m < NARROW:
+        return rows.mT @ rows
+    out = rows.new_empty((N, d, d))
+    step = -(-d // min(4, d // NARROW))
+    for lo in range(0, d, step):
+        hi = min(lo + step, d)
+        upper = rows[:, :, lo:hi].mT @ rows[:, :, lo:]
+        out[:, lo:hi, lo:] = upper
+        out[:, hi:, lo:hi] = upper[:, :, hi - lo :].mT
+    return out
 
 
 def _trace(M: Tensor) -> Tensor:
