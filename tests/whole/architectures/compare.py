@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import pergrad
 
-from .compiled import NotCompiled, compiled, reasons, torchs_own_error
+from .compiled import NotCompiled, compiled, kept, reasons, torchs_own_error
 from .registry import Architecture
 
 
@@ -125,8 +125,8 @@ def compare(case: Architecture, backend: str = "") -> Result:
         if number == 0:
             try:
                 coverage = pergrad.explain(losses, problem.params)
-            except pergrad.UnsupportedError:
-                if backend and (says := torchs_own_error(losses, params)):
+            except Exception:
+                if backend and (says := torchs_own_error(problem.losses(0), params)):
                     result.not_compiled = says
                     return result
                 raise
@@ -140,7 +140,8 @@ def compare(case: Architecture, backend: str = "") -> Result:
             except pergrad.MixedExamplesError as refusal:
                 result.refused = str(refusal)
                 options["on_mixing"] = "exact"
-        rows = loop(losses, params)
+        with kept(losses):
+            rows = loop(losses, params)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", pergrad.FallbackWarning)
             earlier = _batch(result, losses, problem.params, rows, options, earlier)

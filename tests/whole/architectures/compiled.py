@@ -6,6 +6,8 @@ Does not know: the loop, how results are compared.
 
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,11 +34,11 @@ def compiled(problem: Problem, backend: str) -> tuple[Problem, int]:
     try:
         if isinstance(model, nn.Module):
             model.compile(backend=backend)
-            if count := regions(problem.losses(0)):
+            if count := len(regions(problem.losses(0))):
                 return problem, count
             model._compiled_call_impl = None
         losses = torch.compile(problem.losses, backend=backend)
-        if count := regions(losses(0)):
+        if count := len(regions(losses(0))):
             return Problem(problem.params, losses), count
     except Exception as error:
         raise NotCompiled(_in_a_line(error)) from error
@@ -57,17 +59,22 @@ def _in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0]}"
 
 
-def regions(losses: Tensor) -> int:
-    """Compiled regions in the graph below the losses."""
-    waiting, seen, count = [losses.grad_fn], {None}, 0
+def regions(losses: Tensor) -> list[Any]:
+    """The nodes of compiled regions in the graph below the losses."""
+    waiting, seen, found = [losses.grad_fn], {None}, []
     while waiting:
         node = waiting.pop()
         if node in seen:
             continue
         seen.add(node)
-        count += nodes.is_compiled(node)
+        found += [node] if nodes.is_compiled(node) else []
         waiting += [below for below, _ in node.next_functions]
-    return count
+    return found
+
+
+def kept(losses: Tensor) -> AbstractContextManager[None]:
+    """Within this block regions may run again and again, also if they were compiled to run once."""
+    return nodes.compiled_regions_kept(regions(losses))
 
 
 def reasons(coverage: pergrad.Coverage) -> list[str]:
