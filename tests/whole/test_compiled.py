@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pergrad
 from pergrad.graph import nodes
+from pergrad.graph.nodes import compiled as nodes_of_regions
 
 # Of torch's own while it compiles.
 pytestmark = [
@@ -331,7 +332,8 @@ class _Reused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.one(x)
-        x = x if self.read else x.cumsum(1)  # pergrad does not follow examples through a flip
+        if not self.read:  # pergrad does not follow examples through indices of examples
+            x = torch.zeros_like(x).index_add(0, torch.tensor([3, 1, 0, 2, 4]), x)
         return self.two(x).sigmoid() * 2
 
 
@@ -365,10 +367,39 @@ def test_a_region_whose_backward_was_compiled_to_run_once(
         assert torch.equal(p.grad, before[name]), name
 
 
+def test_what_a_region_saved_keeps_its_place_in_memory() -> None:
+    """Part of a tensor, with gaps: compiled code checks its strides."""
+    one, two = nn.Linear(8, 6), nn.Linear(6, 3)
+    model = nn.Sequential(one, two)
+
+    def forward(x: Tensor) -> Tensor:
+        x = one(x).tanh()
+        x = torch.zeros_like(x).index_add(0, torch.tensor([3, 1, 0, 2]), x)
+        return two((x * 2)[:, 0])
+
+    truth = naive.norms(naive.loop_grads(losses(forward, ROWS), model))
+    values = losses(torch.compile(forward), ROWS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pergrad.FallbackWarning)
+        assert_agrees(pergrad.norms(values, model, retain_graph=True), truth, truth, 5e-6)
+    for x in (torch.randn(3, 17, 16)[:, 0], torch.randn(4, 1, 5).expand(4, 6, 5)[:, :, 1:],
+              torch.randn(5, 4).t(), torch.tensor(2.0), torch.randn(0, 3)):  # fmt: skip
+        copy = nodes_of_regions._copied(x)
+        assert torch.equal(copy, x)
+        assert copy.stride() == x.stride()
+        assert copy.numel() == 0 or copy.data_ptr() != x.data_ptr()
+
+
 def test_losses_whose_backward_was_compiled_to_run_once() -> None:
     """The region has no parameters, and lies between the losses and what has to be measured."""
     model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))
-    each = torch.compile(lambda x: (x.cumsum(1).sigmoid() * 2).square().sum(1))
+    order = torch.tensor([3, 1, 0, 2, 4])
+
+    @torch.compile
+    def each(x: Tensor) -> Tensor:
+        x = torch.zeros_like(x).index_add(0, order, x)
+        return (x.sigmoid() * 2).square().sum(1)
+
     truth = naive.norms(naive.loop_grads(each(model(FLAT)), model))
     torch.compiler.reset()
     each(model(FLAT)).sum().backward()

@@ -137,7 +137,7 @@ def _saved_kept(cls: Any) -> Iterator[None]:
             def instead(ctx: Any, arguments: list[Any]) -> Any:
                 given_away = cls.metadata.bw_donated_idxs or ()
                 kept = [
-                    a.clone() if i in given_away and isinstance(a, Tensor) else a
+                    _copied(a) if i in given_away and isinstance(a, Tensor) else a
                     for i, a in enumerate(arguments)
                 ]
                 return before.__func__(ctx, kept)
@@ -151,6 +151,13 @@ def _saved_kept(cls: Any) -> Iterator[None]:
             _KEPT[cls] -= 1
             if not _KEPT[cls]:
                 cls._backward_impl = cls.__dict__["_backward_impl"].__func__.kept
+
+
+def _copied(x: Tensor) -> Tensor:
+    """A copy that lies in memory as x does, which compiled code relies on; a clone may not."""
+    once = x[tuple(slice(0, 1) if step == 0 else slice(None) for step in x.stride())]
+    copy = torch.empty_strided(once.shape, once.stride(), dtype=x.dtype, device=x.device)
+    return copy.copy_(once).expand(x.shape)
 
 
 class _Result:
