@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pergrad.attribution.found import Influence
     from pergrad.attribution.index import Sketch
     from pergrad.attribution.influence import influence
+    from pergrad.attribution.quanda import QuandaExplainer
     from pergrad.attribution.sketch import open_sketch, sketch
     from pergrad.calibration import Calibration, calibrate
     from pergrad.checking import Check, check
@@ -71,6 +72,7 @@ else:
             "attribution.evaluation": "Evaluation",
             "attribution.fit": "Fit",
             "attribution.found": "Influence",
+            "attribution.quanda": "QuandaExplainer",
             "attribution.index": "Sketch",
             "attribution.influence": "influence",
             "attribution.sketch": "open_sketch sketch",
@@ -135,6 +137,7 @@ __all__ = [
     "NoiseScale",
     "PergradError",
     "Private",
+    "QuandaExplainer",
     "Run",
     "Scores",
     "Sketch",
