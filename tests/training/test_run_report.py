@@ -153,6 +153,22 @@ def test_a_step_has_the_usual_number_of_examples(tmp_path: Path) -> None:
     assert ", a step has 64: " in words(run.report(tmp_path / "run.html"))
 
 
+def test_the_largest_scores_and_losses_where_few_stand_out(tmp_path: Path) -> None:
+    """20 wrong labels: one is an outlier, the others are on the page all the same."""
+    watch = watched(tmp_path / "run")
+    page = watch.report(tmp_path / "run.html")
+    watch.close()
+    said = words(page)
+    assert "which are below the threshold of an outlier" in said
+    assert re.search(r"wrong 1 of 24 times", said)
+    assert said.count("below the threshold ") == 7 + 1  # and once above the cards
+    losses = said.split("Largest losses")[1]
+    assert re.search(r"look here first\. Example Loss Norm Step Outlier wrong ", losses)
+    assert len(set(re.findall(r"example \d", losses.split("Step by step")[0]))) == 7
+    assert "Gradient norms of the examples, made comparable across lengths" in said
+    assert "norm, comparable across lengths" in page.read_text()
+
+
 def test_steps_that_could_not_be_read_are_said(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     with pergrad.Watch(tmp_path / "run", every=1) as watch:

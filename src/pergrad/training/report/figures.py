@@ -21,7 +21,8 @@ def band(curves: Curves, marks: list[dict[str, Any]]) -> Model:
     scores = np.array([m["score"] for m in marks])
     values = np.concatenate([*curves.band.values(), scores])
     scale = _positive(values)
-    plot = empty(_steps(curves), scale, "step", "gradient norm", height=400, name="band")
+    axis = "norm, comparable across lengths"
+    plot = empty(_steps(curves), scale, "step", axis, height=400, name="band")
     for low, high, alpha in (("p1", "p99", 0.13), ("p10", "p90", 0.26)):
         lower, upper = (_placed(scale, curves.band[q]) for q in (low, high))
         ok = np.isfinite(lower) & np.isfinite(upper)
@@ -31,7 +32,7 @@ def band(curves: Curves, marks: list[dict[str, Any]]) -> Model:
         {
             "x": curves.step, "y": middle,
             "label": [
-                f"step {step:,.0f}: half of the norms below {number(p50)}, 90 % below "
+                f"step {step:,.0f}: half of the scores below {number(p50)}, 90 % below "
                 f"{number(p90)}, largest {number(most)}"
                 for step, p50, p90, most in zip(
                     curves.step, curves.band["p50"], curves.band["p90"], curves.band["max"],
@@ -59,9 +60,8 @@ def band(curves: Curves, marks: list[dict[str, Any]]) -> Model:
 
 def _about(mark: dict[str, Any]) -> str:
     who = mark["key"] or f"row {mark['row']}"
-    return (
-        f"step {mark['step']:,}: {who}, norm {number(mark['score'])}, loss {number(mark['loss'])}"
-    )
+    numbers = ", ".join(f"{name} {number(mark[name])}" for name in ("score", "norm", "loss"))
+    return f"step {mark['step']:,}: {who}, {numbers}"
 
 
 def line(

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pergrad.training.run import Run
 
 CARDS = 60
+LEAST_CARDS = 12  # with those of the largest scores, where few are outliers
+LOSSES = 20  # largest ones that are listed
 ROWS = 200  # of the table of spikes, the latest ones
 SEEN = 60  # characters of an example in the headline
 PREVIEW_BYTES = 5_000_000  # of pictures and texts, in the page
@@ -52,6 +54,8 @@ def html(run: "Run", *, title: str | None, refresh: int | None, said: Sequence[s
         many_spikes=len(there.spikes) > ROWS,
         cards=cards,
         without=without,
+        below=any(not card["times"] for card in cards),
+        losses=[row for row in run.top(LOSSES, by="loss").to_pylist() if _finite(row["loss"])],
         about=_about(run, there),
         data={"figures": {name: json_item(plot) for name, plot in drawn.items()}},
         scripts=scripts,
@@ -92,6 +96,10 @@ def _figures(run: "Run", drawn: Curves, said: Found) -> dict[str, Model]:
 
 def _known(values: Any) -> bool:
     return bool(np.isfinite(values).any())
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def headline(said: Found, cards: list[dict[str, Any]]) -> str:
@@ -153,9 +161,13 @@ def _cards(run: "Run") -> tuple[list[dict[str, Any]], int]:
     previews = {key: Preview.from_stored(*kept) for key, kept in run.shown().items()}
     room, without = PREVIEW_BYTES, 0
     cards = []
-    for row in run.top(CARDS).to_pylist():
-        if not row["times"]:
-            continue
+    rows = [row for row in run.top(CARDS).to_pylist() if row["times"]]
+    if len(rows) < LEAST_CARDS:
+        there = {row["key"] for row in rows}
+        largest = run.top(LEAST_CARDS, by="score").to_pylist()
+        more = [row for row in largest if row["key"] not in there and not row["times"]]
+        rows += [row for row in more if _finite(row["score"])][: LEAST_CARDS - len(rows)]
+    for row in rows:
         preview = previews.get(row["key"], Preview())
         parts = {"image": preview.image_url(), "text": preview.text, "label": preview.label,
                  "more": list(preview.more.items()), "error": preview.error}  # fmt: skip
