@@ -30,7 +30,7 @@ from pergrad.factors import Correlation, Outer, Rows
 from pergrad.factors.guard import held_against
 from pergrad.factors.rows import factor as rows
 from pergrad.factors.workspace import limit, workspace
-from pergrad.graph import plan
+from pergrad.graph import nodes, plan
 
 B, T, W = 4, 24, 16
 
@@ -391,16 +391,16 @@ def test_a_thread_of_torchs_knows_the_callers_budget():
     """For a GPU, torch calls hooks in a thread of its own."""
     losses, model = cancelling(some=False)
     found: list[tuple[int, int]] = []
-    grad = torch.autograd.grad
+    gradients = nodes.gradients
 
     def elsewhere(*args: Any, **kwargs: Any) -> Any:
         with ThreadPoolExecutor(1) as pool:
-            return pool.submit(grad, *args, **kwargs).result()
+            return pool.submit(gradients, *args, **kwargs).result()
 
     def emit(name: str, factor: object) -> None:
         found.append((threading.get_ident(), limit()))
 
-    with workspace(12345), mock.patch.object(torch.autograd, "grad", elsewhere):
+    with workspace(12345), mock.patch.object(nodes, "gradients", elsewhere):
         engine.run(losses(), dict(model.named_parameters()), engine.Options(), emit)
     assert {budget for _, budget in found} == {12345}
     assert len({ident for ident, _ in found}) == 2  # what is served on the way, and afterwards

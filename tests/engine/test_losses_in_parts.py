@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations
 
 import pergrad
 from pergrad.engine import run as engine
+from pergrad.graph import nodes
 
 R, K = 4, 3  # rows of data, and losses for each
 
@@ -87,13 +88,18 @@ EXACT: dict[str, Any] = {"on_mixing": "exact"}
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many losses every backward pass from the losses, or row of a batched one, was for."""
-    real, seen = torch.autograd.grad, []
+    real, one_pass, seen = torch.autograd.grad, nodes.gradients, []
 
     def counted(outputs: Any, inputs: Any, seeds: Any = None, **more: Any) -> Any:
         seen.extend([1] * len(seeds) if more.get("is_grads_batched") else [1])
         return real(outputs, inputs, seeds, **more)
 
+    def counted_pass(*args: Any, **more: Any) -> Any:
+        seen.append(1)
+        return one_pass(*args, **more)
+
     monkeypatch.setattr(torch.autograd, "grad", counted)
+    monkeypatch.setattr(nodes, "gradients", counted_pass)
     return seen
 
 

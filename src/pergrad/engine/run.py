@@ -113,8 +113,8 @@ def run(
             losses, graph, plan, attached, own,
             create_graph=options.create_graph, check_layout=options.check_layout,
         )  # fmt: skip
-        if not options.create_graph:
-            stack.enter_context(nodes.compiled_regions_kept(graph.nodes))
+        if not options.create_graph and graph.python:
+            stack.enter_context(nodes.compiled_regions_kept(graph.python))
         room = _Room(losses, graph, options)
         hookless = not (attached.hooks or hooks)
         parted = partial(parts_of, losses, params, graph, plan, options.check_layout)
@@ -139,7 +139,7 @@ def run(
                 looped += [name for name in met if name not in looped]
         if looped:
             used = not set(graph.targets.values()) <= set(looped)
-            one = options.create_graph or not hookless or nodes.in_python(graph.nodes)
+            one = options.create_graph or not hookless or bool(graph.python)
             loop(
                 losses, {name: params[name] for name in looped}, emit,
                 Ways(
@@ -176,13 +176,14 @@ def _pass(
     """One backward pass in which every use is served by its rule or by the fallback."""
     schedule = schedule_for(graph, plan)
     pass_begins(losses.device, schedule.held)
-    if options.create_graph and any(map(nodes.is_compiled, graph.nodes)):
+    if options.create_graph and any(map(nodes.is_compiled, graph.python)):
         raise UnsupportedError(
             "The losses go through a region compiled by torch.compile, which has no second "
             "derivative, and create_graph=True asks for one. Compute the losses under "
             '`with torch.compiler.set_stance("force_eager"):`.'
         )
-    _warn(schedule, graph, plan, losses.shape[0])
+    if not schedule.quiet:
+        _warn(schedule, graph, plan, losses.shape[0])
     state = Pass(
         graph,
         plan,
@@ -436,8 +437,8 @@ def _gradients(
         # nobody else has this node, and the pass begins with it
         nodes.before(total.grad_fn, lambda _: number.append(nodes.pass_number()))
     with nodes.in_our_words():
-        return torch.autograd.grad(
-            total, [graph.edge(slot) for slot in wanted], allow_unused=True,
+        return nodes.gradients(
+            total, [graph.edge(slot) for slot in wanted],
             retain_graph=retain_graph, create_graph=create_graph,
         )  # fmt: skip
 

@@ -50,6 +50,7 @@ class Schedule:
     alone: dict[Slot, Route]  # ends with one use, whose only parameter has no other
     mixed: frozenset[Slot]
     compiled: bool  # whether a compiled region uses parameters
+    quiet: bool  # whether there is a rule for each use, and so nothing to warn of
     pulled: frozenset[int]  # the nodes that vector-Jacobian products may go through
     requests: Requests  # if no block is checkpointed
     held: int  # bytes of what the ops above parameters returned
@@ -95,6 +96,7 @@ def _schedule(graph: Graph, plan: Plan) -> Schedule:
         alone,
         frozenset(mix.child for mix in plan.mixes),
         compiled,
+        not compiled and all(use.rule is not None for use in uses),
         pulled,
         _requests(graph, plan, uses, (), pulled, compiled=compiled),
         sum(

@@ -40,16 +40,19 @@ def nothing_hidden(params: Mapping[str, Tensor]) -> Iterator[None]:
         UnsupportedError: one has. `.grad` is as before all the same.
     """
     before = {name: p.grad for name, p in params.items() if p.is_leaf}
-    for name in before:
-        params[name].grad = None
+    for name, grad in before.items():
+        if grad is not None:
+            params[name].grad = None
     hidden: list[str] = []
     try:
         yield
     finally:
         for name, grad in before.items():
-            if params[name].grad is not None:
+            now = params[name].grad
+            if now is not None:
                 hidden.append(name)
-            params[name].grad = grad
+            if now is not grad:
+                params[name].grad = grad
     if hidden:
         raise UnsupportedError(
             f"An op of the graph runs a backward pass of its own, and so hides {len(hidden)} "

@@ -26,7 +26,28 @@ THREAD_BYTES = 2 * 2**20
 # What glibc keeps at most at the end of its heap, for a process that has freed a large tensor.
 HEAP_END_BYTES = 64 * 2**20
 
-_budget: ContextVar[int | None] = ContextVar("pergrad_workspace", default=None)
+
+class _Share:
+    """A share of a device's free memory: asked for once, when the first temporary wants to know.
+
+    The answer takes as long as a small matrix product.
+    """
+
+    __slots__ = ("_device", "_size")
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._device = device
+        self._size = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        if not self._size:
+            self._size = _share_of_free(self._device)
+        return self._size
+
+
+_budget: ContextVar[int | _Share | None] = ContextVar("pergrad_workspace", default=None)
 
 
 @contextmanager
@@ -38,8 +59,9 @@ def workspace(size: int | None, device: torch.device | None = None) -> Iterator[
     """
     if size is not None and size <= 0:
         raise ValueError(f"The budget for temporary buffers must be positive, not {size} bytes.")
-    # asked for once, not for every temporary: the answer takes as long as a small matrix product
-    token = _budget.set(size if size is not None else limit(device))
+    outside = _budget.get()
+    inside = size if size is not None else outside if outside is not None else _Share(device)
+    token = _budget.set(inside)
     try:
         with _nothing_cast():
             yield
@@ -122,8 +144,12 @@ def lent(count: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tenso
 def limit(device: torch.device | None = None) -> int:
     """Bytes that temporaries may take now, on this device."""
     chosen = _budget.get()
-    if chosen is not None:
-        return chosen
+    if chosen is None:
+        return _share_of_free(device)
+    return chosen if isinstance(chosen, int) else chosen.size
+
+
+def _share_of_free(device: torch.device | None) -> int:
     free = free_bytes(device)
     return DEFAULT_BYTES if free is None else max(2**20, min(DEFAULT_BYTES, free // SHARE_OF_FREE))
 

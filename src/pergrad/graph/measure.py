@@ -310,7 +310,7 @@ def _pass(losses: Tensor, graph: Graph, slots: list[Slot], seeds: Tensor,
     with (
         torch.no_grad(),
         nodes.selections_untouched(graph.nodes),
-        nodes.compiled_regions_kept(graph.nodes),
+        nodes.compiled_regions_kept(graph.python),
     ):
         nodes.inside_pass(losses, [graph.edge(slot) for slot in slots], work)
     return found

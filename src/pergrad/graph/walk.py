@@ -49,6 +49,7 @@ class Graph:
     targets: dict[Slot, str]  # where a requested parameter enters, and its name
     leads: list[bool]  # whether a requested parameter lies below the node
     pure: list[bool]  # whether nothing but requested parameters lies below the node
+    python: list[Any]  # the nodes that belong to a Function written in Python
     batch: int = 0  # how many examples there are
     # Where examples begin to separate, if the root is a scalar: the edges into its last reductions,
     # and the example of each element that goes in there. None: the root is a vector of losses.
@@ -177,10 +178,12 @@ def walk(losses: Tensor, params: Mapping[str, Tensor]) -> Graph:
     ]
     targets = _find_targets(params, index, edges)
     leads, pure = _classify(ordered, edges, targets)
-    for node in nodes.in_python(ordered):
+    python = nodes.in_python(ordered)
+    for node in python:
         _refuse(node)
     batch = losses.shape[0] if losses.dim() else 0
-    return Graph(ordered, edges, (index[root.node], root.output_nr), targets, leads, pure, batch)
+    return Graph(ordered, edges, (index[root.node], root.output_nr), targets, leads, pure, python,
+                 batch)  # fmt: skip
 
 
 def _refuse(node: Any) -> None:

@@ -31,6 +31,7 @@ from pergrad.graph.nodes.hooks import (
 )
 from pergrad.graph.nodes.passes import (
     after_pass,
+    gradients,
     inside_pass,
     outside_pass,
     pass_number,
@@ -90,6 +91,7 @@ __all__ = [
     "edges",
     "first_static_backward",
     "get_gradient_edge",
+    "gradients",
     "has_op",
     "hooks_after_accumulation",
     "hooks_aside",

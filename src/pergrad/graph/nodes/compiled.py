@@ -98,12 +98,12 @@ def compiled_regions_kept(nodes: Iterable[Node]) -> Iterator[None]:
     saved, and torch's guard against a second run looks at a setting, not at the code. So such
     tensors are copied before each run.
     """
-    import torch._functorch.config as config
-
     classes = {region_class(node): node for node in nodes if is_compiled(node)}
     if not classes:
         yield
         return
+    import torch._functorch.config as config
+
     for cls, node in classes.items():
         # not hasattr: every Function inherits another `metadata`
         if not {"_backward_impl", "metadata"} <= set(vars(cls)):

@@ -56,6 +56,30 @@ def will_run(node: Any) -> bool:
     return bool(torch._C._will_engine_execute_node(node))
 
 
+def gradients(
+    total: Tensor,
+    wanted: Sequence[GradientEdge],
+    *,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """`torch.autograd.grad` of one number, None where it has none.
+
+    Without what torch looks at first, which takes a twentieth of a small model's time.
+    """
+    if type(total) is not Tensor:
+        return torch.autograd.grad(
+            total, list(wanted), allow_unused=True,
+            retain_graph=retain_graph, create_graph=create_graph,
+        )  # fmt: skip
+    keep = create_graph if retain_graph is None else retain_graph
+    found: tuple[Tensor | None, ...] = _engine_run_backward(
+        (total,), (torch.ones_like(total),), keep, create_graph, tuple(wanted), True,
+        accumulate_grad=False,
+    )  # fmt: skip
+    return found
+
+
 def outside_pass(work: Callable[[], Result]) -> Result:
     """Run `work` as if no backward pass were under way.
 

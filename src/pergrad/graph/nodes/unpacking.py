@@ -86,7 +86,28 @@ def saved_plainly(node: Node, field: str) -> bool:
 
 def is_checkpointed(node: Node) -> bool:
     """Whether a checkpointed block (use_reentrant=False) recomputes what the node saved."""
-    return any(map(_is_holder, _raw(node, fields(type(node))[1])))
+    try:
+        for name in _raw_names(type(node)):
+            raw = getattr(node, name, None)
+            for each in raw if isinstance(raw, (tuple, list)) else (raw,):
+                if _is_holder(getattr(each, "data", None)):
+                    return True
+    except RuntimeError as error:
+        raise translate(error) from error
+    return False
+
+
+_RAW_NAMES: dict[type, tuple[str, ...]] = {}  # one entry per kind of torch's own nodes
+
+
+def _raw_names(cls: type) -> tuple[str, ...]:
+    """The attributes of a node that stand for its saved tensors."""
+    found = _RAW_NAMES.get(cls)
+    if found is None:
+        found = tuple(["_raw_saved_" + field for field in fields(cls)[1]])
+        if cls.__module__ == "torch._C._functions":  # a Function's may be made for every model
+            _RAW_NAMES[cls] = found
+    return found
 
 
 @contextmanager
