@@ -218,6 +218,20 @@ def test_the_default_backend(name: str) -> None:
     check(lambda: losses(compiled, data), model, torch.float32)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_constant_of_the_graph(backend: str) -> None:
+    """torch keeps a small tensor in the graph itself, as an attribute."""
+    table, last = nn.Embedding(5, 8), nn.Linear(40, 3)
+    model = nn.ModuleList([table, last])
+
+    def forward(x: Tensor) -> Tensor:
+        places = table(torch.tensor([0, 2, 1, 4, 4]))
+        return last((x * places).flatten(1).tanh())
+
+    compiled = torch.compile(forward, backend=backend)
+    check(lambda: losses(compiled, ROWS), model, torch.float32)
+
+
 def test_a_model_and_its_losses_compiled_together() -> None:
     model, data = made("gpt", torch.float64)
     compiled = torch.compile(lambda: losses(model, data), backend="aot_eager")

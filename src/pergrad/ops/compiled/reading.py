@@ -166,7 +166,7 @@ def _read(node: Any, layouts: tuple[Layout | None, ...], batch: int) -> Reading:
             values[n] = value
     states: dict[fx.Node, State] = {}
     for n in graph.nodes:
-        if n.op == "placeholder":
+        if n.op in ("placeholder", "get_attr"):
             states[n] = layouts[tangents[n]] if n in tangents else None
         elif n.op == "call_function":
             states[n] = state_after(Call(n, states, values))
