@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from .compare import Result
+from .registry import ARCHITECTURES
 
 _HEAD = """# Architectures
 
@@ -85,12 +86,13 @@ def _compiled(results: Sequence[Result]) -> str:
     missing = sum(len(r.missing) for r in there)
     full = sum(r.by_rule >= 0.95 for r in there)
     names = len({r.name for r in there})
+    others = len(ARCHITECTURES.keys() - {r.name for r in results})
     lines = [
         _COMPILED,
         f"{names} of {len({r.name for r in results})} architectures are compiled by torch "
         f"{torch.__version__} ({platform.machine()}, CPU): {len(wrong)} wrong, {missing} "
         f"parameters missing, {full} of {len(there)} lines with at least 95 % of the parameters by "
-        "rule.\n",
+        f"rule. {others} others have not been run so.\n",
         "| model | backend | regions | norms, gradients | gram | dots | each parameter | by rule "
         "| left to the fallback | refused | s |",
         "|---|---|--:|--:|--:|--:|--:|--:|---|---|--:|",
