@@ -366,3 +366,14 @@ def test_ctrl_c_of_an_evaluation(pergrad_: Run, file: Path, tmp_path: Path) -> N
     assert kept == "8 of 20 retrained models are measured and kept."
     results = [pergrad_(*each, "--json")[1] for each in (again, [*words, tmp_path / "two"])]
     assert json.loads(results[0])["scores"] == json.loads(results[1])["scores"]
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "curvature", "sketch"])
+def test_folders_without_a_report(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": f"pergrad {kind}"}))
+    monkeypatch.setattr("sys.argv", ["pergrad", "report", str(tmp_path)])
+    assert main() == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"has a {kind}, of which there is no report: " in said

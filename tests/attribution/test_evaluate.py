@@ -190,6 +190,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         diverged.weight.fill_(float("inf"))
     cases: list[tuple[Any, Any, dict[str, Any], str]] = [
         ("train.py", found, {}, "train is a str. Pass a function"),
+        (lambda i: i, found, {}, r"cannot be called so.*def train\(indices, seed\)"),
         (train, found, {"subsets": 19}, "subsets is 19; pass at least 20"),
         (train, found, {"share": 1.0}, "share is 1.0; pass a number between 0 and 1"),
         (train, found, {"share": 0.01}, "is 0: nothing would differ.*Pass another share"),

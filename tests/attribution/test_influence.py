@@ -577,7 +577,7 @@ def test_arguments(tmp_path: Path) -> None:
         ({"method": "kernel", "checkpoints": [state]}, "checkpoints and method.*Leave out one"),
         ({"method": "kernel", "adam": moments[0]}, "adam and method.*Leave out one"),
         ({"top": 0}, "top is 0; pass a positive number, or None"),
-        ({"curvature": "fit"}, "curvature is a str. Pass what pergrad.curvature returns"),
+        ({"curvature": "fit"}, "curvature is a str. Pass what pergrad.curvature ret.*again, which"),
         ({"curvature": fit, "refine": -1}, "refine is -1; pass a number of steps"),
         ({"refine": 3}, "refine takes steps.*pass curvature="),
         ({"curvature": fit, "damping": 0}, "damping is 0; pass a positive number"),
@@ -701,6 +701,15 @@ def test_a_curvature_of_something_else(tmp_path: Path) -> None:
         pergrad.influence(some, queries, tmp_path / "c", curvature=fit)
 
 
+def test_one_example_in_the_place_of_queries(tmp_path: Path) -> None:
+    task, _ = both("perceptron")
+    with pytest.raises(UsageError, match=r"`queries` is a tuple of tensors.*pass \[queries\]"):
+        pergrad.influence(task, (torch.zeros(3), torch.zeros(3)), tmp_path / "f")
+    loader = torch.utils.data.DataLoader([1.0, 2.0])
+    with pytest.raises(UsageError, match=r"`queries` is a DataLoader(.|\n)*loader\.dataset"):
+        pergrad.influence(task, loader, tmp_path / "f")
+
+
 def test_another_call_in_the_same_folder(tmp_path: Path) -> None:
     task, queries = both("perceptron")
     pergrad.influence(task, queries, tmp_path / "f")
@@ -709,7 +718,7 @@ def test_another_call_in_the_same_folder(tmp_path: Path) -> None:
         (task, queries, {"cosine": True}, 'method was "dots" and is "cosines"'),
         (task, queries, {"top": 2}, "top was null and is 2"),
         (task, queries[:2], {}, "examples was 3 and is 2"),
-        (task, queries[::-1], {}, "asked: losses were"),
+        (task, queries[::-1], {}, r"the queries have other losses: they were"),
         (job("perceptron", count=10), queries, {}, "examples was 11 and is 10"),
     ]
     for other, asking, how, message in others:

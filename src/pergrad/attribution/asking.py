@@ -149,7 +149,8 @@ def asked(
         raise UsageError(f"top is {top!r}; pass a positive number, or None for every pair.")
     if curvature is not None and not isinstance(curvature, Fit):
         raise UsageError(
-            f"curvature is a {type(curvature).__name__}. Pass what pergrad.curvature returns."
+            f"curvature is a {type(curvature).__name__}. Pass what pergrad.curvature returns. "
+            "For one in a folder call pergrad.curvature(job, folder) again, which opens it."
         )
     if refine is not None and (isinstance(refine, bool) or not isinstance(refine, int)
                                or refine < 0):  # fmt: skip

@@ -11,6 +11,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ def evaluate(
             f"train is a {type(train).__name__}. Pass a function of a list of example numbers and "
             "a seed, which returns a model trained on those examples alone."
         )
+    _check_train(train)
     _check_numbers(subsets, share, seeds)
     check_text(text)
     asking = queries if isinstance(queries, Job) else replace(
@@ -161,6 +163,23 @@ def _words(seeds: int) -> Words:
         return f"on subset {m} with seed {s}"
 
     return Words("evaluation", "Make the same call again", "retrainings", named)
+
+
+def _check_train(train: Any) -> None:
+    """It can be called with two arguments."""
+    try:
+        taken = signature(train)
+    except (TypeError, ValueError):
+        return  # written in C, say
+    try:
+        taken.bind(None, None)
+    except TypeError as error:
+        name = getattr(train, "__name__", type(train).__name__)
+        raise UsageError(
+            f"train is called with a list of example numbers and a seed, and {name}{taken} cannot "
+            f"be called so: {error}. Take both: def train(indices, seed): ..., which returns a "
+            "model trained on those examples alone."
+        ) from None
 
 
 def _check_numbers(subsets: Any, share: Any, seeds: Any) -> None:

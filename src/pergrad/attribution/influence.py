@@ -294,7 +294,8 @@ class _Run:
         for name, values in new["losses"].items():
             before = old["losses"][name]
             if len(before) == len(values) and not np.allclose(before, values, near, near):
-                differ.append(f"{name}: losses were {before[:2]} and are {values[:2]}")
+                whose = "the queries have other losses" if name == "asked" else f"{name}: losses"
+                differ.append(f"{whose}: they were {before[:2]} and are {values[:2]}")
         if differ:
             raise StoreError(
                 f"The influences in {self.folder.path} are of something else: {'; '.join(differ)}. "

@@ -18,6 +18,7 @@ from pergrad.errors import UsageError
 from pergrad.factors.workspace import free_bytes
 from pergrad.matrix import GradientMatrix
 from pergrad.scans.job import Job
+from pergrad.scans.mistakes import check_data
 
 MOST_QUERY_BYTES = 2**32
 
@@ -98,6 +99,7 @@ def queries_of(
         return Queries(_named(batches_of(queries, batch_size, seed)), -1, options)
     if hasattr(queries, "__len__") and len(queries) == 0:
         raise UsageError("There are no queries: `queries` is empty. Pass at least one example.")
+    check_data(queries, "queries")
     asked = replace(job, data=queries, key=None, show=show)
     return Queries(_named(batches_of(asked, batch_size, seed)), 1, options)
 

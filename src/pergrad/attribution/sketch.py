@@ -199,7 +199,8 @@ def _check_fit(job: Job, fit: Any) -> None:
         return
     if not isinstance(fit, Fit):
         raise UsageError(
-            f"curvature is a {type(fit).__name__}. Pass what pergrad.curvature returns."
+            f"curvature is a {type(fit).__name__}. Pass what pergrad.curvature returns. For one "
+            "in a folder call pergrad.curvature(job, folder) again, which opens it."
         )
     Asked("solve", fit).check_weights(job)
 

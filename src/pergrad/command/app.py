@@ -340,6 +340,7 @@ def report(
         pergrad report scores --out scores.html --title "Training data, May"
     """
     opened: Any
+    left.check_shows(folder)
     if left.is_influence(folder):
         opened = pergrad.Influence(folder)
     else:

@@ -25,11 +25,30 @@ INFLUENCE = "pergrad influence"
 
 def is_influence(folder: Path) -> bool:
     """Whether a folder says that it is one of influences."""
+    return _format(folder) == INFLUENCE
+
+
+def check_shows(folder: Path) -> None:
+    """Whether a folder has a page and a table.
+
+    Raises:
+        UsageError: it is pergrad's, and has none.
+    """
+    for kind, remedy in (
+        ("evaluation", "pergrad.evaluate prints its result, and so does the same command again"),
+        ("curvature", "pass it to pergrad influence, whose folder has one"),
+        ("sketch", "ask it queries: pergrad.open_sketch(folder, job).query(queries)"),
+    ):
+        if _format(folder) == f"pergrad {kind}":
+            raise UsageError(f"{folder} has a {kind}, of which there is no report: {remedy}.")
+
+
+def _format(folder: Path) -> Any:
     try:
         found = json.loads(folders.read(folder / "manifest.json"))
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and found.get("format") == INFLUENCE
+        return None
+    return found.get("format") if isinstance(found, dict) else None
 
 
 def opened(folder: Path, job: "Job", on: Mapping[str, Any]) -> "Fit":

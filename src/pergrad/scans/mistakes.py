@@ -45,10 +45,12 @@ def check_data(data: object, what: str) -> None:
     if isinstance(data, Mapping) and set(data) != set(range(len(data))):
         _refuse_columns(data, what)
     if isinstance(data, tuple) and data and all(isinstance(each, Tensor) for each in data):
+        name = what.rpartition(".")[2]
         raise UsageError(
-            f"`{what}` is a tuple of tensors, which would be {len(data)} examples. If the tensors "
-            "have one row for each example, pass torch.utils.data.TensorDataset(*data); if each "
-            "is an example, list(data)."
+            f"`{what}` is a tuple of tensors, which would be {len(data)} examples. If it is one "
+            f"example, such as dataset[0], pass [{name}]; if the tensors have one row for each "
+            f"example, torch.utils.data.TensorDataset(*{name}); if each is an example, "
+            f"list({name})."
         )
     if isinstance(data, IterableDataset) or not (
         hasattr(data, "__len__") and hasattr(data, "__getitem__")
