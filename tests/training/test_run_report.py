@@ -286,3 +286,34 @@ def test_the_page_opens_in_peace_on_a_desk_and_a_phone(tmp_path: Path) -> None:
             assert told == []
     finally:
         browser.quit()
+
+
+def test_who_is_on_the_page_has_a_picture(tmp_path: Path) -> None:
+    """Outliers, those that grew when they were none any more, and the largest of the others."""
+    asked: list[str] = []
+
+    def show(key: str) -> str:
+        asked.append(key)
+        return f"text of {key}"
+
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(3, 1)
+    x = torch.randn(60, 3, generator=generator)
+    x[7] *= 40  # an outlier, once
+    with pergrad.Watch(tmp_path / "run", every=1, keep=6, show=show) as watch:
+        for step in range(12):
+            rows = torch.randperm(60, generator=generator)[:20]
+            size = 1 + (rows == 11) * step * (0.0 if step < 6 else 0.4)
+            losses = (model(x[rows]) * size[:, None]).square().squeeze(1)
+            with watch(losses, model, keys=rows):
+                losses.mean().backward()
+            model.zero_grad()
+    run = pergrad.open_watch(tmp_path / "run")
+    first = run.top(6)["key"].to_pylist()
+    assert set(run.shown()) == set(first)
+    times = run.top(6)["times"].to_pylist()
+    assert max(times) > 0
+    assert min(times) == 0  # the others are below the threshold
+    assert len(asked) < 60  # not of every example at every step
+    page = words(run.report(tmp_path / "run.html"))
+    assert all(f"text of {key}" in page for key in first)

@@ -43,6 +43,8 @@ from pergrad.version import __version__
 SECONDS_PER_PART = 10.0
 SHARE_PER_PART = 0.01  # of the time so far: a long run has hundreds of files, not thousands
 MOST_ROWS = 1_000_000  # that wait for a disk that takes none
+_AHEAD = 3  # examples of a step that may be shown though they are no outliers
+_NO_NUMBER = 3e38  # the ratio of what is not a number: it stands out more than any
 
 Log = Callable[[dict[str, float], int], Any]
 _logger = logging.getLogger("pergrad.watch")
@@ -261,26 +263,42 @@ class Recorder:
     def _remember(
         self, whole: Piece, keys: list[str | None], ratios: torch.Tensor, outliers: torch.Tensor
     ) -> None:
-        """What a person sees of the examples that stand out most often."""
-        for i in torch.nonzero(outliers).flatten().tolist():
+        """What a person sees of the examples that the page shows: by times, then by ratio."""
+        largest = ratios.nan_to_num(nan=_NO_NUMBER, posinf=_NO_NUMBER)
+        largest[ratios.isnan() & ~outliers] = 0  # there is no median yet
+        chosen = set(torch.nonzero(outliers).flatten().tolist())
+        chosen.update(largest.topk(min(_AHEAD, len(largest))).indices.tolist())
+        chosen.update(i for i, key in enumerate(keys) if key in self._tally)
+        for i in sorted(chosen):
             key = keys[i]
             if key is None:
                 return
-            count, most = self._tally.get(key, (0, 0.0))
-            ratio = float(ratios[i])
-            self._tally[key] = [count + 1, max(most, ratio if ratio == ratio else 1e308)]
-            if key in self._shown or whole.preview is None or not self.keep:
-                continue
-            if len(self._shown) >= self.keep:
-                least = min(self._shown, key=lambda k: tuple(self._tally.get(k, [0, 0])))
-                if self._tally.get(least, [0, 0]) >= self._tally[key]:
-                    continue
-                del self._shown[least]
-            try:
-                self._shown[key] = Preview.of(whole.preview(i))
-            except Exception as error:  # whatever the user's function raises
-                self._shown[key] = Preview(error=message_of(error, 500))
-            self._shown_changed = True
+            times, most = self._tally.get(key, (0, 0.0))
+            now = [times + bool(outliers[i]), max(most, float(largest[i]))]
+            shown = key in self._shown
+            if not shown and whole.preview is not None and self.keep:
+                shown = len(self._shown) < self.keep or self._make_room(now)
+                if shown:
+                    self._shown[key] = self._preview_of(whole.preview, i)
+                    self._shown_changed = True
+            if shown or now[0]:  # of the others there is no end
+                self._tally[key] = now
+
+    def _make_room(self, standing: list[float]) -> bool:
+        """Whether one of those that are shown stood out less, which then is not shown any more."""
+        least = min(self._shown, key=lambda key: self._tally.get(key, [0, 0.0]))
+        if self._tally.get(least, [0, 0.0]) >= standing:
+            return False
+        del self._shown[least]
+        if least in self._tally and not self._tally[least][0]:
+            del self._tally[least]
+        return True
+
+    def _preview_of(self, show: Callable[[int], Any], row: int) -> Preview:
+        try:
+            return Preview.of(show(row))
+        except Exception as error:  # whatever the user's function raises
+            return Preview(error=message_of(error, 500))
 
     def _log(self, row: dict[str, Any], outliers: int) -> None:
         if not self.logs:

@@ -125,7 +125,7 @@ class Run:
         return [row for row in rows if row["spike"]]
 
     def shown(self) -> dict[str, tuple[str, str | None, bytes]]:
-        """Key -> what is kept of an outlier for a person to see: kind, label, and its bytes."""
+        """Key -> what a person sees of the examples that stand out most: kind, label, its bytes."""
         return self._folder.shown()
 
     def report(
