@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test quick lint format compiler browser demo docs package coverage examples bench integrations zoo quanda attack clean
+.PHONY: help venv test whole pieces quick lint format compiler browser demo docs package coverage examples bench integrations zoo quanda attack clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -28,9 +28,16 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test: lint compiler browser  ## lint, types, tests, doctests, and the examples in the documentation
-	$(BIN)/python -m pytest
+	$(MAKE) --no-print-directory -j2 whole pieces
 	PERGRAD_KERNELS= $(BIN)/python -m pytest tests/factors tests/ops/test_rules.py
 	$(MAKE) integrations
+
+# The two halves of the tests side by side, each on a core of its own.
+whole pieces: export OMP_NUM_THREADS := 1
+whole: $(STAMP)
+	$(BIN)/python -m pytest tests/whole
+pieces: $(STAMP)
+	$(BIN)/python -m pytest src tests --ignore tests/whole
 
 # Every file has a kind of test of its own; a fortieth of each, and the structure whole.
 SAMPLED := tests/factors/test_factors.py tests/factors/test_products.py tests/ops tests/graph \

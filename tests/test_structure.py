@@ -223,6 +223,12 @@ def test_saved_fields_are_read_through_the_declarations() -> None:
 
 
 def test_names_of_test_files_are_unique() -> None:
-    """pytest collects no two of one name: their folders are no packages."""
-    names = [path.name for path in (SOURCE.parents[1] / "tests").rglob("test_*.py")]
+    """Their folders are no packages, nor are benchmarks and examples: tests import from all."""
+    root = SOURCE.parents[1]
+    names = [
+        path.name
+        for folder in ("tests", "tests/*", "benchmarks", "examples")
+        for path in root.glob(f"{folder}/*.py")
+        if path.name != "__init__.py"
+    ]
     assert sorted(names) == sorted(set(names))

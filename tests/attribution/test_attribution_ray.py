@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-
-import pergrad
-from engines import (
+from crews import (
     Deadly,
     Training,
     assert_same,
@@ -21,6 +19,8 @@ from engines import (
     scores,
     task,
 )
+
+import pergrad
 from pergrad.attribution import ranking, together
 from pergrad.scans.runners import ray_workers
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from crews import options_of, queries, task
 
 import pergrad
-from engines import options_of, queries, task
 from pergrad.errors import UsageError
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from crews import queries, task
 
 import pergrad
-from engines import queries, task
 from pergrad.errors import UsageError
 
 

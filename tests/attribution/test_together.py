@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from attributing import job
+from crews import KINDS, Training, assert_same, options_of, queries, scores, task
 
 import pergrad
-from engines import KINDS, Training, assert_same, options_of, queries, scores, task
 from pergrad.scans.runners import torchrun as under_torchrun
 
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
 import torch
-import engines, pergrad
+import crews, pergrad
 from attributing import job
 from pergrad.attribution import ranking, together
 
@@ -39,8 +39,8 @@ def fitted():
 
 def scored():
     return [
-        pergrad.influence(mine, engines.queries(), out / kind, batch_size=2, engine="torchrun",
-                          **engines.options_of(kind, mine, fitted()))
+        pergrad.influence(mine, crews.queries(), out / kind, batch_size=2, engine="torchrun",
+                          **crews.options_of(kind, mine, fitted()))
         for kind in how["kinds"]
     ][-1]
 
@@ -51,7 +51,7 @@ def sketched():
     return index.size
 
 def evaluated():
-    return pergrad.evaluate(engines.Training(), mine, engines.queries(), engines.scores(),
+    return pergrad.evaluate(crews.Training(), mine, crews.queries(), crews.scores(),
                             out=out / "e", subsets=20, engine="torchrun")
 
 def full():  # the disk takes no more, after the first file
