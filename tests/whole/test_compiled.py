@@ -1,6 +1,9 @@
 """Models under torch.compile: read off the backward graph that torch keeps, against the loop."""
 
 import gc
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -230,6 +233,44 @@ def test_a_constant_of_the_graph(backend: str) -> None:
 
     compiled = torch.compile(forward, backend=backend)
     check(lambda: losses(compiled, ROWS), model, torch.float32)
+
+
+WARM = """
+import sys, warnings
+import torch
+import torch.nn.functional as F
+from torch import nn
+import pergrad
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Embedding(30, 8), nn.LayerNorm(8), nn.Linear(8, 30))
+ids, targets = torch.randint(30, (4, 6)), torch.randint(30, (4, 6))
+compiled = torch.compile(model)
+
+def losses(call):
+    return F.cross_entropy(call(ids).transpose(1, 2), targets, reduction="none").sum(1)
+
+if sys.argv[1] == "first":
+    losses(compiled).mean().backward()
+else:
+    warnings.simplefilter("error", pergrad.FallbackWarning)
+    found = pergrad.norms(losses(compiled), model)
+    for norm, loss in zip(found, losses(model)):
+        grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        torch.testing.assert_close(norm, torch.cat([g.flatten() for g in grads]).norm())
+    from torch._dynamo.utils import counters
+    assert counters["aot_autograd"]["autograd_cache_hit"] == 1, counters["aot_autograd"]
+"""
+
+
+def test_the_warm_cache_of_another_process(tmp_path: Path) -> None:
+    """Its graph is another: what torch could compute beforehand is a constant in it."""
+    for which in ("first", "second"):
+        subprocess.run(
+            [sys.executable, "-c", WARM, which], check=True, timeout=300,
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+                 "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )  # fmt: skip
 
 
 def test_a_model_and_its_losses_compiled_together() -> None:

@@ -5,6 +5,7 @@ tensor of indices counts 0, 1, 2, ...
 Does not know: what is done about results that are sums over examples (`ends`).
 """
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -97,7 +98,10 @@ def _whole_rows(call: Call) -> bool:
 
 
 def _zeros(node: Any) -> bool:
-    """Whether a value was made of zeros."""
+    """Whether a value was made of zeros, by an op or before the graph was compiled."""
+    if isinstance(node, fx.Node) and node.op == "get_attr":
+        kept = attrgetter(str(node.target))(node.graph.owning_module)
+        return not isinstance(kept, FakeTensor) and not bool(kept.any())
     name = name_of(node) if isinstance(node, fx.Node) else ""
     value = node.args[-1] if name in ("full", "full_like", "new_full") else None
     if name == "full":
