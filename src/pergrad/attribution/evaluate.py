@@ -11,7 +11,6 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from inspect import signature
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from pergrad.attribution.together import Crew, Engine, Task, hired
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
 from pergrad.scans.job import Job
+from pergrad.scans.mistakes import not_called_with_two
 from pergrad.scans.runners.ray_workers import Words
 from pergrad.scans.scorer import prepared
 
@@ -167,19 +167,12 @@ def _words(seeds: int) -> Words:
 
 def _check_train(train: Any) -> None:
     """It can be called with two arguments."""
-    try:
-        taken = signature(train)
-    except (TypeError, ValueError):
-        return  # written in C, say
-    try:
-        taken.bind(None, None)
-    except TypeError as error:
-        name = getattr(train, "__name__", type(train).__name__)
+    why = not_called_with_two(train)
+    if why is not None:
         raise UsageError(
-            f"train is called with a list of example numbers and a seed, and {name}{taken} cannot "
-            f"be called so: {error}. Take both: def train(indices, seed): ..., which returns a "
-            "model trained on those examples alone."
-        ) from None
+            f"train is called with a list of example numbers and a seed, and {why}. Take both: "
+            "def train(indices, seed): ..., which returns a model trained on those examples alone."
+        )
 
 
 def _check_numbers(subsets: Any, share: Any, seeds: Any) -> None:

@@ -5,7 +5,7 @@ Does not know: how anything is computed or kept.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -110,19 +110,26 @@ def check_losses_function(losses: Any, data: object) -> None:
             "a batch: def losses(model, batch): x, y = batch; return "
             'torch.nn.functional.cross_entropy(model(x), y, reduction="none").'
         )
+    why = not_called_with_two(losses)
+    if why is not None:
+        raise UsageError(
+            f"`losses` is called with the model and a batch, and {why}. Take the batch apart "
+            "inside: def losses(model, batch): x, y = batch; ..."
+        )
+
+
+def not_called_with_two(function: Callable[..., Any]) -> str | None:
+    """Why a function cannot be called with two arguments; None if it can, or nobody knows."""
     try:
-        taken = inspect.signature(losses)
+        taken = inspect.signature(function)
     except (TypeError, ValueError):
-        return  # written in C, say: it will be seen when it is called
+        return None  # written in C, say: it will be seen when it is called
     try:
         taken.bind(None, None)
     except TypeError as error:
-        name = getattr(losses, "__name__", type(losses).__name__)
-        raise UsageError(
-            f"`losses` is called with the model and a batch, and {name}{taken} cannot be "
-            f"called so: {error}. Take the batch apart inside: "
-            "def losses(model, batch): x, y = batch; ..."
-        ) from None
+        name = getattr(function, "__name__", type(function).__name__)
+        return f"{name}{taken} cannot be called so: {error}"
+    return None
 
 
 def check_against(against: object) -> dict[str, Any]:

@@ -247,7 +247,7 @@ class Recorder:
         }  # fmt: skip
         if count:
             self._examples.append(examples_table(step, self.rank, keys, columns))
-        self._remember(whole, keys, ratios, outliers)
+        self._remember(whole, ratios, outliers)
         self._log(row, int(outliers.sum()))
 
     def _add_noise(self, row: dict[str, Any]) -> None:
@@ -260,10 +260,11 @@ class Recorder:
             band = self.noise.low, self.noise.high
             row |= {"noise_scale": self.noise.value, "noise_low": band[0], "noise_high": band[1]}
 
-    def _remember(
-        self, whole: Piece, keys: list[str | None], ratios: torch.Tensor, outliers: torch.Tensor
-    ) -> None:
+    def _remember(self, whole: Piece, ratios: torch.Tensor, outliers: torch.Tensor) -> None:
         """What a person sees of the examples that the page shows: by times, then by ratio."""
+        keys = whole.keys
+        if keys is None:  # nothing is told apart
+            return
         largest = ratios.nan_to_num(nan=_NO_NUMBER, posinf=_NO_NUMBER)
         largest[ratios.isnan() & ~outliers] = 0  # there is no median yet
         chosen = set(torch.nonzero(outliers).flatten().tolist())
@@ -271,8 +272,6 @@ class Recorder:
         chosen.update(i for i, key in enumerate(keys) if key in self._tally)
         for i in sorted(chosen):
             key = keys[i]
-            if key is None:
-                return
             times, most = self._tally.get(key, (0, 0.0))
             now = [times + bool(outliers[i]), max(most, float(largest[i]))]
             shown = key in self._shown

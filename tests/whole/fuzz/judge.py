@@ -2,7 +2,7 @@
 
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -157,18 +157,24 @@ def freed(model: Model, version: int, J: Tensor, rng: random.Random, options: di
 
 def finite_differences(model: Model, version: int) -> Tensor:
     """(B, P), to settle what torch and pergrad disagree about."""
-    data, step = model.data(version), 1e-6
+    data = model.data(version)
+    leaves = [p for p in model.params.values() if p.is_leaf]
+    return central(leaves, lambda: model.forward(data).detach())
+
+
+def central(leaves: Sequence[Tensor], value: Callable[[], Tensor], step: float = 1e-6) -> Tensor:
+    """(*shape of the value, P): its differences when each number of the leaves is moved."""
     columns = []
-    for p in [p for p in model.params.values() if p.is_leaf]:
+    for p in leaves:
         flat = p.detach().view(-1)
         for i in range(flat.numel()):
-            value = float(flat[i])
-            flat[i] = value + step
-            up = model.forward(data).detach()
-            flat[i] = value - step
-            columns.append((up - model.forward(data).detach()) / (2 * step))
-            flat[i] = value
-    return torch.stack(columns, 1)
+            here = float(flat[i])
+            flat[i] = here + step
+            up = value()
+            flat[i] = here - step
+            columns.append((up - value()) / (2 * step))
+            flat[i] = here
+    return torch.stack(columns, -1)
 
 
 def loop_is_wrong(model: Model, version: int) -> bool:
@@ -192,8 +198,8 @@ def repeats_itself(model: Model, version: int) -> bool:
 def second_is_wrong(model: Model, version: int, **options: object) -> bool:
     """Whether pergrad's derivatives of norms are the finite differences, the loop's not."""
     with model.without_hooks():
-        data, params, step = model.data(version), model.params, 1e-6
-        leaves = [p for p in params.values() if p.is_leaf]
+        data = model.data(version)
+        leaves = [p for p in model.params.values() if p.is_leaf]
 
         def loop(create_graph: bool = False) -> Tensor:
             rows = truth(model.forward(data), model.params, create_graph=create_graph)
@@ -208,17 +214,8 @@ def second_is_wrong(model: Model, version: int, **options: object) -> bool:
                 torch.zeros_like(p).reshape(-1) if g is None else g.reshape(-1)
                 for p, g in zip(leaves, grads, strict=True)
             ])  # fmt: skip
-        real = []
-        for flat in (p.detach().view(-1) for p in leaves):
-            for i in range(flat.numel()):
-                value = float(flat[i])
-                ends = []
-                for moved in (value + step, value - step):
-                    flat[i] = moved
-                    ends.append(float(loop()))
-                flat[i] = value
-                real.append((ends[0] - ends[1]) / (2 * step))
-    off = {name: (grads - torch.tensor(real)).abs().max() for name, grads in found.items()}
+        real = central(leaves, lambda: loop().detach())
+    off = {name: (grads - real).abs().max() for name, grads in found.items()}
     return bool(off["mine"] < 1e-3 * off["loop"])
 
 
