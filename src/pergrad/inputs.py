@@ -7,10 +7,12 @@ Does not know: the graph.
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pergrad.arrays import as_tensor
 from pergrad.errors import UnsupportedError, UsageError
 
 Params = nn.Module | Mapping[str, Tensor] | Iterable[Tensor]
@@ -179,17 +181,18 @@ def row_weights(weights: object, like: Tensor) -> Tensor:
         return torch.ones_like(like)
     if isinstance(weights, (int, float)) and not isinstance(weights, bool):
         return torch.full_like(like, float(weights))
-    return check_weights(weights, like, "a tensor (B,) or a number")
+    return check_weights(weights, like, "a tensor (B,), or as many numbers, or one number")
 
 
 _ANY_WEIGHTS = (
-    "a tensor (B,), a number, or a function from the norms (B,) to weights (B,) such as "
-    "pergrad.clip(1.0)"
+    "a tensor (B,), or as many numbers, one number, or a function from the norms (B,) to weights "
+    "(B,) such as pergrad.clip(1.0)"
 )
 
 
 def check_weights(weights: object, losses: Tensor, forms: str = _ANY_WEIGHTS) -> Tensor:
     """One real weight per example."""
+    weights = as_tensor(weights, losses.dtype, losses.device)
     if not isinstance(weights, Tensor):
         raise UsageError(f"`weights` is a {type(weights).__name__}. Pass {forms}.")
     if tuple(weights.shape) != tuple(losses.shape):
@@ -200,7 +203,7 @@ def check_weights(weights: object, losses: Tensor, forms: str = _ANY_WEIGHTS) ->
     if not weights.is_floating_point():
         raise UsageError(
             f"`weights` has dtype {weights.dtype}. Weights multiply gradients: pass floating point "
-            "numbers, for instance `weights.float()`."
+            "numbers, for instance `weights.float()`, or `weights.astype(float)` of an array."
         )
     if weights.device != losses.device:
         raise UsageError(
@@ -222,6 +225,7 @@ def direction(
         UsageError: a name, a shape or the number of elements differs from the parameters'.
     """
     total = sum(prod(shape) for shape in shapes.values())
+    v = _without_arrays(v, devices)
     if isinstance(v, Tensor):
         if v.dim() != 1 or v.numel() != total:
             raise UsageError(
@@ -288,6 +292,17 @@ def direction(
     return found
 
 
+def _without_arrays(v: Any, devices: Mapping[str, torch.device]) -> Any:
+    """A direction or several, with a tensor wherever there are arrays or numbers."""
+    homes = list(devices.values()) or [torch.device("cpu")]
+    if isinstance(v, Mapping):
+        return {n: as_tensor(part, device=devices.get(n)) for n, part in v.items()}
+    if isinstance(v, (list, tuple)) and not all(isinstance(x, (int, float)) for x in v):
+        each = homes if len(homes) == len(v) else homes[:1] * len(v)
+        return [as_tensor(part, device=home) for part, home in zip(v, each, strict=True)]
+    return as_tensor(v, torch.get_default_dtype(), homes[0])
+
+
 def check_device(device: object) -> torch.device:
     """A device that this machine has.
 
@@ -327,6 +342,7 @@ def directions(
     Raises:
         UsageError: a name, a shape or the number of directions differs.
     """
+    V = _without_arrays(V, devices)
     if isinstance(V, Tensor):
         if V.dim() != 2:
             return None

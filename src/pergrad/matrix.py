@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pergrad import gradient_files, inputs
+from pergrad.arrays import as_tensor, whole
 from pergrad.engine.late_norms import Doubts, adding_to
 from pergrad.engine.user_state import Held
 from pergrad.errors import UsageError
@@ -240,6 +241,7 @@ class GradientMatrix:
         return GradientMatrix(picked, count, self._chunk_bytes)
 
     def _rows(self, index: Any) -> tuple[Any, int]:
+        index = whole(index)
         if isinstance(index, bool):
             raise UsageError("Index rows by number, slice, mask or a list of numbers.")
         if isinstance(index, int):
@@ -345,6 +347,7 @@ class GradientMatrix:
                 )
 
     def _row_weights(self, c: Any, what: str, *, sets: bool = False) -> Tensor:
+        c = as_tensor(c, self.dtype, self.device)
         fits = isinstance(c, Tensor) and c.shape[:1] == (self._batch,)
         if not fits or c.dim() > 1 + sets:
             got = tuple(c.shape) if isinstance(c, Tensor) else type(c).__name__

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from pergrad.arrays import as_tensor
 from pergrad.errors import UsageError
 from pergrad.factors import Factor
 
@@ -59,7 +60,7 @@ class Diagonal(Preconditioner):
     """
 
     def __init__(self, entries: Mapping[str, Tensor]) -> None:
-        self.entries = dict(entries)
+        self.entries = {name: as_tensor(entry) for name, entry in entries.items()}
 
     def __repr__(self) -> str:
         return f"Diagonal({', '.join(self.entries)})"
@@ -102,7 +103,12 @@ class Kronecker(Preconditioner):
     """
 
     def __init__(self, entries: Mapping[str, tuple[Side, Side]]) -> None:
-        self.entries = dict(entries)
+        self.entries = {
+            name: tuple(as_tensor(side) for side in pair)
+            if isinstance(pair, (tuple, list))
+            else pair
+            for name, pair in entries.items()
+        }
 
     def __repr__(self) -> str:
         return f"Kronecker({', '.join(self.entries)})"

@@ -161,6 +161,33 @@ def test_a_measurement_over_checkpoints(pergrad_: Run, file: Path, tmp_path: Pat
     assert len(json.loads(said)) == 5
 
 
+def test_scores_by_layer_and_their_page(pergrad_: Run, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "found"
+    words = ["influence", f"{file}:job", "--queries", f"{file}:test", "-o", out, "-q"]
+    assert pergrad_(*words)[0] == 0
+    code, _, told = pergrad_("report", out, "--by", "layer")
+    assert code == 1
+    assert 'with groups="layer": it adds them' in " ".join(told.split())
+    code, said, told = pergrad_(*words, "--groups", "layer")  # the remedy
+    assert code == 0, told
+    assert f"pergrad report {out} --by layer" in said
+    code, said, _ = pergrad_("report", out, "--by", "layer", "--json")
+    assert code == 0
+    text = Path(json.loads(said)["report"]).read_text()
+    drawn = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])
+    parts = pergrad.Influence(out).by_layer(0).to_pylist()
+    index = drawn["queries"][0]["high"][0][0]
+    assert {*drawn["layers"]} == {row["layer"] for row in parts}
+    shown = drawn["queries"][0]["layers"][str(index)]
+    want = {row["layer"]: row["score"] for row in parts if row["index"] == index}
+    assert {drawn["layers"][k]: x for k, x in shown} == pytest.approx(want, rel=1e-3)
+    assert pergrad_("scan", f"{file}:job", "-o", tmp_path / "scores", "-q")[0] == 0
+    code, _, told = pergrad_("report", tmp_path / "scores", "--by", "layer")
+    assert code == 1
+    assert "Leave out --by" in told
+    assert pergrad_("report", tmp_path / "scores")[0] == 0
+
+
 def test_less_reads_adams_state(pergrad_: Run, file: Path, tmp_path: Path) -> None:
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.Adam(model.parameters())

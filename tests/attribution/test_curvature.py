@@ -199,6 +199,27 @@ def test_drawn_labels_depend_on_the_example_alone(tmp_path: Path) -> None:
     assert (other.curved[0].Lambda - fits[0].curved[0].Lambda).norm() > 0
 
 
+def test_all_labels_of_many_classes_say_their_price(tmp_path: Path) -> None:
+    """It is done, and exact; the default takes draws, and says nothing."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 70).double()
+    data = [(torch.randn(3, dtype=torch.float64), i) for i in range(4)]
+    task = pergrad.Job(model, data, losses, outputs=lambda m, b: m(b[0]))
+    price = r"70 classes takes 140 backward passes.*, 9 times those of 8 draws.*pass labels=8, or"
+    with pytest.warns(UserWarning, match=price) as said:
+        fit = pergrad.curvature(task, tmp_path / "all", labels="all")
+    assert said[0].filename == __file__
+    G, p, count = label_grads(task)
+    rows = torch.cat([G["weight"].flatten(1), G["bias"]], 1)
+    whole = (p[:, None] * rows).mT @ rows / count
+    got = sum(float(each.Lambda.sum()) for each in fit.curved)
+    assert_agrees(torch.tensor(got), whole.trace(), float(whole.trace()), 1e-6)
+    pergrad.curvature(task, tmp_path / "all", labels="all")  # opened: nothing to pay, or to say
+    assert pergrad.curvature(task, tmp_path / "own").about["settings"]["labels"] == 8
+    with pytest.warns(UserWarning, match=r"takes 70 backward passes"):
+        pergrad.curvature(task, tmp_path / "kfac", labels="all", kind="kfac")
+
+
 def test_many_draws_come_near_the_expectation(tmp_path: Path) -> None:
     task = job("perceptron")
     exact = pergrad.curvature(task, tmp_path / "all", kind="diagonal", labels="all").curved[0]

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 import naive
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -287,7 +288,9 @@ def test_weights(model: nn.Module) -> None:
         (torch.ones(B, 1), r"\(3, 1\)(.|\n)*\(3,\)"),
         (torch.tensor(2.0), r"\(\)(.|\n)*\(3,\)"),
         (True, r"bool(.|\n)*number"),
-        ([1.0, 2.0, 3.0], r"list(.|\n)*tensor"),
+        (["1", "2", "3"], r"list(.|\n)*tensor"),
+        ([1.0, 2.0], r"\(2,\)(.|\n)*\(3,\)"),
+        (np.ones(B, int), r"int64(.|\n)*astype\(float\)"),
         (lambda norms: norms[:2], r"\(2,\)(.|\n)*\(3,\)"),
         (lambda norms: (norms > 0).long(), r"int64(.|\n)*float"),
         (lambda norms: 1.0, r"float(.|\n)*tensor"),
@@ -304,9 +307,9 @@ def test_weights_of_squares(model: nn.Module) -> None:
         (torch.ones(B + 1), r"\(4,\)(.|\n)*one weight per example, shape \(3,\)"),
         (torch.tensor(2.0), r"\(\)(.|\n)*one weight per example"),
         (torch.ones(B, device="meta"), r"meta(.|\n)*weights\.to\("),
-        (True, r"bool(.|\n)*Pass a tensor \(B,\) or a number"),
-        ([1.0, 2.0, 3.0], r"list(.|\n)*Pass a tensor \(B,\) or a number"),
-        (pergrad.clip(1.0), r"Clip(.|\n)*Pass a tensor \(B,\) or a number"),
+        (True, r"bool(.|\n)*Pass a tensor \(B,\), or as many numbers, or one number"),
+        (["1", "2", "3"], r"list(.|\n)*Pass a tensor \(B,\)"),
+        (pergrad.clip(1.0), r"Clip(.|\n)*Pass a tensor \(B,\)"),
     ]
     J = pergrad.gradients(losses_of(model), model)
     for weights, match in wrong:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pergrad.arrays import whole
 from pergrad.errors import UsageError
 from pergrad.scans import manifest
 from pergrad.scans.job import Job
@@ -70,7 +71,7 @@ class Answer:
                 "Recall is told against exact scores of the kind that the sketch estimates: pass "
                 "rerank=job and refine=0."
             )
-        self._check(0, n)
+        _, n = self._checked(0, n)
         least = self.exact.topk(n, 1).values[:, -1].double()
         missed = torch.zeros(len(least), dtype=torch.float64)
         for estimates, errors in self.others():
@@ -78,8 +79,9 @@ class Answer:
             missed += torch.special.ndtr(above).sum(0)
         return n / (n + missed)
 
-    def _check(self, query: int, n: int) -> None:
+    def _checked(self, query: int, n: int) -> tuple[int, int]:
         queries = len(self.estimates)
+        query, n = whole(query), whole(n)
         if not isinstance(query, int) or not 0 <= query < queries:
             raise UsageError(f"There is no query {query!r}: pass a number from 0 to {queries - 1}.")
         if not isinstance(n, int) or not 1 <= n <= self.top_:
@@ -87,11 +89,12 @@ class Answer:
                 f"n is {n!r}, and there are {self.top_} candidates at each end. Ask for more with "
                 "index.query(..., top=)."
             )
+        return query, n
 
     def _end(self, query: int, n: int, sign: int) -> Rows:
         import pyarrow as pa
 
-        self._check(query, n)
+        query, n = self._checked(query, n)
         scores = (self.estimates if self.exact is None else self.exact)[query]
         order = (sign * scores).argsort(stable=True)[:n]
         index = self.candidates[order].tolist()

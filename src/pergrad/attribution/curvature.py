@@ -9,6 +9,7 @@ Does not know: what is summed (`estimate`), or what a fit does with gradients (`
 """
 
 import time
+import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -35,12 +36,12 @@ from pergrad.attribution.folder import (
     tensors_from_bytes,
     tensors_to_bytes,
 )
-from pergrad.attribution.likelihood import outputs_of, resolve_labels
+from pergrad.attribution.likelihood import outputs_of, price, resolve_labels
 from pergrad.attribution.progress import bars, tell
 from pergrad.attribution.summing import Summing, blocks_in
 from pergrad.attribution.together import Crew, Engine, by_batches, hired
 from pergrad.engine.run import PassOptions
-from pergrad.errors import StoreError, UsageError
+from pergrad.errors import StoreError, UsageError, users_line
 from pergrad.extras import need
 from pergrad.scans.job import Job
 from pergrad.scans.model_state import prepared
@@ -86,6 +87,7 @@ def curvature(
         labels: "all": the expectation over labels exactly, a backward pass for each class. A
             number: as many draws, fresh ones for the eigenvalues. "given": those of the data set,
             the empirical Fisher matrix. Default: "all" for outputs (B, C) with C up to 64, else 8.
+            "all" of more than 64 classes is done, with a warning that says what it takes.
         damping: what is added to each block, as a share of its mean eigenvalue.
         batch_size: how many examples go through the model at once; by default what memory allows.
         seed: of the labels drawn. An example's labels do not depend on its batch.
@@ -170,6 +172,7 @@ class _Run:
         first = self.batches.at(range(min(self.batches.size, self.total)))
         outputs = None if summing.labels == "given" else outputs_of(self.batches, first)
         summing.labels = self.labels = resolve_labels(summing.labels, outputs)
+        self.price = "" if outputs is None else price(self.labels, outputs, self.kind)
         self.about = self._about(mode)
         self.first = first
         self.tensors: dict[str, Tensor] | None = None
@@ -187,6 +190,8 @@ class _Run:
         if old is None:
             self.folder.save_manifest({**self.about, "finished": False})
         if not done:
+            if self.price:
+                warnings.warn(self.price, UserWarning, stacklevel=users_line())
             self.tensors = self._estimated()
             content = tensors_to_bytes(self.tensors)
             self.folder.add("fit", 0, self.total, content, "safetensors")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pergrad.arrays import as_tensor
 from pergrad.attribution.baselines import baselines, check_text
 from pergrad.attribution.batches import Batches, batches_of, check_job
 from pergrad.attribution.evaluation import Evaluation, ceiling, lds
@@ -38,13 +39,14 @@ WHAT = "pergrad evaluation"
 LEAST_SUBSETS = 20
 
 Train = Callable[[list[int], int], nn.Module]
+Found = Influence | Tensor | np.ndarray | Sequence[Sequence[float]]
 
 
 def evaluate(
     train: Train,
     job: Job,
     queries: Any,
-    found: Influence | Tensor | Mapping[str, Influence | Tensor],
+    found: Found | Mapping[str, Found],
     *,
     out: str | PathLike[str],
     subsets: int = 50,
@@ -72,7 +74,8 @@ def evaluate(
         job: the job that was scored.
         queries: the queries that were asked: a data set, whose output is minus the loss, or a Job,
             whose output is its losses.
-        found: an Influence with every pair, scores (Q, N), or several by name.
+        found: an Influence with every pair, scores (Q, N) as a tensor, an array or lists, or
+            several by name.
         out: the folder for the measurements, made if need be.
         subsets: how many, at least 20.
         share: how much of the training set is in each, between 0 and 1.
@@ -192,14 +195,16 @@ def _named(found: Any, queries: int, examples: int) -> dict[str, np.ndarray]:
     several = found if isinstance(found, Mapping) else {"influence": found}
     named: dict[str, np.ndarray] = {}
     for name, each in several.items():
-        scores = each.scores if isinstance(each, Influence) else each
+        scores = each.scores if isinstance(each, Influence) else as_tensor(each)
         if not isinstance(scores, Tensor) or tuple(scores.shape) != (queries, examples):
             got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise UsageError(
                 f"The scores of {name!r} are {got}, for {queries} queries and {examples} examples. "
-                "Pass what pergrad.influence gave for this job and these queries, or a tensor "
-                "(queries, examples)."
+                "Pass what pergrad.influence gave for this job and these queries, or a tensor, an "
+                "array or lists (queries, examples)."
             )
+        if scores.is_complex():
+            raise UsageError(f"The scores of {name!r} are complex numbers. Pass real ones.")
         if not bool(scores.isfinite().all()):
             raise UsageError(f"The scores of {name!r} are not all finite. Leave these out.")
         named[name] = scores.detach().cpu().double().numpy()

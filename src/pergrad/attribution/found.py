@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pergrad.arrays import whole
 from pergrad.attribution.folder import Folder
 from pergrad.attribution.ranking import read_pairs, strongest
 from pergrad.attribution.shown import (
@@ -166,6 +167,7 @@ class Influence:
         import pyarrow as pa
 
         queries, total = self.shape
+        query, n = whole(query), whole(n)
         if not isinstance(query, int) or not 0 <= query < queries:
             raise UsageError(f"There is no query {query!r}: pass a number from 0 to {queries - 1}.")
         if not isinstance(n, int) or n < 1:
@@ -232,6 +234,7 @@ class Influence:
         import pyarrow as pa
 
         names, found = self._parts()
+        query = whole(query)
         if query not in found:
             raise UsageError(
                 f"There are no scores by layer of query {query!r}: pass a number from 0 to "

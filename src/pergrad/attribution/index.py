@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from pergrad.arrays import whole
 from pergrad.attribution.answer import Answer
 from pergrad.attribution.batches import check_evaluating
 from pergrad.attribution.fit import Fit
@@ -103,6 +104,7 @@ class Sketch:
         Cost: a pass over the sketch, 2 bytes x size for each example; with `rerank` that of
             `influence` for at most 2 x top x Q examples.
         """
+        top = whole(top)
         if not isinstance(top, int) or isinstance(top, bool) or top < 1:
             raise UsageError(f"top is {top!r}; pass a positive number of candidates.")
         if refine and (rerank is None or self._fit is None):

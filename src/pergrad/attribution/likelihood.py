@@ -161,3 +161,16 @@ def resolve_labels(labels: object, outputs: Outputs | None) -> Labels:
     if isinstance(labels, int) and not isinstance(labels, bool) and labels > 0:
         return labels
     raise UsageError(f'labels is {labels!r}; pass "all", a positive number of draws, or "given".')
+
+
+def price(labels: Labels, outputs: Outputs, kind: str) -> str:
+    """What all labels cost where the default would not have taken them; nothing where it would."""
+    classes = outputs.values.shape[2]
+    if labels != "all" or classes <= MOST_CLASSES:
+        return ""
+    passes = classes * (1 if kind in ("kfac", "diagonal") else 2)
+    return (
+        f'labels="all" of {classes} classes takes {passes:,} backward passes for each batch, '
+        f"{classes / DRAWS:.0f} times those of {DRAWS} draws, the default for so many classes. "
+        f"For these pass labels={DRAWS}, or leave labels out."
+    )

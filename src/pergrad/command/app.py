@@ -21,7 +21,8 @@ from typing import Annotated, Any, Literal, get_args
 import typer
 
 import pergrad
-from pergrad.command import attributing, left, printing, runs
+from pergrad.command import attributing, calibrating, left, printing, runs
+from pergrad.command.attribution_options import Groups
 from pergrad.command.common import (
     ERROR,
     FINE,
@@ -87,13 +88,6 @@ app = typer.Typer(
 def _choice(name: str, *values: str) -> Any:
     """The type of an option that has one of several values."""
     return StrEnum(name, {value: value for value in values})
-
-
-class Precision(StrEnum):
-    """What is multiplied. Half precision is multiplied in float32."""
-
-    float32 = "float32"
-    float64 = "float64"
 
 
 Folder = Annotated[
@@ -328,6 +322,14 @@ def report(
     title: Annotated[
         str | None, typer.Option(metavar="TEXT", help="By default it names the model.")
     ] = None,
+    by: Annotated[
+        Groups | None,
+        typer.Option(
+            help="Of influences: an opened example shows its score by layer, which "
+            "`pergrad influence --groups layer` keeps.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write one HTML page about scores, influences or a training run; it needs no network.
@@ -336,16 +338,18 @@ def report(
     Examples:
         pergrad report scores
         pergrad report run
-        pergrad report found
+        pergrad report found --by layer
         pergrad report scores --out scores.html --title "Training data, May"
     """
-    opened: Any
     left.check_shows(folder)
+    path = out or folder / "report.html"
     if left.is_influence(folder):
-        opened = pergrad.Influence(folder)
+        page = pergrad.Influence(folder).report(path, title=title, by="layer" if by else None)
+    elif by is not None:
+        raise UsageError(f"{folder} has no influences, which --by is for. Leave out --by.")
     else:
         opened = pergrad.open_watch(folder) if is_run(folder) else pergrad.open_scores(folder)
-    page = opened.report(out or folder / "report.html", title=title)
+        page = opened.report(path, title=title)
     typer.echo(printing.as_json({"report": str(page)}) if as_json else printable(page))
 
 
@@ -411,60 +415,7 @@ def demo(
         typer.echo(f"The code of this demo, to copy and change: {demonstration.file()}")
 
 
-@app.command()
-def calibrate(
-    device: Annotated[str, typer.Option(help="Where to measure: cpu, cuda, cuda:1.")] = "cpu",
-    dtype: Annotated[Precision, typer.Option(help="Of the products.")] = Precision.float32,
-    as_json: AsJson = False,
-) -> None:
-    """Measure which of its exact methods are fastest on this machine, in a few seconds.
-
-    \b
-    Once per machine and device, with the number of threads that you work with. It changes how
-    long pergrad takes; of the results, only the rounding. Nothing else should run meanwhile.
-    What was measured is kept in ~/.cache/pergrad/costs, or in the folder that the environment
-    variable PERGRAD_COSTS names; delete it to undo this. It also says whether the kernels that
-    pergrad compiles with your C compiler are there, and if not, why.
-
-    \b
-    Examples:
-        pergrad calibrate
-        OMP_NUM_THREADS=8 pergrad calibrate
-        pergrad calibrate --device cuda --json
-    """
-    import torch
-
-    found = pergrad.calibrate(device, getattr(torch, dtype.value))
-    if as_json:
-        typer.echo(
-            printing.as_json(
-                {
-                    "device": found.device,
-                    "dtype": dtype.value,
-                    "loss": found.loss,
-                    "loss_before": found.loss_before,
-                    "constants": found.constants,
-                    "file": None if found.file is None else str(found.file),
-                    "no_kernel": found.no_kernel,
-                }
-            )
-        )
-        return
-    rows = [
-        {
-            "product": case.what,
-            **{f"{name} ms": float(f"{1000 * t:.3g}") for name, t in case.seconds.items()},
-        }
-        for case in found.cases
-    ]
-    for names in {tuple(row): None for row in rows}:
-        typer.echo(as_table([row for row in rows if tuple(row) == names]) + "\n")
-    typer.echo(
-        f"{found.device}, {dtype.value}: the choice of method loses {found.loss:.1%} of the time "
-        f"to the fastest one ({found.loss_before:.1%} before).\n"
-        f"Compiled kernels: {'yes' if found.no_kernel is None else 'no, ' + found.no_kernel}.\n"
-        f"Kept in {found.file or 'this process only'}."
-    )
+app.command()(calibrating.calibrate)
 
 
 def _batch_size(text: str) -> int | Literal["auto"]:

@@ -19,6 +19,7 @@ from pergrad.command.attribution_options import (
     AsMode,
     BatchSize,
     Engine,
+    Groups,
     Kind,
     Method,
     Mixing,
@@ -161,6 +162,11 @@ def influence(
         typer.Option(min=1, metavar="N", help="Keep the N highest and lowest scores of each query. "
                      "By default every pair.", show_default=False),
     ] = None,
+    groups: Annotated[
+        Groups | None,
+        typer.Option(help="Also in parts, by layer, for `pergrad report --by layer`; a finished "
+                     "folder gets them, too.", show_default=False),
+    ] = None,
     batch_size: BatchSize = None,
     seed: Seed = 0,
     mode: AsMode = Mode.eval,
@@ -184,6 +190,7 @@ def influence(
         pergrad influence train.py:job --queries train.py:test --out found --method kernel
         pergrad influence train.py:job --queries train.py:test --out found --top 100 \\
             --checkpoint 1.pt --checkpoint 2.pt --rate 0.1 --rate 0.05
+        pergrad influence train.py:job --queries train.py:test --out found --groups layer
         pergrad top found --query 0
     """
     on = _on(engine, workers, address)
@@ -200,13 +207,15 @@ def influence(
                 rates=rate or None, cosine=cosine,
                 adam=[left.state_of(each) for each in adam] if adam else None,
                 method=None if method is None else "kernel", top=top, damping=damping,
+                groups=None if groups is None else "layer",
                 batch_size=batch_size, seed=seed, mode=_mode(mode), **_options(on_mixing), **on,
             )  # fmt: skip
     if _others(on):
         return
     if not as_json:
         name = shlex.quote(str(out))
-        words = f"pergrad top {name} --query 0\n  pergrad report {name}"
+        by = "" if groups is None else " --by layer"
+        words = f"pergrad top {name} --query 0\n  pergrad report {name}{by}"
         typer.echo(f"{found!r}\n\nTo look at them:\n  {words}")
         return
     residuals = found.residuals

@@ -33,6 +33,12 @@ class Method(StrEnum):
     kernel = "kernel"
 
 
+class Groups(StrEnum):
+    """What a score is taken apart by."""
+
+    layer = "layer"
+
+
 class Engine(StrEnum):
     """Where it is computed."""
 

@@ -154,7 +154,7 @@ def check_against(against: object) -> dict[str, Any]:
 def check_reference(name: str, value: object) -> None:
     """Something that a direction can be read from."""
     kind = type(value).__name__
-    if isinstance(value, (Tensor, Mapping)):
+    if isinstance(value, (Tensor, Mapping)) or getattr(value, "ndim", 0) == 1:
         return
     tensors = isinstance(value, Sequence) and all(isinstance(each, Tensor) for each in value)
     if tensors and not isinstance(value, str):

@@ -9,6 +9,7 @@ from math import inf, nan, pi, sqrt, tan
 from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING, Any
 
+from pergrad.arrays import as_tensor
 from pergrad.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,14 +81,17 @@ class NoiseScale:
             UsageError: fewer than two examples have a weight, shapes differ, or a number is not
                 finite.
         """
+        norms, weights = as_tensor(norms), as_tensor(weights)
         if not _is_tensor(norms) or norms.dim() != 1:
-            raise UsageError("`norms` is not a tensor (B,). Pass the norms of the step's examples.")
+            raise UsageError(
+                "`norms` is not a tensor or an array (B,). Pass the norms of the step's examples."
+            )
         norms = norms.detach().double().cpu()
         total = float(grad_norm)
         w = norms.new_full(norms.shape, 1 / max(1, len(norms)))
         if weights is not None:
             if not _is_tensor(weights) or weights.shape != norms.shape:
-                raise UsageError(f"`weights` is not a tensor ({len(norms)},), as `norms` is.")
+                raise UsageError(f"`weights` is not ({len(norms)},), as `norms` is.")
             w = weights.detach().double().cpu()
             share = float(w.sum())
             if share == 0:
@@ -182,7 +186,7 @@ class NoiseScale:
 
 
 def _is_tensor(value: Any) -> bool:
-    """Whether it has what is used of a tensor here; numpy's arrays have not."""
+    """Whether it has what is used of a tensor here."""
     return all(hasattr(value, name) for name in ("detach", "double", "new_full", "masked_fill"))
 
 

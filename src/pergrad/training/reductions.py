@@ -7,6 +7,7 @@ Does not know: gradients, models.
 import torch
 from torch import Tensor
 
+from pergrad.arrays import as_tensor
 from pergrad.errors import UsageError
 
 _HOW = ("mean", "sum", "root")
@@ -51,6 +52,8 @@ def per_example(
         >>> pergrad.per_example(values[0], ids=torch.tensor([0, 1, 1]), how="sum")
         tensor([1., 5.])
     """
+    if isinstance(values, Tensor):
+        mask, ids = (as_tensor(each, device=values.device) for each in (mask, ids))
     _check(values, mask, how, ids)
     counted = torch.ones_like(values, requires_grad=False) if mask is None else mask.to(values)
     if mask is not None:

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pergrad.arrays import whole
 from pergrad.errors import StoreError, UsageError
 from pergrad.extras import need
 from pergrad.scans.rows import Rows
@@ -86,6 +87,7 @@ class Run:
         """
         import pyarrow as pa
 
+        n = whole(n)
         if not isinstance(n, int) or n < 1:
             raise UsageError(f"n is {n!r}; ask for at least one example.")
         ranks = ("ratio", "norm", "score", "loss")
