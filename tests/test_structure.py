@@ -18,7 +18,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 
 # From the bottom up; a layer may import from itself and from those before it.
 LAYERS = [
-    ["errors", "folders", "version"],
+    ["arrays", "errors", "folders", "version"],
     ["kernels"],
     ["extras", "factors", "inputs", "clipping"],
     ["graph", "calibration"],
