@@ -25,7 +25,7 @@ def pergrad(work: Workload, method: str, folder: Path) -> Tensor:
         return work.losses(model, *batch)
 
     job = pergrad.Job(work.model, work.data, losses, params=own)
-    size = {"batch_size": work.batch}
+    size = {"batch_size": work.batch, "progress": False}
     if method == "identity":
         return pergrad.influence(job, work.queries, folder / "found", **size).scores
     fit = pergrad.curvature(job, folder / "fit", labels="given", damping=DAMPING, **size)

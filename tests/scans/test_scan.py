@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -646,3 +647,27 @@ def test_names_of_extras_are_there_but_not_imported() -> None:
     subprocess.run([sys.executable, "-c", probe], check=True)
     with pytest.raises(AttributeError, match="no attribute 'scann'"):
         _ = pergrad.scann
+
+
+@pytest.mark.parametrize("block", [range(2, 5), range(4), [3, 0, 3], [5]])
+def test_rows_of_tensors_are_what_collate_makes_of_items(block: Sequence[int]) -> None:
+    """All in one piece, of their own memory, and attached if the data are."""
+    from torch.utils.data import Subset, TensorDataset, default_collate
+
+    from pergrad.scans.scorer import fetch
+
+    x = torch.randn(3, 6).mT  # not contiguous
+    leaf = torch.randn(6, 2, 2, requires_grad=True)
+    data = TensorDataset(x, torch.arange(6), leaf, torch.ones(6, dtype=torch.bool))
+    want = default_collate([data[i] for i in block])
+    got = fetch(None, data, block, 0)
+    assert type(got) is type(want) is list
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+        assert a.dtype == b.dtype
+        assert a.stride() == b.stride()
+        assert a.requires_grad == b.requires_grad
+        assert a.data_ptr() not in {t[k].data_ptr() for t in data.tensors for k in range(6)}
+    whole = fetch(None, Subset(data, range(6)), block, 0)
+    assert all(torch.equal(a, b) for a, b in zip(whole, want, strict=True))
+    assert fetch(len, data, block, 0) == len(block)

@@ -9,7 +9,7 @@ For an outer product of one position Ql' (g a') Qr = (Ql' g) (Qr' a)', so neithe
 matrix. All other blocks are solved as they are.
 """  # noqa: E501
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -33,15 +33,14 @@ class Solved:
                     turned = _turned(c, J._factors[weight]) if weight not in outside else None
                     if turned is not None:
                         rows = turned.dense()[:, None]
-                        inside.setdefault(weight, []).append(rows / self._divisor(c, rows))
+                        inside.setdefault(weight, []).append(rows.div_(self._divisor(c, rows)))
                         continue
                     if weight in inside:  # the batches before had one position, and this has more
                         outside |= self._out(c, inside.pop(weight))
-                    own = {n: J._factors[n].dense() for n in c.block.names}
-                    for n, part in fit.solve_block(c, own).items():
+                    for n, part in self._solved(c, J._factors).items():
                         outside.setdefault(n, []).append(part)
-        self.inside = {n: torch.cat(parts) for n, parts in inside.items()}
-        self.outside = {n: torch.cat(parts) for n, parts in outside.items()}
+        self.inside = {n: _joined(parts) for n, parts in inside.items()}
+        self.outside = {n: _joined(parts) for n, parts in outside.items()}
 
     def against(self, J: GradientMatrix) -> Tensor:
         """(B, Q): inner products of examples' gradients with all queries."""
@@ -71,6 +70,18 @@ class Solved:
             factor = J._factors[n]
             yield factor.gram(Dense(self.outside[n].to(factor.device, factor.dtype)))
 
+    def _solved(self, c: Curved, factors: Mapping[str, Factor]) -> dict[str, Tensor]:
+        """A block's part of the queries, formed; turned before they are formed if that is less."""
+        factor = factors[c.block.weight]
+        if _is_plain(c, factor):
+            assert isinstance(factor, Outer)
+            _, T, p, d = factor.sizes
+            if T * (p * p + d * d) < p * d * (p + d):
+                rows = _in_basis(c, factor).dense()[:, None]
+                G = c.back(rows.div_(self._divisor(c, rows)))
+                return c.block.grads(G, self.fit.shapes)
+        return self.fit.solve_block(c, {n: factors[n].dense() for n in c.block.names})
+
     def _divisor(self, c: Curved, like: Tensor) -> Tensor:
         return c.Lambda.to(like) + self.fit.added[c.block.weight]
 
@@ -80,13 +91,29 @@ class Solved:
         return {n: [rows] for n, rows in back.items()}
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
 def _turned(c: Curved, factor: Factor) -> Outer | None:
     """An outer product of one position in the basis, its bias with it; None for all else."""
+    if not _is_plain(c, factor) or factor.sizes[1] != 1:  # type: ignore[attr-defined]
+        return None
+    assert isinstance(factor, Outer)
+    return _in_basis(c, factor)
+
+
+def _is_plain(c: Curved, factor: Factor) -> bool:
+    """Whether the factor is a sum of outer products of the block's own sides, both with a basis."""
     block = c.block
     if not isinstance(factor, Outer) or block.how != "outer" or block.steps is not None:
-        return None
-    N, T, p, d = factor.sizes
-    if T != 1 or (N, p, d) != (1, block.rows, block.columns) or c.left is None or c.right is None:
-        return None
-    g, a = block.extended(factor)
+        return False
+    N, _, p, d = factor.sizes
+    return (N, p, d) == (1, block.rows, block.columns) and None not in (c.left, c.right)
+
+
+def _in_basis(c: Curved, factor: Outer) -> Outer:
+    g, a = c.block.extended(factor)
+    assert c.left is not None
+    assert c.right is not None
     return Outer(g @ c.left.to(g), a @ c.right.to(a))
