@@ -347,9 +347,10 @@ def report(
         page = pergrad.Influence(folder).report(path, title=title, by="layer" if by else None)
     elif by is not None:
         raise UsageError(f"{folder} has no influences, which --by is for. Leave out --by.")
+    elif is_run(folder):
+        page = runs.noted(pergrad.open_watch(folder)).report(path, title=title)
     else:
-        opened = pergrad.open_watch(folder) if is_run(folder) else pergrad.open_scores(folder)
-        page = opened.report(path, title=title)
+        page = pergrad.open_scores(folder).report(path, title=title)
     typer.echo(printing.as_json({"report": str(page)}) if as_json else printable(page))
 
 

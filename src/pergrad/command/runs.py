@@ -16,6 +16,7 @@ import pergrad
 from pergrad.errors import UsageError
 from pergrad.scans.text import printable
 from pergrad.training.run_folder import is_run
+from pergrad.training.run_notes import PLACE, as_sentence
 
 
 def watch(
@@ -55,6 +56,13 @@ def watch(
         raise typer.Exit(0) from None
 
 
+def noted(run: pergrad.Run) -> pergrad.Run:
+    """A run; what watches have noted in its folder is said beside what a command prints of it."""
+    for note in run.notes():
+        typer.echo(printable(as_sentence(note)), err=True)
+    return run
+
+
 def top(folder: Path, count: int, by: str, given: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The examples of a run that stood out; refuses the options that only scores have."""
     for name, value in given.items():
@@ -62,7 +70,7 @@ def top(folder: Path, count: int, by: str, given: Mapping[str, Any]) -> list[dic
             raise UsageError(
                 f"{folder} is a training run, and --{name} is for scores. Leave out --{name}."
             )
-    return pergrad.open_watch(folder).top(count, by=by).to_pylist()
+    return noted(pergrad.open_watch(folder)).top(count, by=by).to_pylist()
 
 
 def pages(
@@ -93,7 +101,7 @@ def pages(
 
 def _files(folder: Path) -> list[str]:
     """What of a run lies in its folder: files are never changed, only added and replaced."""
-    kinds = ("examples", "steps", "shown")
+    kinds = ("examples", "steps", "shown", PLACE)
     there = [folder / kind for kind in kinds if (folder / kind).is_dir()]
     names = [f"{place.name}/{name}" for place in there for name in os.listdir(place)]
     return sorted(names)

@@ -8,6 +8,7 @@ Does not know: models, backward passes; the form of the folder.
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from math import isfinite, nan
 from typing import Any
@@ -30,6 +31,7 @@ from pergrad.training.run_folder import (
     table_of,
     together,
 )
+from pergrad.training.run_notes import leave
 from pergrad.training.step_numbers import (
     Baseline,
     Piece,
@@ -94,7 +96,7 @@ class Recorder:
             for key, stored in self.folder.shown().items():
                 self._shown[key] = Preview.from_stored(*stored)
         except StoreError as error:
-            self.off = str(error)
+            self._stop(str(error))
             raise
         self.last = max(self._done, default=-1)
 
@@ -108,7 +110,7 @@ class Recorder:
         """The number of the first step, where they are not given."""
         self._begun = True
         if self._done:
-            self.say(
+            self._note(
                 f"{printable(self.folder.folder)} has {len(self._done)} watched steps already, so "
                 f"these are counted on from {self.last + 1}, as those of one run. Another run "
                 f"needs a folder of its own, such as {printable(self.folder.free())}; "
@@ -144,14 +146,13 @@ class Recorder:
         self._compare, self._warned = False, True
         rows = self.folder.examples_of(self.rank, step)
         differs = difference(rows, whole) if rows["key"] else None
-        if differs is None:
-            return self.say(self._already(step))
-        self.off = (
+        if differs is None:  # so far: it may learn at another rate
+            return self._note(self._already(step))
+        return self._stop(
             f"{printable(self.folder.folder)} has another run: in step {step}, {differs}. Nothing "
             "was changed, and nothing of this run is kept; give it a folder of its own, such as "
             f"{printable(self.folder.free())}, or delete the old one before."
         )
-        return self.say(self.off)
 
     def describe(self, model: str, parameters: list[list[Any]], settings: dict[str, Any]) -> None:
         """What is trained; a folder of another run is refused. Raises StoreError."""
@@ -165,7 +166,7 @@ class Recorder:
             was, now = there[differ[0]], self._settings[differ[0]]
             if differ[0] == "parameters":
                 was, now = _first_difference(was, now)
-            self.off = (
+            self._stop(
                 f"{printable(self.folder.folder)} has another run: its {differ[0]} was "
                 f"{printable(was)} and is {printable(now)}. Nothing was changed; give this run a "
                 "folder of its own."
@@ -198,6 +199,18 @@ class Recorder:
         if words not in self.failures:
             self.failures.append(words)
             _logger.warning("%s", printable(words))
+
+    def _note(self, words: str) -> None:
+        """Say something that whoever looks into the folder later has to know, too."""
+        self.say(words)
+        if self.folder.manifest is not None:
+            with suppress(OSError):  # it has been said
+                leave(self.folder.folder, self.rank, storable(words))
+
+    def _stop(self, words: str) -> None:
+        """Nothing is recorded any more."""
+        self.off = words
+        self._note(words)
 
     def finish_step(self) -> None:
         """The step is over: its rows, what is logged, and now and then the disk."""
@@ -354,11 +367,9 @@ class Recorder:
                 "can be written to."
             )
         except StoreError as error:
-            self.off = str(error)
-            self.say(str(error))
+            self._stop(str(error))
         if sum(map(len, self._examples)) > MOST_ROWS:
-            self.off = f"{MOST_ROWS:,} rows wait for the disk, so no more are read."
-            self.say(self.off)
+            self._stop(f"{MOST_ROWS:,} rows wait for the disk, so no more are read.")
 
     def check_written(self) -> None:
         """What is in the folder is of this run. Raises StoreError."""

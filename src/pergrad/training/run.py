@@ -16,6 +16,7 @@ from pergrad.scans.text import printable
 from pergrad.training.noise_of_ranks import add_noise
 from pergrad.training.noise_scale import NoiseScale
 from pergrad.training.report import write
+from pergrad.training.run_notes import notes
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -126,6 +127,16 @@ class Run:
         rows = self.steps().select(["step", "rank", "spike"]).to_pylist()
         return [row for row in rows if row["spike"]]
 
+    def notes(self) -> list[dict[str, Any]]:
+        """What watches have said that no row of the run tells: time, rank and words, latest first.
+
+        Above all that the folder refused another run: what it has is not that run's.
+
+        Raises:
+            StoreError: a note is damaged.
+        """
+        return notes(self.folder)
+
     def shown(self) -> dict[str, tuple[str, str | None, bytes]]:
         """Key -> what a person sees of the examples that stand out most: kind, label, its bytes."""
         return self._folder.shown()
@@ -172,9 +183,10 @@ class Run:
         steps = self.by_step()
         first, last = (steps[0][0], steps[-1][0]) if steps else (0, 0)
         model = printable(self.manifest["model"])
+        noted = f"; see its {many} notes()" if (many := len(self.notes())) else ""
         return (
             f"Run of {model} in {printable(self.folder)}: {len(steps)} watched steps, {first} to "
-            f"{last}, noise scale {self.noise(100)!r}"
+            f"{last}, noise scale {self.noise(100)!r}{noted}"
         )
 
 

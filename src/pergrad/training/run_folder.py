@@ -7,6 +7,7 @@ Does not know: how rows come about, what is made of them.
     examples/part-{rank}-{first step}-{rows}-{checksum}.parquet
     steps/part-{rank}-{first step}-{rows}-{checksum}.parquet
     shown/{rank}-{checksum}.parquet     what a person sees of the examples
+    notes/                              see `run_notes`
     .lock-{rank}                        who writes
 
 A file is written under another name and renamed, so there is never half a file. Each rank of a
@@ -32,6 +33,7 @@ from pergrad import folders
 from pergrad.errors import StoreError
 from pergrad.scans.store import digest_of
 from pergrad.scans.text import printable
+from pergrad.training.run_notes import PLACE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 FORMAT, VERSION = "pergrad run", 1
 _NAME = re.compile(r"part-(\d{4,})-(\d{12,})-(\d+)-([0-9a-f]{32})\.parquet")
 _SHOWN = re.compile(r"(\d{4,})-([0-9a-f]{32})\.parquet")
-_OURS = {"manifest.json", "examples", "steps", "shown", "report.html"}
+_OURS = {"manifest.json", "examples", "steps", "shown", PLACE, "report.html"}
 
 EXAMPLES = pa.schema(
     [

@@ -20,6 +20,7 @@ from pergrad.scans.report.preview import Preview
 from pergrad.scans.text import storable
 from pergrad.training.report import figures
 from pergrad.training.report.numbers import WINDOW, Curves, Found, curves, found, marks
+from pergrad.training.run_notes import as_sentence
 
 if TYPE_CHECKING:
     from pergrad.training.run import Run
@@ -28,6 +29,7 @@ CARDS = 60
 LEAST_CARDS = 12  # with those of the largest scores, where few are outliers
 LOSSES = 20  # largest ones that are listed
 ROWS = 200  # of the table of spikes, the latest ones
+NOTES = 5  # the latest ones
 SEEN = 60  # characters of an example in the headline
 PREVIEW_BYTES = 5_000_000  # of pictures and texts, in the page
 OURS = "pergrad.training.report"
@@ -47,7 +49,7 @@ def html(run: "Run", *, title: str | None, refresh: int | None, said: Sequence[s
         refresh=refresh,
         found=there,
         headline=headline(there, cards),
-        findings=_new(said, there) + findings(there, run.manifest.get("clip")),
+        findings=_new(run, said, there) + findings(there, run.manifest.get("clip")),
         drawn=list(drawn),
         clip=run.manifest.get("clip"),
         spikes=there.spikes[::-1][:ROWS],
@@ -67,10 +69,12 @@ def html(run: "Run", *, title: str | None, refresh: int | None, said: Sequence[s
     )
 
 
-def _new(said: Sequence[str], there: Found) -> list[str]:
-    """What the watch says, except what stands in the run itself."""
-    noted = {note for _, note in there.notes}
-    return [f"Said while watching: {words}" for words in said if storable(words) not in noted]
+def _new(run: "Run", said: Sequence[str], there: Found) -> list[str]:
+    """What this watch and earlier ones say, except what stands in the run itself."""
+    kept = run.notes()
+    noted = {note for _, note in there.notes} | {note["words"] for note in kept}
+    now = [f"Said while watching: {words}" for words in said if storable(words) not in noted]
+    return now + [as_sentence(note) for note in kept[:NOTES]]
 
 
 def _figures(run: "Run", drawn: Curves, said: Found) -> dict[str, Model]:
