@@ -39,7 +39,7 @@ def read(path: Path) -> bytes:
 
 def write(
     path: Path,
-    content: bytes,
+    content: bytes | memoryview,
     *,
     mode: int = 0o600,
     durable: bool = False,

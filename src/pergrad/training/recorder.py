@@ -24,12 +24,8 @@ from pergrad.training.noise_scale import NoiseScale
 from pergrad.training.other_run import difference
 from pergrad.training.run_folder import (
     FORMAT,
-    STEPS,
     VERSION,
     RunFolder,
-    examples_table,
-    table_of,
-    together,
 )
 from pergrad.training.run_notes import leave
 from pergrad.training.step_numbers import (
@@ -40,10 +36,12 @@ from pergrad.training.step_numbers import (
     step_numbers,
     to_blame,
 )
+from pergrad.training.waiting import Waiting
 from pergrad.version import __version__
 
 SECONDS_PER_PART = 10.0
 SHARE_PER_PART = 0.01  # of the time so far: a long run has hundreds of files, not thousands
+ROWS_PER_PART = 100_000  # at most, by and large: 10 MB
 MOST_ROWS = 1_000_000  # that wait for a disk that takes none
 _AHEAD = 3  # examples of a step that may be shown though they are no outliers
 _NO_NUMBER = 3e38  # the ratio of what is not a number: it stands out more than any
@@ -75,7 +73,8 @@ class Recorder:
         self._pieces: list[Piece] = []
         self._grad_norm, self._sharded = nan, False
         self._failure: str | None = None
-        self._examples: list[Any] = []  # a table for each step: rows as dicts take ten times that
+        self._examples = Waiting()
+        self._refused = 0  # rows that the disk did not take
         self._steps: list[dict[str, Any]] = []
         self._tally: dict[str, list[float]] = {}  # key -> how often an outlier, largest ratio
         self._shown: dict[str, Preview] = {}
@@ -232,7 +231,8 @@ class Recorder:
         self._steps.append(row)
         now = time.monotonic()
         wait = max(SECONDS_PER_PART, SHARE_PER_PART * (now - self._began))
-        if not self._flushed_once or now - self._flushed > wait:
+        many = len(self._examples) - self._refused >= ROWS_PER_PART
+        if not self._flushed_once or many or now - self._flushed > wait:
             self.flush()
 
     def _numbers(self, row: dict[str, Any], whole: Piece) -> None:
@@ -259,7 +259,7 @@ class Recorder:
             "norm": whole.norm, "score": scores, "ratio": ratios, "outlier": outliers,
         }  # fmt: skip
         if count:
-            self._examples.append(examples_table(step, self.rank, keys, columns))
+            self._examples.add(step, keys, columns)
         self._remember(whole, ratios, outliers)
         self._log(row, int(outliers.sum()))
 
@@ -349,10 +349,10 @@ class Recorder:
                          "clip": self.clip, **self._settings}  # fmt: skip
                 self.folder.save(about)
             if self._examples:
-                self.folder.add("examples", self.rank, together(self._examples))
-                self._examples = []
+                self.folder.add_examples(self.rank, self._examples)
+                self._examples.clear()
             if self._steps:
-                self.folder.add("steps", self.rank, table_of(self._steps, STEPS))
+                self.folder.add_steps(self.rank, self._steps)
                 self._steps = []
             if self._shown_changed:
                 rows = [dict(zip(("key", "kind", "label", "data"), (k, *p.stored()), strict=True))
@@ -368,7 +368,8 @@ class Recorder:
             )
         except StoreError as error:
             self._stop(str(error))
-        if sum(map(len, self._examples)) > MOST_ROWS:
+        self._refused = len(self._examples)
+        if self._refused > MOST_ROWS:
             self._stop(f"{MOST_ROWS:,} rows wait for the disk, so no more are read.")
 
     def check_written(self) -> None:

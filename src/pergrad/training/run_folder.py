@@ -18,15 +18,14 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import filelock
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pergrad import folders
@@ -34,23 +33,13 @@ from pergrad.errors import StoreError
 from pergrad.scans.store import digest_of
 from pergrad.scans.text import printable
 from pergrad.training.run_notes import PLACE
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from pergrad.training.waiting import EXAMPLES, Waiting
 
 FORMAT, VERSION = "pergrad run", 1
 _NAME = re.compile(r"part-(\d{4,})-(\d{12,})-(\d+)-([0-9a-f]{32})\.parquet")
 _SHOWN = re.compile(r"(\d{4,})-([0-9a-f]{32})\.parquet")
 _OURS = {"manifest.json", "examples", "steps", "shown", PLACE, "report.html"}
 
-EXAMPLES = pa.schema(
-    [
-        ("step", pa.int64()), ("rank", pa.int64()), ("row", pa.int64()), ("key", pa.string()),
-        ("loss", pa.float64()), ("tokens", pa.int64()), ("weight", pa.float64()),
-        ("norm", pa.float64()), ("score", pa.float64()), ("ratio", pa.float64()),
-        ("outlier", pa.bool_()),
-    ]
-)  # fmt: skip
 QUANTILES = (1, 10, 50, 90, 99)
 STEPS = pa.schema(
     [(n, pa.int64()) for n in ("step", "rank", "ranks", "examples")]
@@ -185,24 +174,27 @@ class RunFolder:
             folders.write(path, content, mode=0o666, durable=True)
         self.manifest = self._read_manifest()
 
-    def add(self, kind: str, rank: int, table: pa.Table) -> None:
-        """Write rows as a new file. Raises OSError."""
-        name = f"part-{rank:04d}-{table['step'][0].as_py():012d}-{len(table)}"
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink, compression="zstd")
-        self._keep(kind, name, sink.getvalue().to_pybytes())
+    def add_examples(self, rank: int, rows: Waiting) -> None:
+        """Write rows of examples as a new file. Raises OSError."""
+        content = _parquet(rows.tables(rank), EXAMPLES)
+        self._keep("examples", _name(rank, rows.first_step, len(rows)), content)
+
+    def add_steps(self, rank: int, rows: list[dict[str, Any]]) -> None:
+        """Write rows of steps as a new file. Raises OSError."""
+        table = table_of(rows, STEPS)
+        content = _parquet([table], table.schema)
+        self._keep("steps", _name(rank, rows[0]["step"], len(rows)), content)
 
     def add_shown(self, rank: int, rows: list[dict[str, Any]]) -> None:
         """Replace what this rank keeps for a person to see. Raises OSError."""
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, SHOWN), sink, compression="zstd")
+        content = _parquet([pa.Table.from_pylist(rows, SHOWN)], SHOWN)
         old = [path for path, match in self._listed("shown", _SHOWN) if int(match[1]) == rank]
-        new = self._keep("shown", f"{rank:04d}", sink.getvalue().to_pybytes())
+        new = self._keep("shown", f"{rank:04d}", content)
         for path in old:
             if path != new:
                 path.unlink(missing_ok=True)
 
-    def _keep(self, place: str, name: str, content: bytes) -> Path:
+    def _keep(self, place: str, name: str, content: memoryview) -> Path:
         path = self.folder / place / f"{name}-{digest_of(content)}.parquet"
         folders.write(path, content, mode=0o666, durable=True)
         return path
@@ -266,8 +258,8 @@ class RunFolder:
         parts = [p for p in self.parts("examples") if p.rank == rank]
         tables = [self._load(p.path, p.digest) for p in parts]
         whole = pa.concat_tables([EXAMPLES.empty_table(), *tables], promote_options="default")
-        there = whole.filter(pc.equal(whole["step"], step)).sort_by("row")
-        return there.to_pydict()
+        there = whole.filter(pa.array([at == step for at in whole["step"].to_pylist()], pa.bool_()))
+        return there.sort_by("row").to_pydict()
 
     def shown(self) -> dict[str, tuple[str, str | None, bytes]]:
         """Key -> what is kept for a person to see, as a preview stores it."""
@@ -282,6 +274,21 @@ def _is_scores(manifest: object) -> bool:
     return isinstance(manifest, dict) and manifest.get("format") == "pergrad scores"
 
 
+def _name(rank: int, first: int, rows: int) -> str:
+    return f"part-{rank:04d}-{first:012d}-{rows}"
+
+
+def _parquet(tables: Iterable[pa.Table], schema: pa.Schema) -> memoryview:
+    """The content of a file of these rows; of each table, a group of its own."""
+    sink = pa.BufferOutputStream()
+    # numbers that differ from row to row are no entries of a dictionary: it would be built in vain
+    few = [field.name for field in schema if not pa.types.is_floating(field.type)]
+    with pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=few) as writer:
+        for table in tables:
+            writer.write_table(table)
+    return memoryview(sink.getvalue())
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder says that it is a watched run's."""
     try:
@@ -289,22 +296,6 @@ def is_run(folder: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(found, dict) and found.get("format") == FORMAT
-
-
-def examples_table(
-    step: int, rank: int, keys: Sequence[str | None], columns: Mapping[str, "Tensor"]
-) -> pa.Table:
-    """The rows of one step's examples."""
-    values: dict[str, Any] = {name: column.numpy() for name, column in columns.items()}
-    values |= {"step": [step] * len(keys), "rank": [rank] * len(keys), "key": keys}
-    values["row"] = range(len(keys))
-    arrays = [pa.array(values[field.name], field.type) for field in EXAMPLES]
-    return pa.Table.from_arrays(arrays, schema=EXAMPLES)
-
-
-def together(tables: list[pa.Table]) -> pa.Table:
-    """Rows of several steps."""
-    return pa.concat_tables(tables).combine_chunks()
 
 
 def table_of(rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
