@@ -261,24 +261,22 @@ def test_no_hook_stays_and_nothing_is_held() -> None:
     assert read.norms.shape == (4,)
 
 
-def test_what_is_done_is_freed_at_once(small) -> None:
+@pytest.mark.parametrize("scalar", [False, True])
+def test_what_is_done_is_freed_at_once(small, scalar: bool) -> None:
     """Not first when Python looks for circles, which would keep a step's memory into the next."""
     model, losses = small
 
-    class Marker:
-        pass
-
-    def step() -> weakref.ref:
-        marker = Marker()
+    def step() -> list[weakref.ref]:
         values = losses()
-        with pergrad.reading(values, model) as read:
-            values.mean().backward()
+        loss = values.mean()
+        with pergrad.reading(loss if scalar else values, model, 5) as read:
+            loss.backward()
         assert read.norms.shape == (5,)
-        return weakref.ref(marker)
+        return [weakref.ref(each) for each in (read, read.norms, values, loss)]
 
     gc.disable()
     try:
-        assert step()() is None
+        assert [memory() for memory in step()] == [None] * 4
     finally:
         gc.enable()
 

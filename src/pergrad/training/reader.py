@@ -173,12 +173,10 @@ class Reading:
         self._like = torch.zeros(graph.batch, dtype=dtype, device=losses.device)
         if graph.batch == 0:
             return
-        found = self._sq_norms
+        found, like = self._sq_norms, self._like
 
-        def add(name: str, squares: Tensor) -> None:
-            squares = squares.to(
-                self._like.device, torch.promote_types(self._like.dtype, squares.dtype)
-            )
+        def add(name: str, squares: Tensor) -> None:  # refers to no `self`: that would be a circle
+            squares = squares.to(like.device, torch.promote_types(like.dtype, squares.dtype))
             found[name] = found[name] + squares if name in found else squares
 
         self._pass = UserPass(checked, graph, named, chosen, add)
