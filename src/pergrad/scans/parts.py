@@ -98,7 +98,7 @@ def pack(table: pa.Table) -> Packed:
     return Packed(table["index"][0].as_py(), len(table), digest_of(content), content)
 
 
-def digest_of(content: bytes) -> str:
+def digest_of(content: bytes | memoryview) -> str:
     """What a file's name says of its content."""
     return blake2b(content, digest_size=16).hexdigest()
 
