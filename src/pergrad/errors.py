@@ -65,7 +65,7 @@ _SECTIONS = [
         "",
         "cannot be differentiated|second derivative|create_graph=True would|derivative of a back",
     ),
-    ("interacting-examples", "", "mixes examples|combines every|batch norm"),
+    ("interacting-examples", "", "mixes examples|batch norm"),
     ("rows-of-unknown-owner", "graph", "nested tensor|check_layout"),
     ("hooks", "engine", "hook"),
     ("hidden-backward-passes", "graph|engine", "backward pass of its own|re-entrant|hides"),

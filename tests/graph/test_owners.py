@@ -183,6 +183,33 @@ def test_a_graph_that_cannot_tell_says_so() -> None:
     agrees(losses, model, on_mixing="exact")
 
 
+def test_a_table_that_may_be_the_examples_own_says_so() -> None:
+    """Rows computed from constants, which several examples look up."""
+    w, fixed, ids = nn.Parameter(torch.randn(2, 3)), torch.randn(8, 2), torch.randint(8, (4, 5))
+
+    def losses() -> Tensor:
+        return (fixed @ w)[ids].tanh().square().sum((1, 2))
+
+    match = r"8 rows where there are 4 examples(.|\n)*cannot tell(.|\n)*table that all of them read"
+    with pytest.raises(pergrad.MixedExamplesError, match=match):
+        pergrad.norms(losses(), [w])
+    agrees(losses, [w], on_mixing="exact")
+
+
+def test_rows_of_others_are_called_so() -> None:
+    layer, x = nn.Linear(5, 6), torch.randn(4, 5)
+
+    def losses() -> Tensor:
+        h = layer(x)
+        return (h - h.mean(0)).square().sum(1)
+
+    with pytest.raises(
+        pergrad.MixedExamplesError, match=r"`mean_dim`(.|\n)*rows of the others too"
+    ):
+        pergrad.norms(losses(), layer)
+    agrees(losses, layer, on_mixing="exact")
+
+
 def test_a_loss_per_token() -> None:
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     x, y = torch.randn(2, 5, 8), torch.randint(8, (10,))

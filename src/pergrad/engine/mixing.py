@@ -8,6 +8,7 @@ from pergrad.engine.parts import Parts
 from pergrad.engine.places import place_of
 from pergrad.errors import MixedExamplesError
 from pergrad.graph.plan import Plan
+from pergrad.graph.uses import Mix
 from pergrad.graph.walk import Graph
 
 
@@ -46,18 +47,37 @@ def refuse(graph: Graph, plan: Plan, parts: Parts | None) -> None:
         remedy = "Call `model.eval()` (or `.eval()` on that module), use GroupNorm or LayerNorm, "
     else:
         remedy = "Compute the loss of each example from that example alone, "
-    what = (
-        f"The op `{op}` {place} mixes examples: the loss of one example depends on the others in "
-        "the batch, so its gradient cannot be read off its own rows. "
-        if mix.sure
-        else f"The op `{op}` {place} combines every example with as many rows as there are "
-        "examples, all computed from data. The graph cannot tell whether these are the examples "
-        "themselves, as in a contrastive loss, which mixes examples, or something that all of them "
-        "share, such as prototypes, which does not. "
-    )
     raise MixedExamplesError(
-        f'{what}{remedy}or pass on_mixing="exact" to get the exact gradients of these losses all '
+        f"The op `{op}` {place} {_what(graph, mix)}{remedy}"
+        'or pass on_mixing="exact" to get the exact gradients of these losses all '
         f"the same, {price}."
+    )
+
+
+def _what(graph: Graph, mix: Mix) -> str:
+    """What happens there, no more than is known of it."""
+    if mix.sure and not mix.rows:
+        return (
+            "mixes examples: the loss of one example depends on the others in the batch, so its "
+            "gradient cannot be read off its own rows. "
+        )
+    if mix.sure:
+        return (
+            "mixes examples: the loss of one example depends on rows of the others too, so its "
+            "gradient cannot be read off its own. "
+        )
+    if mix.product:
+        return (
+            "combines every example with as many rows as there are examples, all computed from "
+            "data. The graph cannot tell whether these are the examples themselves, as in a "
+            "contrastive loss, which mixes examples, or something that all of them share, such as "
+            "prototypes, which does not. "
+        )
+    size = graph.shape(mix.child)[0]
+    return (
+        f"gives several examples a share in the same numbers, computed from data in {size} rows "
+        f"where there are {graph.batch} examples. The graph cannot tell whether these are the "
+        "examples' own, which mixes examples, or a table that all of them read, which does not. "
     )
 
 

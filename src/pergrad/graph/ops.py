@@ -88,6 +88,7 @@ class Traits:
     weights: bool = False  # a rule serves its parameters: they are left to it in any case
     batched: bool = False  # a product of matrices (b, k, m), which may be one that was expanded
     looks_up: bool = False  # its indices are data: what it returns is no longer a parameter
+    joins: bool = False  # tensors laid beside each other: no number depends on two of them
     hides_saved: bool = False  # it runs other ops, and what those saved cannot be seen
     owners: Transfer | None = None
     owners_of_all: TransferAll | None = None  # in its place: all outputs' owners at once
@@ -109,6 +110,7 @@ def declare(
     weights: bool = False,
     batched: bool = False,
     looks_up: bool = False,
+    joins: bool = False,
     hides_saved: bool = False,
 ) -> None:
     """Enter ops into the table; see `Traits` for what may be said of them.
@@ -124,7 +126,9 @@ def declare(
                 f"The op `{name}` is declared twice. Declare an op once, in the file of its family "
                 "in pergrad/ops."
             )
-        _TABLE[name] = Traits(reads, frozenset(needs), weights, batched, looks_up, hides_saved)
+        _TABLE[name] = Traits(
+            reads, frozenset(needs), weights, batched, looks_up, joins, hides_saved
+        )
 
 
 def declared(name: str) -> Traits:

@@ -38,6 +38,8 @@ class Mix:
     parent: int  # the op that makes them
     child: Slot
     sure: bool = True  # or whether it might as well be a table that all examples read
+    rows: bool = False  # rows that are one example's own reach other losses, whatever they are of
+    product: bool = False  # every example meets as many rows as there are examples
 
 
 class Read(NamedTuple):
@@ -101,7 +103,7 @@ class _Spread:
         self.mixes: list[Mix] = []
         self._pending: set[int] = set()
         self._arrived: dict[Slot, list[tuple[int, Result | _Mixed]]] = {}
-        self._data = _reads_data(graph)
+        self._data, self._computed = _reads_data(graph)
 
     def run(self) -> None:
         graph = self.graph
@@ -199,12 +201,19 @@ class _Spread:
             found = self.measured[slot]
             if found is not None:
                 return found
-        meet = (bool(layouts) and self._data[slot[0]]) or Why.MIXING in kinds
+        meet = (bool(layouts) and self._computed[slot[0]]) or Why.MIXING in kinds
         if meet or (open_question and self._interacts(slot, rest)):
             at_fault = [p for p, what in rest if what is Why.MIXING]
             at_fault = at_fault or [p for p, _ in rest] or [p for p, _ in arrived]
             above = max(at_fault)
-            self.mixes.append(Mix(slot[0] if above < 0 else above, slot, meet))
+            mix = Mix(
+                slot[0] if above < 0 else above,
+                slot,
+                sure=meet,
+                rows=Why.MIXING not in kinds,
+                product=not meet and Why.UNKNOWN not in kinds,
+            )
+            self.mixes.append(mix)
         return _MIXED
 
     def _cut_out(self, parent: int, slot: Slot, claimed: Result | _Mixed) -> Layout:
@@ -224,7 +233,7 @@ class _Spread:
         The graph cannot tell for sure; either way the numbers are exact.
         """
         graph, batch = self.graph, self.examples
-        if batch < 2 or not self._data[slot[0]]:
+        if batch < 2 or not self._computed[slot[0]]:
             return False
         if any(what is Why.UNKNOWN for _, what in rest):
             shape = graph.shape(slot)
@@ -305,11 +314,28 @@ def _enters(graph: Graph, i: int) -> bool:
     return missing and (reads is Reads.MISSING or _outgrows(graph, i))
 
 
-def _reads_data(graph: Graph) -> list[bool]:
-    """Whether data, not parameters and constants alone, enters below each node."""
-    found = [False] * len(graph.nodes)
+def _reads_data(graph: Graph) -> tuple[list[bool], list[bool]]:
+    """Whether data, not parameters and constants alone, enters below each node; and whether any
+    number there depends on a parameter and on data.
+
+    Zeros or known rows laid beside a parameter make a table of it, not a batch: unless the
+    parameter was copied to the rows of a batch, as class tokens are.
+    """
+    entered = [False] * len(graph.nodes)
+    computed = [False] * len(graph.nodes)
+    copied = [False] * len(graph.nodes)
     for i in range(len(graph.nodes) - 1, -1, -1):
         if not graph.leads[i]:
             continue
-        found[i] = _enters(graph, i) or any(found[c] for c in graph.children(i))
-    return found
+        below, known = graph.children(i), traits(graph.op(i))
+        enters = _enters(graph, i)
+        entered[i] = enters or any(entered[c] for c in below)
+        repeats = below and not (known.weights or known.joins) and _outgrows(graph, i)
+        copied[i] = bool(repeats) or known.looks_up or any(copied[c] for c in below)
+        if known.joins:
+            met = enters and copied[i]
+        else:
+            together = not all(entered[c] for c in below)  # a parameter with what data has entered
+            met = entered[i] and (enters or known.weights or known.looks_up or together)
+        computed[i] = met or any(computed[c] for c in below)
+    return entered, computed

@@ -24,7 +24,7 @@ from pergrad.graph.ops import (
     unknown,
 )
 
-declare("cat", "stack", needs=["dim"], reads=Reads.MISSING)
+declare("cat", "stack", needs=["dim"], reads=Reads.MISSING, joins=True)
 
 
 @owners("cat")

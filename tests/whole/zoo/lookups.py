@@ -225,3 +225,71 @@ def conditional_random_field(B: int):
             torch.randint(3, (B, 4)),
         ),
     )
+
+
+# Constants beside parameters, in sizes that could as well be a batch's.
+
+
+def beside_zeros(rows: int, width: int) -> tuple[nn.Parameter, Tensor]:
+    """All but the last row learnt."""
+    w = nn.Parameter(torch.randn(rows - 1, width))
+    return w, torch.zeros(1, width)
+
+
+@case(batch=(1, 3))
+def weight_joined_with_zeros(B: int):
+    """A layer with a row that is fixed, and as many outputs as there are examples."""
+    w, fixed = beside_zeros(3, 3)
+    return [w], lambda x: loss((x @ torch.cat([w, fixed]).t()).tanh()), (torch.randn(B, 3),)
+
+
+@case(batch=(1, 3))
+def table_joined_with_zeros(B: int):
+    """A padding row joined to a table, in which several examples look up the same rows."""
+    w, fixed = beside_zeros(6, 4)
+    ids = torch.randint(6, (B, 5))
+    return [w], lambda ids: loss(torch.cat([w, fixed])[ids].tanh()), (ids,)
+
+
+@case(batch=(1, 3))
+def table_selected_by_rows(B: int):
+    """The same by `index_select`, rows of several examples in one vector."""
+    w, fixed = beside_zeros(6, 4)
+
+    def forward(ids: Tensor) -> Tensor:
+        rows = torch.cat([fixed, w]).index_select(0, ids.reshape(-1))
+        return loss(rows.view(len(ids), 5, 4).tanh())
+
+    return [w], forward, (torch.randint(6, (B, 5)),)
+
+
+@case(batch=(3,))
+def centred_table(B: int):
+    """A row for each place of the batch, less the mean of all."""
+    w, fixed = beside_zeros(3, 4)
+
+    def forward(x: Tensor) -> Tensor:
+        table = torch.cat([w, fixed])
+        return loss((x + table - table.mean(0)).tanh())
+
+    def alone(i: int) -> Tensor:
+        table = torch.cat([w, fixed])
+        return loss((x[i : i + 1] + table[i : i + 1] - table.mean(0)).tanh())
+
+    x = torch.randn(B, 4)
+    return [w], forward, (x,), alone
+
+
+@case(batch=(3,))
+def cumulative_table(B: int):
+    """Cumulative sums over rows of a table that stand for the places of the batch."""
+    w, fixed = beside_zeros(3, 4)
+    x = torch.randn(B, 4)
+
+    def forward(x: Tensor) -> Tensor:
+        return loss((x + torch.stack([*w, *fixed]).cumsum(0)).tanh())
+
+    def alone(i: int) -> Tensor:
+        return loss((x[i : i + 1] + torch.stack([*w, *fixed]).cumsum(0)[i : i + 1]).tanh())
+
+    return [w], forward, (x,), alone

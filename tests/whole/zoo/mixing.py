@@ -203,3 +203,28 @@ def regularised_covariance(B: int):
         return loss(b(torch.linalg.solve(cov, h.t()).t()))
 
     return nn.ModuleList([a, b]), forward, (torch.randn(B, 4),)
+
+
+@case(batch=(2, 3), mixes="yes")
+def class_token_joined_then_centred(B: int):
+    """A class token copied to each example beside its data, less the mean over the batch."""
+    token, layer = nn.Parameter(torch.randn(1, 1, 4)), nn.Linear(4, 3)
+
+    def forward(x: Tensor) -> Tensor:
+        h = torch.cat([token.expand(len(x), 1, 4), x], 1)
+        return loss(layer((h - h.mean(0)).tanh()))
+
+    return {"token": token, **dict(layer.named_parameters())}, forward, (torch.randn(B, 2, 4),)
+
+
+@case(batch=(2, 3), mixes="maybe")
+def kernel_of_joined_points(B: int):
+    """A Gaussian process of the batch itself: its points stand beside inducing ones."""
+    z, scale = nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.rand(4) + 0.5)
+
+    def forward(x: Tensor) -> Tensor:
+        a = torch.cat([z, x]) * scale
+        k = torch.exp(-0.5 * (a[:, None] - a[None]).square().sum(-1))
+        return torch.linalg.solve(k + 0.1 * torch.eye(len(a)), x.new_ones(len(a)))[2:].square()
+
+    return {"z": z, "scale": scale}, forward, (torch.randn(B, 4),)
