@@ -31,12 +31,12 @@ from torch import Tensor
 
 import harness
 import pergrad
-from turns import BRIEF_SECONDS
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = 16  # of a model of the zoo, which may have any number; architectures have their own
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 STEPS, LOOPS = 4.0, 1.2  # what pergrad is meant to take, whichever is less
+BRIEF_SECONDS = 0.05  # shorter calls are repeated within a turn
 _BEGINS = "BEGINS "
 
 Step = tuple[Callable[[], Tensor], dict[str, Tensor]]

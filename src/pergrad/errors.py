@@ -11,7 +11,7 @@ from pathlib import Path
 # Sections of docs/errors.md: which file of pergrad raises the error, and words of its message.
 # The first line that fits both counts.
 _SECTIONS = [
-    ("defect-of-pergrad", "", "This is a defect of pergrad"),
+    ("defect-of-pergrad", "", "is a defect of pergrad"),
     ("missing-package", "", "which pergrad does not install"),
     ("gradients-that-are-not-finite", "attribution|scans", "not finite|gradients are 0"),
     ("two-writers", "", "is writing to|has begun to write"),

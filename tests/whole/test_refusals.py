@@ -1,5 +1,6 @@
 """What cannot be had raises, names the place and says what to do: never a partial number."""
 
+import naive
 import pytest
 import torch
 from torch import Tensor, nn
@@ -129,6 +130,29 @@ def test_a_use_that_the_pass_misses(model: nn.Module, monkeypatch: pytest.Monkey
     monkeypatch.setattr(serving.Pass, "serve", forgetful)
     with pytest.raises(pergrad.UnsupportedError, match=r"did not come by(.|\n)*`2\.weight`"):
         pergrad.norms(losses(model), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_backward_of_torchs_that_is_wrong(dtype: torch.dtype) -> None:
+    """Its batch norm's, of one picture that lies permuted (findings/torch_batch_norm_one_image.sh).
+
+    The message names the op and the remedy, which is one for torch's own gradients as well.
+    """
+    torch.manual_seed(0)
+    x, c = torch.randn(5, 6, 3, dtype=dtype), torch.randn(1, 3, 5, 6, dtype=dtype)
+    w = torch.randn(5, 6, 1, dtype=dtype, requires_grad=True)
+
+    def losses(picture: Tensor) -> Tensor:
+        return (nn.functional.batch_norm(picture, None, None, training=True) * c).sum((0, 2, 3))
+
+    plan.clear()
+    match = r"`native_batch_norm`(.|\n)*parameter `w`(.|\n)*torch's own(.|\n)*\.contiguous\(\)"
+    with pytest.raises(pergrad.UnsupportedError, match=match):
+        pergrad.norms(losses((x * w).permute(2, 0, 1)[None]), {"w": w})
+    mended = losses((x * w).permute(2, 0, 1)[None].contiguous())
+    want = naive.norms(naive.loop_grads(mended, [w]))
+    close = 1e-12 if dtype is torch.float64 else 1e-5
+    torch.testing.assert_close(pergrad.norms(mended, [w]), want.to(dtype), rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("when", ["once", "always"])

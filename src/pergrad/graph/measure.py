@@ -330,15 +330,43 @@ def _above(graph: Graph, wanted: Container[int]) -> set[int]:
     return above
 
 
-def verify(losses: Tensor, graph: Graph, layouts: Mapping[Slot, Layout]) -> None:
+def verify(
+    losses: Tensor,
+    graph: Graph,
+    layouts: Mapping[Slot, Layout],
+    everywhere: Callable[[], Mapping[Slot, Layout]],
+) -> None:
     """Hold layouts that were derived from the ops' structure against the numbers.
 
     Two passes: seeds of one, and seeds of random signs and powers of two. Only a fingerprint of
-    each cotangent is kept between them, so that the memory is that of one backward.
+    each cotangent is kept between them, so that the memory is that of one backward. Where they
+    disagree, the layouts `everywhere` tell at which op it begins.
 
     Raises:
         UnsupportedError: an element does not follow the example that it was derived to belong to.
     """
+    wrong = _wrong(losses, graph, layouts)
+    if not wrong:
+        return
+    first = min([*wrong, *_wrong(losses, graph, everywhere())])  # those above come first
+    parents = [graph.op(i) for i, below in enumerate(graph.edges) if first in below]
+    near = graph.targets.get(first) or (graph.names_below(first[0], 1) or ["?"])[0]
+    raise UnsupportedError(
+        f"The gradient that {_either(parents)} hands down (near parameter `{near}`) does not "
+        "follow the examples as the op's structure says. Either torch's own backward of that op is "
+        "wrong for this input, as that of its batch norm is for one whose dimensions lie permuted "
+        "in memory: then `.contiguous()` on the input mends it, here and in your training. Or this "
+        "is a defect of pergrad; please report it with this model. No number is returned rather "
+        "than a wrong one."
+    )
+
+
+def _either(ops: Iterable[str]) -> str:
+    return " or ".join(f"`{name}`" for name in dict.fromkeys(ops)) or "the losses' own op"
+
+
+def _wrong(losses: Tensor, graph: Graph, layouts: Mapping[Slot, Layout]) -> list[Slot]:
+    """The slots at which the numbers are not where the layouts say."""
     examples = graph.batch
     generator = torch.Generator().manual_seed(21)
     signs = torch.randint(0, 2, (examples,), generator=generator, device="cpu") * 2.0 - 1.0
@@ -354,16 +382,12 @@ def verify(losses: Tensor, graph: Graph, layouts: Mapping[Slot, Layout]) -> None
             # A backward that is no linear map: leave examples out, and put them in.
             masks = [(d == bit).double() for d in digits for bit in (0, 1)]
             wrong = [w for mask in masks for w in _unlike(losses, graph, layouts, mask)]
-    if wrong:
-        below = graph.names_below(wrong[0][0], 1)
-        raise UnsupportedError(
-            f"The gradient at `{graph.op(wrong[0][0])}` (near parameter `{(below or ['?'])[0]}`) "
-            "does not follow the examples as its op's structure says. This is a defect of pergrad, "
-            "and no number is returned rather than a wrong one; please report it with this model."
-        )
+    return wrong
 
 
-def _unlike(losses: Tensor, graph: Graph, layouts: Mapping[Slot, Layout], seeds: Tensor) -> list:
+def _unlike(
+    losses: Tensor, graph: Graph, layouts: Mapping[Slot, Layout], seeds: Tensor
+) -> list[Slot]:
     """The slots at which a pass with `seeds` is not the plain one times the owner's seed."""
     slots = list(layouts)
     prints: dict[Slot, float] = {}

@@ -161,7 +161,7 @@ def _verify(losses: Tensor, graph: Graph, plan: Plan, check_layout: str) -> None
     }
     layouts.update(plan.direct)
     if layouts:
-        verify(losses, graph, layouts)
+        verify(losses, graph, layouts, lambda: layouts_in(losses, graph, check_layout))
     _remember(_VERIFIED, form, True)
     plan.verified = True
 

@@ -86,6 +86,7 @@ class Model:
         self.position = (0, 0)
         self.again = False  # a checkpoint runs a step for the second time
         self.hooks = True
+        self.nudges: dict[str, Tensor] = {}  # what is added to tensors that are asked for
         self.steps, self.weights = _steps(seed)
 
     @contextmanager
@@ -165,7 +166,9 @@ class Model:
         made = kind(self, shape)
         if rng.random() < 0.04 and made.grad_fn is not None and not self.again:
             self.log.append("(requested)")
-            self.params[f"p{self.position[0]}_m{self.position[1]}"] = made
+            name = f"p{self.position[0]}_m{self.position[1]}"
+            made = made + self.nudges[name] if name in self.nudges else made
+            self.params[name] = made
         return made
 
     # --- running -------------------------------------------------------------------------------
