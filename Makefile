@@ -119,6 +119,7 @@ bench: $(STAMP) browser  ## measure the costs against everyone else's, and write
 	$(BIN)/python benchmarks/private.py
 	$(BIN)/python benchmarks/one_process.py
 	$(BIN)/python benchmarks/worst.py
+	$(BIN)/python benchmarks/everything.py
 	$(BIN)/python benchmarks/scan.py
 	$(BIN)/python benchmarks/parts.py
 	$(BIN)/python benchmarks/report.py

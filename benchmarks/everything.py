@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 EXAMPLES = 16  # of a model of the zoo, which may have any number; architectures have their own
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 STEPS, LOOPS = 4.0, 1.2  # what pergrad is meant to take, whichever is less
-BRIEF_SECONDS = 0.05  # shorter calls are repeated within a turn
+BRIEF_SECONDS = 0.02  # shorter calls are repeated within a turn
 _BEGINS = "BEGINS "
 
 Step = tuple[Callable[[], Tensor], dict[str, Tensor]]
@@ -180,6 +180,7 @@ def _in_processes(names: list[str], rounds: int, patience: float) -> Iterator[di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="PATTERN", default=["*"])
+    parser.add_argument("--add", action="store_true", help="what the JSON lacks, as after a stop")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--patience", type=float, default=120.0, help="seconds for one model")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for the JSON")
@@ -190,10 +191,25 @@ def main() -> None:
         _work(args.worker, args.rounds)
         return
     torch.set_num_threads(1)  # as in the processes: the record says so
-    found: dict[str, Any] = {"environment": harness.environment(), "models": {}, "failures": {}}
-    names = [n for n in models() if any(fnmatch(n, pattern) for pattern in args.only)]
+    found: dict[str, Any] = {
+        "environment": harness.environment(),
+        "examples": EXAMPLES,
+        "bound": {"steps": STEPS, "loops": LOOPS},
+        "models": {},
+        "failures": {},
+    }
+    before = args.out / "everything.json"
+    if args.add and before.exists():
+        kept = json.loads(before.read_text())
+        found |= {key: kept[key] for key in ("models", "failures")}
+    names = [
+        n
+        for n in models()
+        if n not in found["models"] and any(fnmatch(n, pattern) for pattern in args.only)
+    ]
     for record in _in_processes(names, args.rounds, args.patience):
         name = record.pop("name")
+        found["failures"].pop(name, None)
         if "failure" in record:
             found["failures"][name] = record["failure"]
             print(f"{name:<48} {record['failure']}", flush=True)
@@ -201,6 +217,7 @@ def main() -> None:
         found["models"][name] = record
         steps, loops = record["plain_steps"]["median"], record["loops"]["median"]
         print(f"{name:<48} {steps:7.2f} plain steps, {loops:.2f} loops", flush=True)
+        harness.save("everything", found, args.out)  # whoever stops it keeps what there is
     print(f"saved {harness.save('everything', found, args.out)}")
 
 

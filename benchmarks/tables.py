@@ -168,6 +168,37 @@ def _worst(record: dict[str, Any]) -> str:
     )
 
 
+def _everything(record: dict[str, Any]) -> str:
+    """The dearest of all architectures and of the tests' zoo."""
+    models, bound = record["models"], record["bound"]
+    dearest = sorted(models, key=lambda name: models[name]["price"], reverse=True)[:10]
+    rows = [
+        [
+            f"`{name}`",
+            f"{models[name]['losses']}",
+            f"{models[name]['plain_milliseconds']['median']:.1f} ms",
+            _share(models[name]["plain_steps"]),
+            _share(models[name]["loops"]),
+        ]
+        for name in dearest
+    ]
+    steps = sorted(m["plain_steps"]["median"] for m in models.values())
+    loops = sorted(m["loops"]["median"] for m in models.values())
+    within = sum(m["price"] <= 1 for m in models.values())
+    head = ["", "losses", "plain step", "pergrad, in plain steps", "in loops"]
+    return (
+        "### The worst case\n\nArchitectures that are installed, and all models of the tests' zoo, "
+        f"with {record['examples']} examples where they take so many: {len(models)} models, "
+        "most so small that a plain step takes a millisecond or two. Norms take "
+        f"{_number(statistics.median(steps))} plain steps in the median and "
+        f"{_number(steps[int(0.9 * len(steps))])} at the 90th percentile, "
+        f"{_number(statistics.median(loops))} and {_number(loops[int(0.9 * len(loops))])} loops. "
+        f"At most {bound['steps']:.0f} plain steps or {bound['loops']} loops: {within} of "
+        f"{len(models)}. The ten dearest, by the smaller of the two shares of these bounds, in the "
+        f"processor's time with one thread:\n\n{_table(head, rows)}\n\n{_machine(record)}."
+    )
+
+
 def _one_process(record: dict[str, Any]) -> str:
     """pergrad and the plain step with one allocator."""
     rows = [
@@ -416,6 +447,9 @@ def full(records: dict[str, Record], imported: Record | None, scaling: Record | 
     worst = read_other("worst")
     if worst:
         parts.append(_worst(worst))
+    everything = read_other("everything")
+    if everything:
+        parts.append(_everything(everything))
     parted = read_other("parts")
     if parted:
         parts.append(_parts(parted))

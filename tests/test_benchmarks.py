@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import against as against_checkouts  # noqa: E402
 import child  # noqa: E402
+import everything  # noqa: E402
 import harness  # noqa: E402
 import one_process  # noqa: E402
 import plots  # noqa: E402
@@ -422,6 +423,31 @@ def test_slow_kinds_agree_with_the_loop(tmp_path: Path) -> None:
     wrong = slow.Kind("wrong", lambda tiny: _never_the_same(), {"on_mixing": "exact"})
     with pytest.raises(SystemExit, match="wrong: error"):
         worst.measured(wrong, 1, tiny=True)
+
+
+def test_everything_is_measured_or_named(tmp_path: Path) -> None:
+    """A model of an architecture's list, one that mixes and one that takes few examples."""
+    names = ["lora-by-hand", "zoo-clip_one_direction", "zoo-losses_by_segment"]
+    command = [sys.executable, ROOT / "benchmarks" / "everything.py", "--rounds", "2", "--only"]
+    subprocess.run([*command, *names, "--out", tmp_path], check=True, timeout=300)
+    record = json.loads((tmp_path / "everything.json").read_text())
+    assert list(record["models"]) == names
+    assert not record["failures"]
+    mixes = [found["mixes"] for found in record["models"].values()]
+    assert mixes == [False, True, False]
+    page = tables._everything(record)
+    for name, found in record["models"].items():
+        assert found["plain_steps"]["runs"] == 2
+        assert found["price"] > 0
+        assert f"| `{name}` | {found['losses']} |" in page
+    with pytest.raises(ValueError, match="error"):
+        everything.measured(lambda: _unlike_itself(), 1)
+
+
+def _unlike_itself() -> tuple[Any, dict[str, torch.Tensor]]:
+    """Losses that are others at each call."""
+    w, calls = torch.ones(3, requires_grad=True), iter(range(1, 100))
+    return (lambda: (w * next(calls)).view(3)), {"w": w}
 
 
 def test_one_process_has_pergrad_and_the_plain_step(tmp_path: Path) -> None:

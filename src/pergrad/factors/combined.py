@@ -82,9 +82,11 @@ class Sum(Factor):
             return SqNorms(self.factors[0].sq_norms().to(self.dtype))
         norms = [f.sq_norms().to(self.dtype) for f in self.factors]
         total = torch.stack(norms).sum(0)
+        examples = _examples(self.factors)
         for i, f in enumerate(self.factors):
-            for h in self.factors[:i]:
-                total = total + 2 * f.dot(h)
+            for k, h in enumerate(self.factors[:i]):
+                if not examples or not examples[i].isdisjoint(examples[k]):
+                    total = total + 2 * f.dot(h)
         # parts that cancel: as with a Gram, the error is that of the parts' sizes
         sizes = torch.stack(norms).sqrt().sum(0).square()
         return held_against(total, sizes, lambda rows: Factor.sq_norms(self._select(rows)))
@@ -242,6 +244,14 @@ def _side_by_side(parts: list[Factor]) -> list[Factor]:
                 whole = whole.select(torch.tensor(by_example, device=whole.device))
             rest.append(_placed(whole, sorted(order), batch))
     return rest
+
+
+def _examples(parts: Sequence[Factor]) -> list[set[int]]:
+    """Which examples each of many parts has rows of; nothing where they are few."""
+    if len(parts) <= _FEW:
+        return []
+    everyone = set(range(parts[0].batch))
+    return [set(f.index.tolist()) if isinstance(f, Placed) else everyone for f in parts]
 
 
 def _placed(factor: Factor, index: Sequence[int], batch: int) -> Factor:

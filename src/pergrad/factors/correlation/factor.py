@@ -6,7 +6,7 @@ Does not know: ops, the formulas of norms (`norms`) and of products of two facto
 A transposed convolution is the same factor with its two tensors swapped.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from math import prod
 
 import torch
@@ -72,6 +72,27 @@ class Correlation(Factor):
         self.g, self.x = g, x
         self.kernel, self.stride, self.padding = tuple(kernel), tuple(stride), tuple(padding)
         self.dilation, self.groups = tuple(dilation), groups
+
+    @property
+    def stacks(self) -> Hashable:
+        """Those of pictures of one size under the same kernel."""
+        how = self.kernel, self.stride, self.padding, self.dilation, self.groups
+        g, x = self.g, self.x
+        return Correlation, self.shape, how, g.shape[1:], x.shape[1:], g.dtype, x.dtype
+
+    def stacked(self, others: Sequence["Correlation"]) -> "Correlation":
+        """One after the other along B."""
+        parts = (self, *others)
+        return Correlation(
+            torch.cat([f.g for f in parts]),
+            torch.cat([f.x for f in parts]),
+            kernel=self.kernel,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            shape=self.shape,
+        )
 
     @property
     def out(self) -> tuple[int, ...]:
