@@ -58,7 +58,7 @@ def models() -> dict[str, Callable[[], Step]]:
     def small(case: Any) -> Step:
         try:
             run = case.run(EXAMPLES)
-        except (RuntimeError, IndexError, ValueError):  # made for so many examples and no other
+        except (RuntimeError, IndexError, ValueError, AssertionError):  # made for so many examples and no other
             run = case.run(max(case.batch))
         return run.again, run.named
 
@@ -101,7 +101,7 @@ def measured(build: Callable[[], Step], rounds: int) -> dict[str, Any]:
     except pergrad.MixedExamplesError:
         options["on_mixing"] = "exact"
         got = ours()
-    error = float(((got.double() - want) / want.max()).abs().max())
+    error = float((got.double() - want).abs().max() / want.max().clamp_min(1e-300))
     narrowest = max(TOLERANCES.get(p.dtype, 0.05) for p in params)
     if not error < narrowest:
         raise ValueError(f"error {error:.0e}")

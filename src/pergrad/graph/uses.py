@@ -68,9 +68,9 @@ def find_uses(
 ) -> Uses:
     """Walk layouts from the losses down until examples no longer separate."""
     measured: Measured = dict.fromkeys(known_mixed)
-    first = set(measured)
+    first, reads = set(measured), _reads_data(graph)
     while True:
-        spread = _Spread(graph, examples, measured)
+        spread = _Spread(graph, examples, measured, reads)
         spread.run()
         if not spread.wanted:
             break
@@ -92,7 +92,9 @@ _State = Layout | _Mixed | None
 class _Spread:
     """One walk of layouts from the losses to the parameters."""
 
-    def __init__(self, graph: Graph, examples: int, measured: Measured) -> None:
+    def __init__(
+        self, graph: Graph, examples: int, measured: Measured, reads: tuple[list[bool], list[bool]]
+    ) -> None:
         self.graph = graph
         self.examples = examples
         self.measured = measured
@@ -103,7 +105,7 @@ class _Spread:
         self.mixes: list[Mix] = []
         self._pending: set[int] = set()
         self._arrived: dict[Slot, list[tuple[int, Result | _Mixed]]] = {}
-        self._data, self._computed = _reads_data(graph)
+        self._data, self._computed = reads
 
     def run(self) -> None:
         graph = self.graph
