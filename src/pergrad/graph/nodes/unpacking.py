@@ -81,7 +81,9 @@ def _is_holder(data: Any) -> bool:
 def saved_plainly(node: Node, field: str) -> bool:
     """Whether to read what the op saved costs nothing and calls nobody's function."""
     handles = [raw for raw in _raw_handles(node, (field,)) if raw is not None]
-    return all(raw.unpack_hook is None and _is_at_hand(raw.data) for raw in handles)
+    plain = all(raw.unpack_hook is None for raw in handles)
+    # nothing was saved in the place of a slice among indices
+    return plain and all(raw.data is None or _is_at_hand(raw.data) for raw in handles)
 
 
 def is_checkpointed(node: Node) -> bool:
