@@ -31,14 +31,34 @@ def collate(items: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     }
 
 
-def language_model() -> nn.Module:
+def language_model(tied: bool = True) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     return GPT2LMHeadModel(
         GPT2Config(vocab_size=64, n_positions=16, n_embd=16, n_layer=2, n_head=2,
-                   bos_token_id=1, eos_token_id=1, pad_token_id=0)
+                   bos_token_id=1, eos_token_id=1, pad_token_id=0, tie_word_embeddings=tied)
     )  # fmt: skip
+
+
+def shard_over_ranks(trainer: Any) -> None:
+    """Let a trainer of transformers shard its model over ranks of gloo, by FSDP2.
+
+    accelerate shards on accelerators only. All that it asks for is the kind of the machine, so
+    it is told of one: from there on the way is its own.
+    """
+    from accelerate import DistributedType, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["GPT2Block"], cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    accelerator = trainer.accelerator
+    accelerator.state.distributed_type = DistributedType.FSDP
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.fsdp_plugin = plugin
+    trainer.is_fsdp_enabled = True
 
 
 def state_of(model: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -58,8 +78,8 @@ def whole(value: Any) -> Any:
 def fit(folder: Path, how: str | None, **more: Any) -> tuple[dict[str, Any], Any, Any]:
     from transformers import Trainer, TrainingArguments
 
-    lora = more.pop("lora", False)
-    model = language_model()
+    lora, shard = more.pop("lora", False), more.pop("shard", False)
+    model = language_model(tied=not shard)
     if lora:
         from peft import LoraConfig, get_peft_model
 
@@ -79,6 +99,8 @@ def fit(folder: Path, how: str | None, **more: Any) -> tuple[dict[str, Any], Any
     )  # fmt: skip
     if how == "attach":
         watch.attach(trainer)
+    if shard:
+        shard_over_ranks(trainer)
     trainer.train()
     state = state_of(model, trainer.optimizer)
     if watch is not None:
@@ -115,6 +137,13 @@ def tokenizer() -> Any:
     )
 
 
+def mean_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    """For trl's SFT: by ops of torch, from the scores."""
+    flat = outputs.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+    count = (flat[1] != -100).sum() if num_items_in_batch is None else num_items_in_batch
+    return F.cross_entropy(*flat, reduction="sum") / count
+
+
 def fit_sft(folder: Path, watched: bool, **more: Any) -> tuple[dict[str, Any], Any, Any]:
     """Three steps of trl's SFT, whose loss is its own."""
     from datasets import Dataset
@@ -122,22 +151,26 @@ def fit_sft(folder: Path, watched: bool, **more: Any) -> tuple[dict[str, Any], A
     from trl import SFTConfig, SFTTrainer
 
     settings = {"bf16": False, "gradient_checkpointing": False} | more
-    lora = settings.pop("lora", False)
+    lora, shard = settings.pop("lora", False), settings.pop("shard", False)
+    loss = settings.pop("loss", None)
     args = SFTConfig(
         output_dir=str(folder / "out"), max_steps=3, per_device_train_batch_size=4,
         report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, max_length=16,
         pad_token="<pad>", **settings,
     )  # fmt: skip
     data = Dataset.from_list([{"input_ids": r["input_ids"]} for r in rows()])
-    model = language_model()
+    model = language_model(tied=not shard)
     config = LoraConfig(r=2, target_modules=["c_attn"], lora_dropout=0.1) if lora else None
     torch.manual_seed(1)
     trainer = SFTTrainer(
-        model, args, train_dataset=data, processing_class=tokenizer(), peft_config=config
-    )
+        model, args, train_dataset=data, processing_class=tokenizer(), peft_config=config,
+        compute_loss_func=loss,
+    )  # fmt: skip
     watch = pergrad.Watch(folder / "run", every=1)
     if watched:
         watch.attach(trainer)
+    if shard:
+        shard_over_ranks(trainer)
     trainer.train()
     state = state_of(trainer.model, trainer.optimizer)
     watch.close()

@@ -148,3 +148,37 @@ def test_summands_that_are_examples() -> None:
         loss.backward()
     want = naive.norms(naive.loop_grads(each() / 6, everything))
     assert_agrees(read.norms, want, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_penalty_at_fixed_probes(dtype: torch.dtype) -> None:
+    """Inside the loss it is taken for the examples', as documented; behind the block it is not."""
+    model = network().to(dtype)
+    x, probes = torch.randn(6, 4, dtype=dtype), torch.randn(6, 4, dtype=dtype)
+
+    def penalty(rows: Tensor) -> Tensor:
+        return model(rows).square().mean(1)
+
+    own = model(x).abs().mean(1)
+    want = naive.norms(naive.loop_grads(own / 6, model))
+    loss = own.mean()
+    with pergrad.reading(loss, model, 6) as read:
+        loss.backward()
+    penalty(probes).mean().backward()
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-5
+    assert_agrees(read.norms, want, want, tolerance)
+    apart = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    loss = model(x).abs().mean() + penalty(probes).mean()
+    with pergrad.reading(loss, model, 6) as read:
+        loss.backward()
+    for p, grad in zip(model.parameters(), apart, strict=True):
+        torch.testing.assert_close(p.grad, grad)
+    mixed = (model(x).abs().mean(1) + penalty(probes)) / 6
+    want = naive.norms(naive.loop_grads(mixed, model))
+    assert_agrees(read.norms, want, want, tolerance)
+    given = model(x).abs().mean(1)  # of losses that are given, their graph alone is read
+    with pergrad.reading(given, model) as read:
+        (given.mean() + penalty(probes).mean()).backward()
+    want = naive.norms(naive.loop_grads(model(x).abs().mean(1), model))
+    assert_agrees(read.norms, want, want, tolerance)

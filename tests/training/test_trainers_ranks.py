@@ -1,8 +1,7 @@
 """Watching inside trainers of others on two ranks of gloo: all is the same to the bit.
 
-Every trainer with its model on both ranks (DDP), in each way to train, and lightning with its
-model sharded over them (FSDP2), too: that of transformers shards on accelerators only. `make
-integrations` installs the trainers and runs these.
+Every trainer with its model on both ranks (DDP), and with its model sharded over them (FSDP2), in
+each way to train. `make integrations` installs the trainers and runs these.
 """
 
 import logging
@@ -19,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from fits import ALL, CHECKPOINTING, LIGHTNING, fit, fit_lightning, fit_sft
+from fits import ALL, CHECKPOINTING, LIGHTNING, fit, fit_lightning, fit_sft, mean_loss
 from helpers import assert_same
 
 import pergrad
@@ -67,10 +66,32 @@ def sharded(folder: Path, watched: bool, **more: Any) -> Any:
     return fit_lightning(folder, watched, shard=True, strategy=strategy, devices=2, **more)
 
 
+def by_callback_sharded(folder: Path, watched: bool, **more: Any) -> Any:
+    return by_callback(folder, watched, shard=True, **more)
+
+
+def attached_sharded(folder: Path, watched: bool, **more: Any) -> Any:
+    return attached(folder, watched, shard=True, **more)
+
+
+def by_sft_sharded(folder: Path, watched: bool, **more: Any) -> Any:
+    return by_sft(folder, watched, shard=True, loss=mean_loss, **more)
+
+
+def by_sft_fused(folder: Path, watched: bool, **more: Any) -> Any:
+    """Its own loss, a Function that hides its rows."""
+    return by_sft(folder, watched, shard=True, **more)
+
+
+SHARDED = (sharded, by_callback_sharded, attached_sharded, by_sft_sharded, by_sft_fused)
 TRAINERS: dict[str, tuple[Callable[..., Any], list[dict[str, Any]]]] = {
     "transformers": (by_callback, SETTINGS),
     "transformers, attached": (attached, SETTINGS),
     "trl": (by_sft, SETTINGS),
+    "transformers, sharded": (by_callback_sharded, SETTINGS),
+    "transformers, attached, sharded": (attached_sharded, SETTINGS),
+    "trl, sharded": (by_sft_sharded, SETTINGS),
+    "trl, sharded, its own loss": (by_sft_fused, [{}]),
     "lightning": (in_lightning, LIGHTNING),
     "lightning, sharded": (sharded, LIGHTNING),
 }
@@ -90,9 +111,12 @@ def _rank(rank: int, folder: str, port: int, name: str) -> None:
             plain, _, _ = train(out / f"plain{rank}", False, **more)
             watched, watch, trainer = train(out, True, **more)
             assert any(hasattr(p, "full_tensor") for p in trainer.model.parameters()) == (
-                train is sharded
+                train in SHARDED
             )
             assert_same(plain, watched)
+            if train is by_sft_fused:
+                assert "`compute_loss_func=`" in watch.failures[0]
+                continue
             assert watch.failures == [], watch.failures
             dist.barrier()
         except BaseException:
@@ -114,6 +138,9 @@ def test_two_ranks(tmp_path: Path, name: str) -> None:
         found = pergrad.open_watch(tmp_path / str(k) / "run").steps().to_pylist()
         steps = sorted({row["step"] for row in found})
         assert len(steps) > 1
+        if TRAINERS[name][0] is by_sft_fused:
+            assert all(row["note"] for row in found)
+            continue
         assert sorted((row["step"], row["rank"]) for row in found) == [
             (step, rank) for step in steps for rank in (0, 1)
         ]

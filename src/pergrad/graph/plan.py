@@ -128,20 +128,23 @@ def layouts_in(losses: Tensor, graph: Graph, check_layout: str) -> dict[Slot, La
 def _measurer(losses: Tensor, check_layout: str) -> Measure:
     def measured(graph: Graph, slots: list[Slot]) -> Measured:
         if check_layout == "never":
-            raise UsageError(_never(graph, slots))
+            raise NotMeasuredError(graph, slots)
         return measure(losses, graph, slots)
 
     return measured
 
 
-def _never(graph: Graph, slots: list[Slot]) -> str:
-    below = graph.names_below(slots[0][0], 1)
-    near = f" near parameter `{below[0]}`" if below else ""
-    return (
-        f"The op above `{graph.op(slots[0][0])}`{near} does not tell from its structure which rows "
-        'belong to which example, and check_layout="never" forbids to measure it. Use '
-        'check_layout="once".'
-    )
+class NotMeasuredError(UsageError):
+    """check_layout="never", and an op whose layout has to be measured; `place` is where."""
+
+    def __init__(self, graph: Graph, slots: list[Slot]) -> None:
+        below = graph.names_below(slots[0][0], 1)
+        near = f" near parameter `{below[0]}`" if below else ""
+        self.place = f"above `{graph.op(slots[0][0])}`{near}"
+        super().__init__(
+            f"The op {self.place} does not tell from its structure which rows belong to which "
+            'example, and check_layout="never" forbids to measure it. Use check_layout="once".'
+        )
 
 
 def _verify(losses: Tensor, graph: Graph, plan: Plan, check_layout: str) -> None:

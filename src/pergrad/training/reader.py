@@ -18,6 +18,7 @@ from pergrad.engine.reading_pass import UserPass
 from pergrad.engine.run import Options, PassOptions
 from pergrad.errors import UsageError
 from pergrad.graph import sharded
+from pergrad.graph.plan import NotMeasuredError
 from pergrad.graph.walk import walk
 from pergrad.inputs import Params
 from pergrad.matrix import root
@@ -42,6 +43,11 @@ def reading(
     No pass of pergrad's own, no retained graph; `.grad` is the same to the bit. Nothing is raised
     inside the block or by it: what cannot be read is raised where a number is asked for. The pass
     may be `pergrad.backward` with the same losses, which clips them.
+
+    Nothing in a graph tells a batch from other rows: a summand of a scalar loss that is made of
+    fixed probes, as many as the examples or a multiple, is taken for theirs, probe b for example
+    b's. Give the losses (B,) instead, whose graph alone is read, or the loss without the penalty,
+    whose backward pass then comes behind the block.
 
     Args:
         losses_or_loss: the losses (B,); or the scalar loss, which is taken apart from its graph
@@ -151,7 +157,8 @@ class Reading:
         chosen = _options(options)
         named = sharded.whole(inputs.named(model))
         self._names = list(named)
-        if any(map(sharded.is_sharded, named.values())):
+        gathered = any(map(sharded.is_sharded, named.values()))
+        if gathered:
             # Only passes of ours would need gathered weights; ranks may differ in who needs one.
             chosen = replace(chosen, check_layout="never")
         scalar = isinstance(losses, Tensor) and losses.dim() == 0 and losses.requires_grad
@@ -179,7 +186,18 @@ class Reading:
             squares = squares.to(like.device, torch.promote_types(like.dtype, squares.dtype))
             found[name] = found[name] + squares if name in found else squares
 
-        self._pass = UserPass(checked, graph, named, chosen, add)
+        try:
+            self._pass = UserPass(checked, graph, named, chosen, add)
+        except NotMeasuredError as error:
+            if not gathered:
+                raise
+            raise UsageError(
+                f"The op {error.place} does not tell from its structure which rows belong to which "
+                "example, and to measure it the sharded parameters would have to be gathered once "
+                "more, within your step. Compute the loss by ops of torch (of trl's SFT with "
+                "`compute_loss_func=`), or take the norms before the backward pass, on all ranks: "
+                "`pergrad.norms(losses, model, retain_graph=True)`."
+            ) from None
 
     def _check(self) -> None:
         if self.failure is not None:
