@@ -184,11 +184,12 @@ def _everything(record: dict[str, Any]) -> str:
     ]
     steps = sorted(m["plain_steps"]["median"] for m in models.values())
     loops = sorted(m["loops"]["median"] for m in models.values())
+    large = sum(not name.startswith("zoo-") for name in models)
     within = sum(m["price"] <= 1 for m in models.values())
     head = ["", "losses", "plain step", "pergrad, in plain steps", "in loops"]
     return (
-        "### The worst case\n\nArchitectures that are installed, and all models of the tests' zoo, "
-        f"with {record['examples']} examples where they take so many: {len(models)} models, "
+        f"### The worst case\n\n{large} architectures, and {len(models) - large} models of the "
+        f"tests' zoo, with {record['examples']} examples where they take so many, "
         "most so small that a plain step takes a millisecond or two. Norms take "
         f"{_number(statistics.median(steps))} plain steps in the median and "
         f"{_number(steps[int(0.9 * len(steps))])} at the 90th percentile, "
