@@ -41,11 +41,19 @@ def _below_meetings(graph: Graph, plan: Plan) -> tuple[str, ...]:
         sum(prod(meta.shape) for meta in graph.metas(i)) if leads else 0
         for i, leads in enumerate(graph.leads)
     ]
-    descents = sum(
-        sum(sizes[i] for i in graph.below([way.start[0]]) & _above(graph, way.target[0]))
-        for way in ways
-    )
-    if 2 * descents < sum(sizes):
+    below: dict[int, set[int]] = {}
+    above: dict[int, set[int]] = {}
+    descents, all_of_it = 0, sum(sizes)
+    for way in ways:
+        start, end = way.start[0], way.target[0]
+        if start not in below:
+            below[start] = graph.below([start])
+        if end not in above:
+            above[end] = _above(graph, end)
+        descents += sum(sizes[i] for i in below[start] & above[end])
+        if 2 * descents >= all_of_it:
+            break
+    else:
         return ()
     reached = graph.below(slot[0] for slot in slots)
     return tuple(name for (i, _), name in graph.targets.items() if i in reached)

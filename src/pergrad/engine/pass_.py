@@ -17,7 +17,7 @@ from pergrad.engine.user_state import Held
 from pergrad.errors import UnsupportedError
 from pergrad.factors import Embedded, Factor, Pulled, Sum, mapped
 from pergrad.graph import routes
-from pergrad.graph.layout import describe
+from pergrad.graph.layout import Layout, describe
 from pergrad.graph.ops import Step
 from pergrad.graph.plan import Plan
 from pergrad.graph.walk import Graph, Slot
@@ -69,12 +69,7 @@ class Pass:
     def serve(self, use: Use, cotangents: list[Tensor | None]) -> None:
         """Factors of every operand of one use."""
         site = use.site
-        alive = False  # else all is zero
-        for n, g in enumerate(cotangents):
-            if g is not None:
-                if g.layout is not torch.strided:
-                    cotangents[n] = g = g.to_dense()
-                alive = alive or g.numel() > 0
+        alive = some_alive(cotangents)
         situation = Situation(
             self.graph.nodes[site.node],
             use.op,
@@ -91,13 +86,14 @@ class Pass:
                 others = fallback(situation, rest, wanted=use.calls_node)
         for k in site.slots:
             if k in served:
-                self._report(use, k, served[k], "rule", situation.told.get(k, use.op))
+                self.report(use, k, served[k], "rule", situation.told.get(k, use.op))
             else:
                 # without an element no backward of the op is run: the rule's zeros
                 how = "fallback" if use.rule is None or alive else "rule"
-                self._report(use, k, others[k], how, situation.told.get(k, use.op))
+                self.report(use, k, others[k], how, situation.told.get(k, use.op))
 
-    def _report(self, use: Use, k: int, factor: Factor | None, how: str, op: str) -> None:
+    def report(self, use: Use, k: int, factor: Factor | None, how: str, op: str) -> None:
+        """How one operand of a use was served, and what came of it."""
         end = use.ends[k]
         if self.records is not None:
             if end in self.schedule.mixed:
@@ -155,9 +151,11 @@ class Pass:
     def serve_direct(self, target: Slot, g: Tensor | None) -> None:
         """A parameter whose own gradient separates by example."""
         layout = self.plan.direct[target]
-        if g is not None and g.layout is not torch.strided:
-            g = g.to_dense()
-        factor = None if g is None else direct(g, layout, self.batch)
+        self.report_direct(target, direct_factor(g, layout, self.batch))
+
+    def report_direct(self, target: Slot, factor: Factor | None) -> None:
+        """What a parameter's own gradient is by example."""
+        layout = self.plan.direct[target]
         if self.records is not None:
             name = self.graph.targets[target]
             self.records.append(Record(name, "leaf", "rule", describe(layout), factor))
@@ -183,6 +181,24 @@ class Pass:
                 "be incomplete and no number is returned. This is a defect of pergrad; please "
                 "report it with this model."
             )
+
+
+def direct_factor(g: Tensor | None, layout: Layout, batch: int) -> Factor | None:
+    """That of a parameter's own gradient, whose elements belong to examples."""
+    if g is not None and g.layout is not torch.strided:
+        g = g.to_dense()
+    return None if g is None else direct(g, layout, batch)
+
+
+def some_alive(cotangents: list[Tensor | None]) -> bool:
+    """Whether there is an element, else all is zero. Sparse ones become dense."""
+    alive = False
+    for n, g in enumerate(cotangents):
+        if g is not None:
+            if g.layout is not torch.strided:
+                cotangents[n] = g = g.to_dense()
+            alive = alive or g.numel() > 0
+    return alive
 
 
 def _total(name: str, parts: list[Held]) -> Factor | None:

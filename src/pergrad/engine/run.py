@@ -7,7 +7,7 @@ Does not know: how a use is served (`serving`), what a caller makes of the facto
 
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from contextvars import copy_context
 from dataclasses import dataclass, replace
@@ -21,10 +21,19 @@ from pergrad.engine.hooked import Arrangement, arranged, hook_warning
 from pergrad.engine.loop import Ways, loop, most_at_once
 from pergrad.engine.meetings import below_meetings
 from pergrad.engine.mixing import refuse
-from pergrad.engine.parts import Apart, Parts, meeting_warning, parts_of, planned, price_of_meetings
+from pergrad.engine.parts import (
+    Apart,
+    Parts,
+    known,
+    meeting_warning,
+    parts_of,
+    planned,
+    price_of_meetings,
+)
 from pergrad.engine.pass_ import Emit, Explained, Pass, Record
 from pergrad.engine.places import owner_of
 from pergrad.engine.schedule import Schedule, Use, schedule_for
+from pergrad.engine.together import Cotangents, Together, groups, wanted
 from pergrad.engine.user_state import Held, nothing_hidden, retained_untouched
 from pergrad.errors import (
     FallbackWarning,
@@ -36,8 +45,8 @@ from pergrad.factors import Beside, Computed, Factor, Placed
 from pergrad.factors.workspace import limit, pass_begins
 from pergrad.graph import nodes
 from pergrad.graph.hooks import Hook
-from pergrad.graph.plan import Plan, interact, plan_for
-from pergrad.graph.walk import Graph, Slot
+from pergrad.graph.plan import Plan, interact, plan_for, plan_of
+from pergrad.graph.walk import Graph, Slot, walk
 from pergrad.inputs import names_list
 from pergrad.ops.compiled import unread
 
@@ -106,9 +115,17 @@ def run(
     ):
         emit = _through(hooks, params, emit)
         own: list[int] = []  # the number of our pass
-        graph, plan = plan_for(losses, params, options.check_layout)
+        graph = walk(losses, params)
         if not graph.targets:
             raise UsageError(_none_reached(params))
+        hookless = not (attached.hooks or hooks)
+        key = graph.key()
+        if options.on_mixing == "exact" and hookless and told is None and not graph.python:
+            again = known(losses, graph, key, options.check_layout)
+            if again:  # exact whether or not examples of this very batch meet
+                _by_parts(again, losses.shape[0], options, emit, finish, own, adding=adding)
+                return
+        plan = plan_of(graph, losses, options.check_layout, key)
         hooked = arranged(
             losses, graph, plan, attached, own,
             create_graph=options.create_graph, check_layout=options.check_layout,
@@ -116,9 +133,8 @@ def run(
         if not options.create_graph and graph.python:
             stack.enter_context(nodes.compiled_regions_kept(graph.python))
         room = _Room(losses, graph, options)
-        hookless = not (attached.hooks or hooks)
         parted = partial(parts_of, losses, params, graph, plan, options.check_layout)
-        served = partial(_served, parted, room, allowed=hookless)
+        served = partial(_served, parted, allowed=hookless)
         _policy(losses, graph, plan, options, served)
         looped = _looped(graph, hooked.looped)
         met = below_meetings(graph, plan)
@@ -129,7 +145,7 @@ def run(
             if told is not None:
                 told.price = price_of_meetings(graph, plan, parts, mixed=mixed)
             else:
-                apart = planned(losses, params, parts, options.check_layout)
+                apart = planned(losses, params, parts, options.check_layout, graph, plan)
                 if options.on_mixing == "raise":
                     text = meeting_warning(graph, plan, parts if apart else None)
                     warnings.warn(text, FallbackWarning, stacklevel=users_line())
@@ -172,8 +188,12 @@ def _pass(
     finish: Callable[[], None] | None,
     hooked: Arrangement,
     own: list[int],
+    before: Sequence[Apart] = (),
 ) -> None:
-    """One backward pass in which every use is served by its rule or by the fallback."""
+    """One backward pass in which every use is served by its rule or by the fallback.
+
+    And with it those of parts `before`, which have had their passes, whose examples come first.
+    """
     schedule = schedule_for(graph, plan)
     pass_begins(losses.device, schedule.held)
     if options.create_graph and any(map(nodes.is_compiled, graph.python)):
@@ -184,15 +204,11 @@ def _pass(
         )
     if not schedule.quiet:
         _warn(schedule, graph, plan, losses.shape[0])
-    state = Pass(
-        graph,
-        plan,
-        schedule,
-        losses.shape[0],
-        emit,
-        options.create_graph,
-        records,
-    )
+    given = (graph, plan, schedule, losses.shape[0], emit, options.create_graph, records)
+    state = Pass(*given)
+    if before:
+        of = [*before, Apart(slice(0, 0), losses, graph, plan)]
+        state = Together(*given, of=of, earlier=[_cotangents(part) for part in before])
     with hooked.in_force():
         if options.create_graph:
             _at_once(losses, state, own)
@@ -202,6 +218,13 @@ def _pass(
         if finish is not None:
             with torch.set_grad_enabled(options.create_graph):
                 finish()
+
+
+def _cotangents(part: Apart) -> Cotangents:
+    """What arrives at the uses of a part of the losses, in a pass that keeps the graph."""
+    slots = wanted(part)
+    grads = _gradients(part.losses, part.graph, slots, retain_graph=True)
+    return dict(zip(slots, grads, strict=True))
 
 
 def _none_reached(params: Mapping[str, Tensor]) -> str:
@@ -230,10 +253,15 @@ def _by_parts(
     *,
     adding: bool,
 ) -> None:
-    """An ordinary pass for each part of the losses; `emit` as in `run`."""
+    """A pass for each part of the losses, served one by one or several at once.
+
+    `emit` as in `run`.
+    """
     found: dict[str, list[Held]] = {}
-    for part in apart:
-        index = torch.arange(batch, device="cpu")[part.where]
+    numbers = torch.arange(batch, device="cpu")
+    for group in groups(apart, 0 if options.create_graph else limit(apart[0].losses.device)):
+        *before, part = group
+        index = torch.cat([numbers[each.where] for each in group])
 
         def placed(name: str, factor: Factor, index: Tensor = index) -> None:
             if adding:
@@ -245,7 +273,8 @@ def _by_parts(
         last = part is apart[-1]
         chosen = options if last else replace(options, retain_graph=True)
         end = finish if last and adding else None
-        _pass(part.losses, part.graph, part.plan, chosen, placed, None, end, Arrangement(), own)
+        _pass(part.losses, part.graph, part.plan, chosen, placed, None, end, Arrangement(), own,
+              before)  # fmt: skip
     for name in list(found):
         emit(name, Beside([held.factor(name) for held in found.pop(name)]))
     if finish is not None and not adding:
@@ -302,12 +331,11 @@ class _Room:
         return most_at_once(self.graph, self.at_hand, cpu=cpu)
 
 
-def _served(parted: Callable[[], Parts | None], room: _Room, *, allowed: bool) -> Parts | None:
+def _served(parted: Callable[[], Parts | None], *, allowed: bool) -> Parts | None:
     """Parts of the losses, if they are to be served one after the other; never where hooks want
     each loss.
     """
-    parts = parted() if allowed else None
-    return parts if parts is not None and parts.beats_loop(small=room.at_once > 1) else None
+    return parted() if allowed else None
 
 
 def _mixed(losses: Tensor, graph: Graph, plan: Plan, options: Options) -> bool:

@@ -6,10 +6,11 @@ Does not know: tensors, factors, options.
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from pergrad.graph import nodes
+from pergrad.graph.layout import NOBODY
 from pergrad.graph.plan import Plan
 from pergrad.graph.routes import Route
 from pergrad.graph.uses import Site
@@ -54,6 +55,10 @@ class Schedule:
     pulled: frozenset[int]  # the nodes that vector-Jacobian products may go through
     requests: Requests  # if no block is checkpointed
     held: int  # bytes of what the ops above parameters returned
+    somebodys: frozenset[int]  # the sites of which any example has a part in the cotangents
+    alike: dict[int, tuple["Schedule", bool]] = field(
+        default_factory=dict
+    )  # others, see `together`
 
     def requests_for(self, graph: Graph, plan: Plan, executed: Collection[int] = ()) -> Requests:
         """What to ask of the pass over this very graph; it has to run the nodes `executed`."""
@@ -104,7 +109,14 @@ def _schedule(graph: Graph, plan: Plan) -> Schedule:
             for i in range(len(graph.nodes)) if graph.leads[i] and not graph.pure[i]
             for meta in graph.metas(i)
         ),
+        frozenset(site.node for site in plan.sites if _somebodys(site)),
     )  # fmt: skip
+
+
+def _somebodys(site: Site) -> bool:
+    return any(
+        layout is not None and bool((layout.owner != NOBODY).any()) for layout in site.layouts
+    )
 
 
 def _use(graph: Graph, plan: Plan, site: Site) -> Use:

@@ -81,9 +81,11 @@ def plan_for(
     return graph, plan_of(graph, losses, check_layout)
 
 
-def plan_of(graph: Graph, losses: Tensor, check_layout: str = "once") -> Plan:
-    """What has to be done for a graph walked from `losses`; as `plan_for`."""
-    key = graph.key()
+def plan_of(
+    graph: Graph, losses: Tensor, check_layout: str = "once", key: Key | None = None
+) -> Plan:
+    """What has to be done for a graph walked from `losses`, of this key; as `plan_for`."""
+    key = graph.key() if key is None else key
     plan = _CACHE.get(key)
     if plan is not None:
         _CACHE.move_to_end(plan.key)  # the very one in there: no comparison part by part
@@ -105,6 +107,11 @@ def plan_of(graph: Graph, losses: Tensor, check_layout: str = "once") -> Plan:
                 _BY_DATA.add(graph, key, uses.read, plan)
     _verify(losses, graph, plan, check_layout)
     return plan
+
+
+def by_structure(plan: Plan) -> bool:
+    """Whether the plan is that of every equal graph, and not of one with certain numbers in it."""
+    return _CACHE.get(plan.key) is plan
 
 
 def interact(losses: Tensor, graph: Graph, plan: Plan, check_layout: str) -> bool:

@@ -26,6 +26,7 @@ from pergrad.ops import (  # noqa: F401
     pooling,
     recurrent,
     reductions,
+    stacking,
     views,
 )
 from pergrad.ops.registry import (

@@ -9,7 +9,7 @@ from torch import Tensor
 from pergrad.factors import Correlation, Dense, Factor
 from pergrad.graph.layout import Layout, smear
 from pergrad.graph.ops import Op, Reads, Result, contracted, declare, owners, resized
-from pergrad.ops.registry import Served, Situation, rule
+from pergrad.ops.registry import Served, Situation, by_row, rule
 from pergrad.ops.rows import Partition, partition, reduced
 
 KERNEL = {"convolution": 1, "convolution_backward": 2}  # the input that is the kernel
@@ -55,6 +55,11 @@ def convolution(use: Situation) -> Served:
         return served
     served[1] = kernel_factor(use, g, use.saved("input"), rows)
     return served
+
+
+@by_row("convolution")
+def _images(use: Situation) -> tuple[str, ...] | None:
+    return ("input",)
 
 
 def kernel_factor(use: Situation, g: Tensor, x: Tensor, rows: Partition) -> Factor | None:

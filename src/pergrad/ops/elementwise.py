@@ -10,8 +10,8 @@ from pergrad.factors import Dense
 from pergrad.graph import nodes
 from pergrad.graph.layout import Layout, reduce_to
 from pergrad.graph.ops import Op, Reads, Result, Step, Why, declare, or_why, owners, steps
-from pergrad.ops.registry import Served, Situation, rule
-from pergrad.ops.rows import reduced
+from pergrad.ops.registry import Served, Situation, by_row, rule
+from pergrad.ops.rows import over_rows, reduced
 
 _ELEMENTWISE = """
 abs acos acosh add addcdiv addcmul alias angle asin asinh atan atan2 atanh binary_cross_entropy
@@ -95,6 +95,12 @@ def add(use: Situation) -> Served:
         by = by if slot == plain or use.name == "add" else -by
         served[slot] = factor if by == 1 else Dense(factor.values * by)
     return served
+
+
+@by_row("add", "sub", "rsub")
+def _added_to_rows(use: Situation) -> tuple[str, ...] | None:
+    over = (over_rows(operand.shape, use.g.dim()) for operand in use.operands.values())
+    return () if all(over) else None
 
 
 @rule("mul")

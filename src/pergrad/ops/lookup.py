@@ -12,7 +12,7 @@ from torch import Tensor
 from pergrad.factors import Factor, mapped
 from pergrad.graph.layout import NOBODY, Layout, along, smear
 from pergrad.graph.ops import Op, Reads, Result, Step, Why, contracted, declare, owners, steps
-from pergrad.ops.registry import Served, Situation, rule
+from pergrad.ops.registry import Served, Situation, by_row, rule
 from pergrad.ops.rows import Partition, partition, row_owners, rows_by_id
 
 declare(
@@ -63,6 +63,12 @@ def embedding(use: Situation) -> Served:
     if padding is not None and padding >= 0:
         ids = torch.where(ids == padding, -1, ids)
     return {0: rows_by_id(ids, g, rows, shape, sparse=bool(use.attr("sparse")))}
+
+
+@by_row("embedding")
+def _ids(use: Situation) -> tuple[str, ...] | None:
+    # torch scales by how often an index occurs in the forward pass
+    return None if use.attr("scale_grad_by_freq") else ("indices",)
 
 
 declare(

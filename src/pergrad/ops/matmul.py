@@ -23,8 +23,8 @@ from pergrad.graph.ops import (
     resized,
 )
 from pergrad.ops import sparse
-from pergrad.ops.registry import Operand, Served, Situation, rule
-from pergrad.ops.rows import outer, partition, reduced, rows_by_id
+from pergrad.ops.registry import Operand, Served, Situation, by_row, rule
+from pergrad.ops.rows import outer, over_rows, partition, reduced, rows_by_id
 from pergrad.ops.strewn import StrewnOuter, StrewnSum
 
 declare("mm", needs=["self", "mat2"], reads=Reads.MISSING, weights=True)
@@ -105,6 +105,15 @@ def matrix(use: Situation) -> Served:
             else:
                 served[first] = outer(scaled.mT[:, None], a.mT[:, None], columns, shape)
     return {**_bias(use), **served} if first and 0 not in served else served
+
+
+@by_row("mm", "addmm")
+def _data_on_the_left(use: Situation) -> tuple[str, ...] | None:
+    first = _LEFT[use.name]
+    bias = use.operands.get(0) if first else None
+    if first in use.operands or (bias is not None and not over_rows(bias.shape, 2)):
+        return None
+    return (("self", "mat1")[first],) if first + 1 in use.operands else ()
 
 
 def _plain_bias(use: Situation) -> Operand | None:

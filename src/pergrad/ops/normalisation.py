@@ -24,7 +24,7 @@ from pergrad.graph.ops import (
     resized,
 )
 from pergrad.kernels import fused
-from pergrad.ops.registry import Served, Situation, rule
+from pergrad.ops.registry import Served, Situation, by_row, rule
 from pergrad.ops.rows import in_order, partition, reduced
 
 
@@ -210,6 +210,13 @@ def group_norm(use: Situation) -> Served:
     return _scale_and_shift(use, normalised, _per_channel(g), (1, 2))
 
 
+@by_row("native_layer_norm", "native_group_norm")
+def _rows_and_statistics(use: Situation) -> tuple[str, ...] | None:
+    if use.name == "native_layer_norm" and use.g.dim() == len(use.attr("normalized_shape")):
+        return None  # one row, of which the first dimension is a part
+    return ("input", "result1", "result2") if 1 in use.operands else ()
+
+
 def _by_channel(use: Situation, x: Tensor, mean: Tensor, rstd: Tensor) -> Served:
     """Scale and shift of a group norm: rstd Σ_s (x_s - mean) g_s, over the pixels of a channel.
 
@@ -305,3 +312,10 @@ def batch_norm(use: Situation) -> Served:
         if normalised is None:
             normalised = (x - _wide(mean).reshape(shape)) * _wide(rstd).reshape(shape)
     return _scale_and_shift(use, normalised, _per_channel(g), (1, 2))
+
+
+@by_row(*_BATCH_NORM)
+def _images(use: Situation) -> tuple[str, ...] | None:
+    if _in_training(use):
+        return None
+    return ("input",) if 1 in use.operands else ()

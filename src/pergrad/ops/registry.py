@@ -47,6 +47,8 @@ class Situation:
     layouts: tuple[Layout | None, ...]
     operands: dict[int, Operand]  # by slot
     told: dict[int, str] = field(default_factory=dict)  # what `explain` says in the op's place
+    times: int = 1  # so often the rows of the op stand in the cotangents, one after the other
+    by_row: tuple[str, ...] = ()  # what the op saved of each row, and has to be had as often
 
     @property
     def g(self) -> Tensor:
@@ -65,7 +67,10 @@ class Situation:
     def saved(self, field: str, *, dense: bool = True) -> Any:
         """A tensor that the op saved; None if it saved none. Sparse ones as they are, or dense."""
         check_declared(self.name, field)
-        return nodes.saved(self.node, field, dense=dense)
+        value = nodes.saved(self.node, field, dense=dense)
+        if self.times > 1 and field in self.by_row:
+            return value.repeat(self.times, *[1] * (value.dim() - 1))
+        return value
 
     def attr(self, field: str) -> Any:
         """A number that the op saved."""
@@ -80,7 +85,10 @@ class Situation:
 Served = dict[int, Factor | None]
 Rule = Callable[[Situation], Served]
 
+Fields = Callable[[Situation], tuple[str, ...] | None]
+
 _RULES: dict[str, Rule] = {}
+_BY_ROW: dict[str, Fields] = {}
 _CALLS_NODE: set[str] = set()
 
 
@@ -108,6 +116,29 @@ def rule(*names: str, calls_node: bool = False) -> Callable[[Rule], Rule]:
         return function
 
     return add
+
+
+def by_row(*names: str) -> Callable[[Fields], Fields]:
+    """Register ops whose rule takes the rows along the first dimension one by one.
+
+    The function tells which of the saved fields that the rule reads have that dimension too; None
+    if something else than rows comes in.
+    """
+
+    def add(function: Fields) -> Fields:
+        for name in names:
+            declared(name)
+            once(name, "rows", _BY_ROW.get(name))
+            _BY_ROW[name] = function
+        return function
+
+    return add
+
+
+def fields_by_row(use: Situation) -> tuple[str, ...] | None:
+    """What the op saved of each row; None if its rule does not go by rows."""
+    function = _BY_ROW.get(use.name)
+    return None if function is None else function(use)
 
 
 def rule_for(name: str) -> Rule | None:

@@ -233,6 +233,11 @@ def reduced(values: Tensor, layout: Layout, shape: Sequence[int], batch: int) ->
     )
 
 
+def over_rows(shape: Sequence[int], rank: int) -> bool:
+    """Whether an operand of this shape is the same for all along the first of `rank` dimensions."""
+    return len(shape) < rank or shape[0] == 1
+
+
 @lru_cache(maxsize=256)
 def regular(layout: Layout, batch: int) -> tuple[int, int] | None:
     """(outer, inner) of a layout along one dimension, if every example has its regular share."""
