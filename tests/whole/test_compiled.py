@@ -543,3 +543,16 @@ def test_a_derivative_through_a_compiled_region() -> None:
     with torch.compiler.set_stance("force_eager"):
         truth = naive.norms(naive.loop_grads(slopes(), model))
         torch.testing.assert_close(pergrad.norms(slopes(), model), truth)
+
+
+def test_a_region_called_within_a_pass_sees_torchs_settings() -> None:
+    """It is run in a thread of its own, and a thread begins without the caller's settings."""
+    import torch._functorch.config as config
+
+    x, seen = torch.ones(2, requires_grad=True), []
+    y = 2 * x
+    y.register_hook(lambda g: seen.append(nodes.outside_pass(lambda: config.donated_buffer)))
+    for value in (False, True):
+        with config.patch(donated_buffer=value):
+            y.sum().backward(retain_graph=True)
+        assert seen[-1] is value

@@ -49,7 +49,9 @@ class Pairs:
 
     def __init__(self, folder: Folder, kind: str) -> None:
         self.folder, self.kind = folder, kind
-        self.waiting: list[np.ndarray] = []
+        # in one piece: many small arrays between the large ones of a pass leave holes
+        self.room: np.ndarray | None = None
+        self.filled = 0
         self.last = time.monotonic()
         self.next = 0
         for first, stop, path in folder.files(kind):
@@ -63,19 +65,25 @@ class Pairs:
 
     def add(self, scores: np.ndarray) -> None:
         """The next examples' scores."""
-        self.waiting.append(scores)
-        many = sum(map(len, self.waiting)) >= ROWS_PER_FILE
-        large = sum(each.nbytes for each in self.waiting) >= BYTES_PER_FILE
-        if many or large or time.monotonic() - self.last > SECONDS_BETWEEN_FILES:
+        if self.room is not None and self.filled + len(scores) > len(self.room):
+            self.flush()
+        if self.room is None or len(scores) > len(self.room):
+            each = max(1, scores[:1].nbytes)
+            rows = max(len(scores), min(ROWS_PER_FILE, BYTES_PER_FILE // each))
+            self.room = np.empty((rows, *scores.shape[1:]), scores.dtype)
+        self.room[self.filled : self.filled + len(scores)] = scores
+        self.filled += len(scores)
+        full = self.filled == len(self.room)
+        if full or time.monotonic() - self.last > SECONDS_BETWEEN_FILES:
             self.flush()
 
     def flush(self) -> None:
         """Write what has been taken."""
-        if self.waiting:
-            rows = np.concatenate(self.waiting)
+        if self.room is not None and self.filled:
+            rows = self.room[: self.filled]
             self.folder.add(self.kind, self.next, self.next + len(rows), npy(rows), "npy")
             self.next += len(rows)
-        self.waiting, self.last = [], time.monotonic()
+        self.filled, self.last = 0, time.monotonic()
 
 
 def read_pairs(folder: Folder, kind: str) -> np.ndarray:

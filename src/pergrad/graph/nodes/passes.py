@@ -7,6 +7,7 @@ Does not know: what is run.
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from typing import Any, TypeVar
 
 import torch
@@ -99,7 +100,8 @@ def outside_pass(work: Callable[[], Result]) -> Result:
         except BaseException as error:
             failure.append(error)
 
-    thread = threading.Thread(target=run, name="pergrad-node-call")
+    # torch's settings are context variables, and a thread begins without the caller's
+    thread = threading.Thread(target=copy_context().run, args=(run,), name="pergrad-node-call")
     thread.start()
     thread.join()
     if failure:
