@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import harness
+import pergrad
 from child import record_of
 from contestants import CONTESTANTS, reference
 from turns import turn
@@ -40,7 +41,8 @@ class Case:
     task: str
     build: Callable[[bool], Step]
     target: float | None = None
-    compiled: bool = False
+    compiled: bool = False  # the user's model, by torch.compile
+    step: bool = False  # pergrad.compiled in the place of the verb
 
 
 def _perceptron(*sizes: int) -> Callable[[bool], Step]:
@@ -62,21 +64,51 @@ def _perceptron(*sizes: int) -> Callable[[bool], Step]:
     return build
 
 
-def _workload(name: str, target: float | None = None, *, compiled: bool = False) -> Case:
+def _workload(
+    name: str, target: float | None = None, *, compiled: bool = False, step: bool = False
+) -> Case:
     found = REGISTRY[name]
     title = f"{found.title}, compiled: norms" if compiled else found.title
-    return Case(title, found.task, found.build, target, compiled)
+    title = f"{title}, by pergrad.compiled" if step else title
+    return Case(title, found.task, found.build, target, compiled, step)
+
+
+def _step(title: str, build: Callable[[bool], Step]) -> Case:
+    return Case(f"{title}: norms by pergrad.compiled", "norms", build, 1.2, step=True)
+
+
+def _asked(case: Case, step: Step, backend: str) -> Callable[[tuple[Tensor, ...]], Any]:
+    """What pergrad is asked: the verb, or a compiled step."""
+    if not case.step:
+        return CONTESTANTS["pergrad"].function(case.task)(step)
+    whole = pergrad.compiled(lambda *batch: step.losses(batch), step.model, backend=backend)
+
+    def run(batch: tuple[Tensor, ...]) -> Any:
+        step.model.zero_grad(set_to_none=True)
+        if case.task == "clip":
+            found = whole.backward(*batch, weights=pergrad.clip(1.0))
+            return found, {name: p.grad for name, p in step.params().items()}
+        if case.task == "direction":
+            return whole.dots(*batch, against=direction)
+        return whole(*batch)
+
+    direction = step.direction() if case.task == "direction" else {}
+    return run
 
 
 CASES = {
     "small": Case("perceptron 4-32-2, B=32", "norms", _perceptron(4, 32, 2), 2.0),
     "digits-sized": Case("perceptron 64-64-10, B=32", "norms", _perceptron(64, 64, 10), 2.0),
+    "small-step": _step("perceptron 4-32-2, B=32", _perceptron(4, 32, 2)),
+    "digits-sized-step": _step("perceptron 64-64-10, B=32", _perceptron(64, 64, 10)),
     "norms-mlp": _workload("W1-mlp", 0.70),
     "norms-gpt": _workload("W0-gpt"),
     "norms-gpt-T128": _workload("W2-gpt-T128"),
     "norms-resnet": _workload("W4-resnet"),
     "direction-mlp": _workload("W7-direction-mlp", 1.10),
+    "direction-mlp-step": _workload("W7-direction-mlp", 1.10, step=True),
     "clip-mlp": _workload("W8-clip-mlp", 1.05),
+    "clip-mlp-step": _workload("W8-clip-mlp", 1.05, step=True),
     "clip-resnet": _workload("W8-clip-resnet"),
     "compiled-mlp": _workload("W1-mlp", 1.0, compiled=True),
     "compiled-gpt": _workload("W0-gpt", 1.0, compiled=True),
@@ -95,8 +127,9 @@ def measured(case: Case, rounds: int, *, tiny: bool, backend: str = "inductor") 
     if case.compiled:
         step = replace(step, model=torch.compile(step.model, backend=backend))
     calls = {
-        name: CONTESTANTS[name].function(case.task)(step) for name in ("plain", "pergrad")
-    }  # fmt: skip
+        "plain": CONTESTANTS["plain"].function(case.task)(step),
+        "pergrad": _asked(case, step, backend),
+    }
     for _ in range(3):  # compiled, planned, and verified
         calls["plain"](step.batch)
         got = record_of(case.task, calls["pergrad"](step.batch))

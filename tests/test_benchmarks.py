@@ -453,7 +453,7 @@ def _unlike_itself() -> tuple[Any, dict[str, torch.Tensor]]:
 def test_one_process_has_pergrad_and_the_plain_step(tmp_path: Path) -> None:
     """Each in small, with a backend that takes no minute; what is not the loop's is no record."""
     command = [sys.executable, ROOT / "benchmarks" / "one_process.py", "--tiny", "--rounds", "2"]
-    some = ["small", "direction-mlp", "clip-resnet", "compiled-gpt"]
+    some = ["small", "small-step", "direction-mlp-step", "clip-mlp-step", "compiled-gpt"]
     options = ["--backend", "aot_eager", "--out", tmp_path]
     subprocess.run([*command, *options, "--only", *some[:2]], check=True, timeout=300)
     subprocess.run([*command, *options, "--add", "--only", *some[2:]], check=True, timeout=300)

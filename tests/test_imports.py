@@ -41,9 +41,9 @@ shown = warnings.showwarning
 before, modules = state(), set(sys.modules)
 import pergrad
 from pergrad import (  # all but what needs an extra
-    Check, Coverage, GradientMatrix, NoiseScale, backward, calibrate, check, clip, concatenate,
-    dots, explain, gradients, gram, load_gradients, norms, norms_by_parameter, parts, per_example,
-    precondition, reading, second_moments,
+    Check, CompiledStep, Coverage, GradientMatrix, NoiseScale, backward, calibrate, check, clip,
+    compiled, concatenate, dots, explain, gradients, gram, load_gradients, norms,
+    norms_by_parameter, parts, per_example, precondition, reading, second_moments,
 )
 new = sorted({name.partition(".")[0] for name in set(sys.modules) - modules})
 print(json.dumps({"before": before, "after": state(), "new": new}))

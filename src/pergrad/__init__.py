@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from pergrad.scans.job import Gradients, Job, MeanGradient
     from pergrad.scans.results import Scores, open_scores
     from pergrad.scans.scan import scan
+    from pergrad.steps.step import CompiledStep, compiled
     from pergrad.training.noise_scale import NoiseScale
     from pergrad.training.private import Private
     from pergrad.training.reader import reading
@@ -86,6 +87,7 @@ else:
             "scans.job": "Gradients Job MeanGradient",
             "scans.results": "Scores open_scores",
             "scans.scan": "scan",
+            "steps.step": "CompiledStep compiled",
             "training.noise_scale": "NoiseScale",
             "training.private": "Private",
             "training.reader": "reading",
@@ -123,6 +125,7 @@ else:
 __all__ = [
     "Calibration",
     "Check",
+    "CompiledStep",
     "Coverage",
     "Evaluation",
     "FallbackWarning",
@@ -151,6 +154,7 @@ __all__ = [
     "calibrate",
     "check",
     "clip",
+    "compiled",
     "concatenate",
     "curvature",
     "dots",

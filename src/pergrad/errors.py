@@ -71,6 +71,7 @@ _SECTIONS = [
     ("hidden-backward-passes", "graph|engine", "backward pass of its own|re-entrant|hides"),
     ("releases-of-torch", "graph", "torch … |torch [0-9]|does not save"),
     ("sharded-models", "graph|api", "fully_shard|FullySharded|DistributedDataParallel"),
+    ("compiled-steps", "steps|nodes.capture", ""),
     ("compiled-regions", "graph|engine", "torch.compile"),
     ("parameters", "inputs|api|graph.walk", "`params`|requires grad|arameter `|leaf tensor"),
     ("functions-of-your-own", "graph", "autograd.Function"),

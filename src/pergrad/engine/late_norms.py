@@ -21,6 +21,7 @@ from pergrad.factors import Factor, Placed
 from pergrad.factors.guard import Again
 from pergrad.factors.numeric import bytes_of, flat, reading_waits, tracing
 from pergrad.factors.workspace import limit
+from pergrad.recording import flagged, is_recorded
 
 Add = Callable[[Tensor], None]
 
@@ -88,6 +89,10 @@ class Doubts:
             return
         norms = factor.sq_norms_and_doubts()
         values, doubtful, again = norms
+        if is_recorded():
+            flagged(_outside(values, factor) if doubtful is None else doubtful)
+            add(values)
+            return
         if doubtful is None or again is None:
             add(within_range(values, factor))
             return
@@ -150,6 +155,16 @@ def within_range(squares: Tensor, factor: Factor) -> Tensor:
         rows, part = rows[alive], part.select(alive)
     again = part.to(dtype=torch.float64).sq_norms()
     return squares.double().index_copy(0, rows, again)
+
+
+def _outside(squares: Tensor, factor: Factor) -> Tensor:
+    """(B,) of bool: whose squares `within_range` would take again. Read by nobody."""
+    outside = ~((squares >= _LEAST) & (squares <= _MOST))
+    if factor.multilinear:
+        for tensor in factor.tensors():
+            if tensor.is_floating_point() and tensor.numel():
+                outside = outside & (flat(tensor).abs().amax(1) != 0)
+    return outside
 
 
 def _fetched(flag: Tensor) -> Callable[[], bool]:

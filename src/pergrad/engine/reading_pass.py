@@ -22,7 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from pergrad.engine.late_norms import Doubts
 from pergrad.engine.pass_ import Pass
 from pergrad.engine.places import owner_of
-from pergrad.engine.run import Options, _none_reached, _policy, _through, _warn
+from pergrad.engine.run import Options, _policy, _through, _warn, none_reached
 from pergrad.engine.schedule import Schedule, Use, schedule_for
 from pergrad.engine.user_state import nothing_hidden, retained_untouched
 from pergrad.errors import UnsupportedError, UsageError
@@ -80,7 +80,7 @@ class UserPass:
         self._unreached = _Unreached(graph, params)
         with retained_untouched(), nothing_hidden(params), nodes.hooks_aside(params) as hooks:
             if not graph.targets:
-                raise UsageError(_none_reached(params))
+                raise UsageError(none_reached(params))
             self.plan = plan_of(graph, losses, options.check_layout)
             _policy(losses, graph, self.plan, options)
         self.schedule = schedule_for(graph, self.plan)

@@ -117,7 +117,7 @@ def run(
         own: list[int] = []  # the number of our pass
         graph = walk(losses, params)
         if not graph.targets:
-            raise UsageError(_none_reached(params))
+            raise UsageError(none_reached(params))
         hookless = not (attached.hooks or hooks)
         key = graph.key()
         if options.on_mixing == "exact" and hookless and told is None and not graph.python:
@@ -227,7 +227,8 @@ def _cotangents(part: Apart) -> Cotangents:
     return dict(zip(slots, grads, strict=True))
 
 
-def _none_reached(params: Mapping[str, Tensor]) -> str:
+def none_reached(params: Mapping[str, Tensor]) -> str:
+    """The message where losses reach nothing that is asked for."""
     return (
         f"The losses reach none of the parameters ({names_list(list(params), 3)}), so every "
         "gradient would be zero. Are these the parameters of the model that computed the losses, "

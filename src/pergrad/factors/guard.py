@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pergrad.recording import flagged, is_recorded
+
 # κ² = |A|²|G|² / |AᵀG|². A Gram's terms are of size |A|²|G|² and cancel down to |AᵀG|², so its
 # relative error is at most about u κ² (in practice a hundredth of it) against u κ of the direct
 # form. Below the limit the Gram keeps 4e-6 or so in float32 and 1e-12 in float64. Unrelated
@@ -36,6 +38,9 @@ class SqNorms(NamedTuple):
     def settled(self) -> Tensor:
         """(B,): those in doubt taken again, now."""
         if self.doubtful is None or self.again is None:
+            return self.values
+        if is_recorded():
+            flagged(self.doubtful)
             return self.values
         rows = self.doubtful.nonzero()[:, 0]
         if not len(rows):

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from pergrad.recording import is_recorded
+
 Index = slice | Tensor
 
 
@@ -58,9 +60,10 @@ def added(total: Tensor, term: Tensor) -> Tensor:
 def reading_waits(device: torch.device) -> bool:
     """Whether the CPU runs ahead of a device, so that to read a number is to wait until it is done.
 
-    And it has nothing to do afterwards until the CPU has told it more.
+    And it has nothing to do afterwards until the CPU has told it more. A recorded graph runs when
+    nobody looks.
     """
-    return device.type != "cpu"
+    return device.type != "cpu" or is_recorded()
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:

@@ -14,6 +14,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from pergrad.recording import is_recorded
+
 DEFAULT_BYTES = 256 * 2**20
 SHARE_OF_FREE = 8  # at most one part in eight of what is free
 # A temporary that is written and read again at once should not leave the CPU's caches: measured,
@@ -90,7 +92,7 @@ _kept = _Kept()
 
 def pass_begins(device: torch.device, held: int) -> None:
     """A pass begins on this device, whose ops returned `held` bytes; see `lent`."""
-    if held < CACHE_BYTES or device.type != "cpu" or not _kept.free:
+    if held < CACHE_BYTES or device.type != "cpu" or not _kept.free or is_recorded():
         return
     # With cotangents of the same size less stays in the heap's end, which is not given back. There
     # a block would only be in the way: what lies below it is used again, what it takes is not.
@@ -125,7 +127,7 @@ def lent(count: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tenso
     size = count * dtype.itemsize
     kept = _kept
     most = max(CACHE_BYTES, THREAD_BYTES * torch.get_num_threads())
-    if device.type != "cpu" or size > most or not kept.free:
+    if device.type != "cpu" or size > most or not kept.free or is_recorded():
         yield torch.empty(count, dtype=dtype, device=device)
         return
     kept.most = max(kept.most, size)

@@ -5,7 +5,8 @@ Does not know: numbers. A plan holds node indices, never nodes or tensors of the
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,19 @@ def clear() -> None:
     _BY_DATA.clear()
     _MIXED.clear()
     _VERIFIED.clear()
+
+
+@contextmanager
+def nothing_remembered() -> Iterator[None]:
+    """What is found within is forgotten: there tensors stand for others and have no numbers."""
+    caches: tuple[OrderedDict[Any, Any], ...] = (_CACHE, _MIXED, _VERIFIED)
+    before = [cache.copy() for cache in caches]
+    try:
+        yield
+    finally:
+        for cache, kept in zip(caches, before, strict=True):
+            cache.clear()
+            cache.update(kept)
 
 
 def plan_for(

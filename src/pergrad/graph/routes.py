@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge
 from pergrad.graph import nodes
 from pergrad.graph.ops import Op, Step, traits
 from pergrad.graph.walk import Graph, Slot
+from pergrad.recording import flagged, is_recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +192,10 @@ def pull(
             if batched is not None:
                 # Batching rules of single ops have been wrong before: two rows must agree.
                 ends = [0, rows.shape[0] - 1]
-                if all(agree(batched[i], one(rows[i])) for i in ends):
+                same = [close(batched[i], one(rows[i])).all() for i in ends]
+                if is_recorded():
+                    flagged(~torch.stack(same))
+                if is_recorded() or all(map(bool, same)):
                     return batched.to(wide)
         return torch.stack([one(row) for row in rows]).to(wide)
 
@@ -213,7 +217,11 @@ def _batched(source: GradientEdge, sink: GradientEdge, rows: Tensor) -> Tensor |
 
 def agree(one: Tensor, two: Tensor) -> bool:
     """Whether two ways to the same numbers differ by no more than rounding."""
+    return bool(close(one, two).all())
+
+
+def close(one: Tensor, two: Tensor) -> Tensor:
+    """Of bool, element by element: whether they differ by no more than rounding."""
     eps = torch.finfo(two.dtype).eps
     scale = two.abs().amax() if two.numel() else two.new_zeros(())
-    close = (one - two).abs() <= 64 * eps * scale
-    return bool((close | ~torch.isfinite(two)).all())
+    return ((one - two).abs() <= 64 * eps * scale) | ~torch.isfinite(two)

@@ -14,6 +14,7 @@ from pergrad.graph.layout import NOBODY, Layout, along, smear
 from pergrad.graph.ops import Op, Reads, Result, Step, Why, contracted, declare, owners, steps
 from pergrad.ops.registry import Served, Situation, by_row, rule
 from pergrad.ops.rows import Partition, partition, row_owners, rows_by_id
+from pergrad.recording import flagged, is_recorded, read
 
 declare(
     "embedding",
@@ -39,7 +40,9 @@ def _neighbours(op: Op, _: int) -> tuple[Step, ...] | None:
         return None
     ideal = ids[0] + torch.arange(ids.numel(), dtype=ids.dtype, device=ids.device)
     # read at once: a GPU makes the CPU wait each time
-    start, equal = torch.stack([ids[0], (ids == ideal).all().to(ids.dtype)]).tolist()
+    start, equal = read(lambda: torch.stack([ids[0], (ids == ideal).all().to(ids.dtype)]).tolist())
+    if equal and is_recorded():
+        flagged(ids != start + ideal - ids[0])
     if not equal or (padding is not None and start <= padding < start + ids.numel()):
         return None
     count = prod(op.out_shapes[0]) // max(1, shape[1])

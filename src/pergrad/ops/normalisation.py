@@ -26,6 +26,7 @@ from pergrad.graph.ops import (
 from pergrad.kernels import fused
 from pergrad.ops.registry import Served, Situation, by_row, rule
 from pergrad.ops.rows import in_order, partition, reduced
+from pergrad.recording import is_recorded
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -114,7 +115,7 @@ def _by_position(
     B, T, _ = g.shape
     dtype = result_dtype(x, g)
     found: dict[int, list[Tensor]] = {slot: [] for slot in use.operands if slot in (1, 2)}
-    alike = x.is_cpu and x.dtype == g.dtype == dtype
+    alike = x.is_cpu and x.dtype == g.dtype == dtype and not is_recorded()
     kernel = fused(x.device, dtype) if alike and B * T * size else None
     if kernel is not None and kernel.reads(g, x) and g.stride(2) == x.stride(2) == 1:
         centres = None if mean is None else mean.to(dtype).contiguous()
@@ -227,7 +228,7 @@ def _by_channel(use: Situation, x: Tensor, mean: Tensor, rstd: Tensor) -> Served
     B, C = g.shape[:2]
     N = mean.shape[1]
     dtype = result_dtype(x, g)
-    alike = x.is_cpu and x.dtype == g.dtype == dtype
+    alike = x.is_cpu and x.dtype == g.dtype == dtype and not is_recorded()
     if alike and x.is_contiguous() and g.is_contiguous():
         sums = torch.ops.aten.native_group_norm_backward.default(
             g.view(1, B * C, -1), x.view(1, B * C, -1), mean.reshape(1, -1), rstd.reshape(1, -1),

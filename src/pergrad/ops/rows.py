@@ -15,6 +15,7 @@ from torch import Tensor
 from pergrad.factors import Beside, Dense, Factor, Outer, Placed, Rows
 from pergrad.factors.numeric import result_dtype
 from pergrad.graph.layout import NOBODY, Layout, regular_pattern, smear
+from pergrad.recording import constants
 
 
 class Bucket(NamedTuple):
@@ -198,20 +199,21 @@ def reduced(values: Tensor, layout: Layout, shape: Sequence[int], batch: int) ->
     lead = values.dim() - len(shape)
     summed = [d for d in range(values.dim())
               if d < lead or (shape[d - lead] == 1 and values.shape[d] != 1)]  # fmt: skip
-    layout = smear(layout, [d for d in range(values.dim()) if d not in summed]) or layout
-    varying = list(layout.varying)
+    with constants():
+        layout = smear(layout, [d for d in range(values.dim()) if d not in summed]) or layout
+        varying = list(layout.varying)
+        one = len(varying) == 1 and varying[0] in summed
+        pattern = regular(layout, batch) if one else None
     dtype = result_dtype(values)
-    if len(varying) == 1 and varying[0] in summed:
-        pattern = regular(layout, batch)
-        if pattern is not None:  # rows in a regular order: one plain sum, no scattering
-            outer, inner = pattern
-            (dim,) = varying
-            sizes = values.shape
-            folded = values.reshape(*sizes[:dim], outer, batch, inner, *sizes[dim + 1 :])
-            drop = [d if d < dim else d + 2 for d in summed if d != dim] + [dim, dim + 2]
-            drop = [d for d in drop if folded.shape[d] != 1]
-            total = folded.sum(drop, keepdim=True, dtype=dtype) if drop else folded.to(dtype)
-            return Dense(total.movedim(dim + 1, 0).reshape(batch, *shape))
+    if pattern is not None:  # rows in a regular order: one plain sum, no scattering
+        outer, inner = pattern
+        (dim,) = varying
+        sizes = values.shape
+        folded = values.reshape(*sizes[:dim], outer, batch, inner, *sizes[dim + 1 :])
+        drop = [d if d < dim else d + 2 for d in summed if d != dim] + [dim, dim + 2]
+        drop = [d for d in drop if folded.shape[d] != 1]
+        total = folded.sum(drop, keepdim=True, dtype=dtype) if drop else folded.to(dtype)
+        return Dense(total.movedim(dim + 1, 0).reshape(batch, *shape))
     plain = [d for d in summed if d not in varying]
     if plain:
         values = values.sum(plain, keepdim=True, dtype=dtype)
@@ -220,10 +222,10 @@ def reduced(values: Tensor, layout: Layout, shape: Sequence[int], batch: int) ->
     rest = [d for d in range(values.dim()) if d not in varying]
     counts = [values.shape[d] for d in own]
     cells = prod(counts)
-    owners = layout.owner.permute((*order, *rest)).reshape(-1, cells)
-    keys = torch.where(owners < 0, -1, owners * cells + torch.arange(cells, device="cpu")).reshape(
-        -1
-    )
+    with constants():
+        owners = layout.owner.permute((*order, *rest)).reshape(-1, cells)
+        keys = torch.where(owners < 0, -1, owners * cells + torch.arange(cells, device="cpu"))
+        keys = keys.reshape(-1)
     rows = values.to(dtype).permute((*order, *rest))  # no dimension at all for a scalar
     rows = rows.reshape(len(keys), *rows.shape[len(order) :])
     total = by_owner(rows, keys, batch * cells).reshape(batch, *counts, *rows.shape[1:])

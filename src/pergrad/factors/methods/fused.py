@@ -13,6 +13,7 @@ from pergrad.factors.guard import KAPPA_LIMIT
 from pergrad.factors.numeric import result_dtype, tracing
 from pergrad.factors.workspace import chunks, lent, limit
 from pergrad.kernels import Fused, Grid, Norms, fused
+from pergrad.recording import is_recorded
 
 # Not cache-sized: there should be examples for all threads.
 _WIDENED_BYTES = 32 * 2**20
@@ -20,7 +21,7 @@ _WIDENED_BYTES = 32 * 2**20
 
 def kernel_for(g: Tensor, a: Tensor) -> Fused | None:
     """The kernel that serves these, None if there is none or autograd has to see what is done."""
-    if tracing(g, a):
+    if tracing(g, a) or is_recorded():
         return None
     kernel = fused(g.device, result_dtype(g, a))
     return kernel if kernel is not None and kernel.reads(g, a) else None

@@ -23,6 +23,7 @@ from pergrad.factors.numeric import (
     tracing,
 )
 from pergrad.factors.workspace import by_chunks, chunks, limit
+from pergrad.recording import is_recorded
 
 
 class Rows(Factor):
@@ -54,8 +55,15 @@ class Rows(Factor):
 
     @cached_property
     def entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Where in (B T), whose, and which row: the lookups that count, in order."""
+        """Where in (B T), whose, and which row: the lookups that count, in order.
+
+        Recorded, all of them, as nobody can say how many count: the others are of zeros.
+        """
         ids = self.ids.reshape(-1).long()
+        if is_recorded():
+            where = torch.arange(len(ids), device=ids.device)
+            ids = ids.clamp(0, max(0, self.shape[0] - 1))
+            return where, where // max(1, self.ids.shape[1]), ids
         where = (ids >= 0).nonzero()[:, 0]
         ids = ids[where]
         if ids.numel() and int(ids.max()) >= self.shape[0]:
@@ -64,6 +72,8 @@ class Rows(Factor):
 
     def positions(self, where: Tensor) -> Tensor:
         """(U, C): g at positions of (B T)."""
+        if is_recorded():
+            return self._present()[where]
         return self.g.reshape(self.ids.numel(), self.matrix_shape[1])[where].to(self.dtype)
 
     @cached_property
