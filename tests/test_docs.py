@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args, get_type_hints
 from xml.etree import ElementTree
 
@@ -45,7 +46,9 @@ def marked(page: Path) -> Any:
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES])
 def test_examples_run(page: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "__main__"}
+    module = ModuleType(re.sub(r"\W", "_", page.name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)  # where torch.compile looks names up
+    namespace = vars(module)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for line, source in blocks(page):

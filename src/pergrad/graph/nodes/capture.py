@@ -5,9 +5,11 @@ what is made of that; and the backend that compiles the record.
 Does not know: losses, gradients, what a graph computes.
 """
 
+import builtins
 import os
 import re
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from types import FunctionType
@@ -34,9 +36,14 @@ def followed(function: Callable[..., Any], receive: Receive) -> Callable[..., An
     def whole(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    # code of its own, to which torch attaches what it has followed: else all steps share a limit
+    # Code of its own, to which torch attaches what it has followed: else all steps share a limit.
+    # And globals, where torch keeps the modules that it has met, under their names.
     alone = FunctionType(
-        whole.__code__.replace(), whole.__globals__, whole.__name__, None, whole.__closure__
+        whole.__code__.replace(),
+        {"__name__": __name__, "__builtins__": builtins},
+        "whole",
+        None,
+        whole.__closure__,
     )
     compiled = torch.compile(alone, backend=receive, fullgraph=True, dynamic=False)
 
@@ -183,7 +190,9 @@ def compiled_from(
     import torch._inductor.config
     from torch._dynamo.backends.registry import lookup_backend
 
-    with torch.no_grad(), torch._inductor.config.patch(fallback_random=True):
+    settings = torch._inductor.config.patch(fallback_random=True)
+    with torch.no_grad(), settings, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own code, which nobody here can change
         return lookup_backend(backend)(graph, list(inputs))
 
 
