@@ -33,17 +33,18 @@ test: lint compiler browser  ## lint, types, tests, doctests, and the examples i
 	$(MAKE) integrations
 
 # The two halves of the tests side by side, each on a core of its own.
+HALF := tests/whole tests/steps tests/attribution
 whole pieces: export OMP_NUM_THREADS := 1
 whole: $(STAMP)
-	$(BIN)/python -m pytest tests/whole
+	$(BIN)/python -m pytest $(HALF)
 pieces: $(STAMP)
-	$(BIN)/python -m pytest src tests --ignore tests/whole
+	$(BIN)/python -m pytest src tests $(HALF:%=--ignore %)
 
 # Every file has a kind of test of its own; a fortieth of each, and the structure whole.
 SAMPLED := tests/factors/test_factors.py tests/factors/test_products.py tests/ops tests/graph \
   tests/engine/test_side_effects.py tests/engine/test_hooks.py tests/training \
   tests/whole/test_verbs.py tests/whole/test_refusals.py tests/whole/test_derivatives.py \
-  tests/scans/test_store.py
+  tests/steps tests/scans/test_store.py
 
 quick: lint  ## lint, types, structure, and one test in forty (under a minute once installed)
 	$(BIN)/python -m pytest -q tests/test_structure.py

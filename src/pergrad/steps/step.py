@@ -64,13 +64,13 @@ def compiled(
         keeps eight kinds. Memory of a forward pass and its cotangents.
 
         >>> import torch, pergrad
-        >>> model = torch.nn.Linear(2, 1, bias=False)
-        >>> step = pergrad.compiled(lambda x: model(x).squeeze(1), model, backend="eager")
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.Flatten(0))
+        >>> step = pergrad.compiled(model, backend="eager")         # its outputs are the losses
         >>> x = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
         >>> step(x), step(2 * x)
         (tensor([5., 1.]), tensor([10.,  2.]))
         >>> step
-        CompiledStep(<lambda>, 1 kind of inputs: norms)
+        CompiledStep(Sequential, 1 kind of inputs: norms)
     """
     if not callable(function):
         raise UsageError(

@@ -5,7 +5,6 @@ what is made of that; and the backend that compiles the record.
 Does not know: losses, gradients, what a graph computes.
 """
 
-import builtins
 import os
 import re
 import threading
@@ -36,15 +35,10 @@ def followed(function: Callable[..., Any], receive: Receive) -> Callable[..., An
     def whole(*args: Any, **kwargs: Any) -> Any:
         return function(*args, **kwargs)
 
-    # Code of its own, to which torch attaches what it has followed: else all steps share a limit.
-    # And globals, where torch keeps the modules that it has met, under their names.
-    alone = FunctionType(
-        whole.__code__.replace(),
-        {"__name__": __name__, "__builtins__": builtins},
-        "whole",
-        None,
-        whole.__closure__,
-    )
+    # Copied, for code of its own, to which torch attaches what it has followed: else all steps
+    # share a limit. A function that others have wrapped, or an object, is called from such code.
+    plain = isinstance(function, FunctionType) and not vars(function)
+    alone = _copied(function if plain else whole)
     compiled = torch.compile(alone, backend=receive, fullgraph=True, dynamic=False)
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -55,6 +49,15 @@ def followed(function: Callable[..., Any], receive: Receive) -> Callable[..., An
             _OURS.calls -= 1
 
     return call
+
+
+def _copied(function: Any) -> Any:
+    copy = FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__,
+        function.__defaults__, function.__closure__,
+    )  # fmt: skip
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
 
 
 def _watch_hooks() -> None:
