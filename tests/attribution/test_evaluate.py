@@ -196,7 +196,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         (train, found, {"share": 0.01}, "is 0: nothing would differ.*Pass another share"),
         (train, found, {"seeds": 0}, "seeds is 0; pass a positive number"),
         (train, found.scores.mT, {}, r"are \(12, 4\), for 4 queries and 12.*Pass what"),
-        (train, [1.0], {}, r"scores of 'influence' are list.*Pass what"),
+        (train, [1.0], {}, r"are \(1,\), for 4 queries.*an array or lists"),
         (train, found.scores * float("nan"), {}, "not all finite. Leave these out"),
         (train, some, {}, "Only the 2 strongest.*top=None"),
         (lambda i, s: None, found, {}, "returned a NoneType. Return the trained model"),

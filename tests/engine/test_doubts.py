@@ -436,13 +436,13 @@ def test_uses_are_served_one_at_a_time():
             list(pool.map(lambda hook: hook((None,)), hooks))
         return (None,) * len(wanted)
 
-    def planned(*args: Any) -> Any:
-        graph, found = plan.plan_for(*args)
+    def planned(graph: Any, *args: Any) -> Any:
+        found = plan.plan_of(graph, *args)
         graph.nodes[:] = map(Node, graph.nodes)
-        return graph, found
+        return found
 
     with (
-        mock.patch.object(engine, "plan_for", planned),
+        mock.patch.object(engine, "plan_of", planned),
         mock.patch.object(engine, "_gradients", gradients),
         mock.patch.object(engine.Pass, "serve", serve),
         mock.patch.object(engine.Pass, "check_complete", return_value=None),

@@ -124,9 +124,11 @@ def test_no_warning_of_what_was_asked_for(make: Callable[[], Made]) -> None:
 @EACH
 def test_the_price_before_it_is_paid(make: Callable[[], Made]) -> None:
     losses, model = made(make)
-    assert f'Examples interact: with on_mixing="exact" the mixed parameters cost up to {B} ' in str(
-        pergrad.explain(losses(), model)
-    )
+    told = str(pergrad.explain(losses(), model))
+    if make is tokens:  # three of each sequence: losses of different sequences share a pass
+        assert "cost 3 backward passes" in told
+    else:
+        assert f'with on_mixing="exact" the mixed parameters cost up to {B} ' in told
 
 
 @EACH

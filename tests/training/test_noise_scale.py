@@ -117,7 +117,7 @@ def test_weight_zero_needs_no_norm() -> None:
         ((torch.ones(3), 1.0, torch.tensor([0.0, 1.0, 0.0])), r"One example alone"),
         ((torch.ones(2), 1.0, torch.tensor([1.0, -1.0])), r"sum to 0(.|\n)*Leave it out"),
         ((torch.ones(2), 1.0, torch.ones(3)), r"weights(.|\n)*\(2,\)"),
-        ((torch.ones(2, 2), 1.0), r"not a tensor \(B,\)"),
+        ((torch.ones(2, 2), 1.0), r"not a tensor or an array \(B,\)"),
         ((torch.tensor([1.0, float("nan")]), 1.0), r"not finite(.|\n)*Leave the step out"),
         ((torch.ones(2), float("inf")), r"not finite"),
     ],

@@ -301,7 +301,9 @@ def _merged(layouts: list[Layout]) -> Layout | None:
 def _outgrows(graph: Graph, i: int) -> bool:
     """Whether an op's output is larger than every input that leads to a parameter."""
     inputs = [graph.shape((c, n)) for c, n in graph.edges[i] if c >= 0 and graph.leads[c]]
-    return all(prod(shape) < prod(graph.shape((i, 0))) for shape in inputs)
+    sizes = [prod(shape) for shape in (graph.shape((i, 0)), *inputs)]
+    # a nested tensor's compare with no number; it is refused by name below
+    return all(type(size) is int for size in sizes) and max(sizes[1:], default=-1) < sizes[0]
 
 
 def _enters(graph: Graph, i: int) -> bool:
