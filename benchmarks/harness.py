@@ -109,6 +109,11 @@ def error(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
     return max(found)
 
 
+def allowed(want: dict[str, Tensor]) -> float:
+    """The largest error that is rounding's: twice that of torch's own gradient, if known."""
+    return max(TOLERANCE, 2 * float(want.get("of autograd", 0.0)))
+
+
 def _largest(x: Tensor) -> float:
     return float(x.abs().nan_to_num(nan=float("inf")).max()) if x.numel() else 0.0
 
@@ -223,7 +228,7 @@ def _compare(r: Runner, got: Path, want: Path) -> None:
     right = torch.load(want)
     found = error(torch.load(got), right)
     r.error = max(found, r.error or 0.0)
-    if not found <= max(TOLERANCE, 2 * float(right.get("of autograd", 0.0))):
+    if not found <= allowed(right):
         r.fail(f"wrong: off by {found:.1e}")
 
 
