@@ -65,6 +65,7 @@ _SECTIONS = [
         "",
         "cannot be differentiated|second derivative|create_graph=True would|derivative of a back",
     ),
+    ("wrong-in-torch", "graph", "torch's own backward of `"),
     ("interacting-examples", "", "mixes examples|batch norm"),
     ("rows-of-unknown-owner", "graph", "nested tensor|check_layout"),
     ("hooks", "engine", "hook"),

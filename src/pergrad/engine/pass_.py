@@ -17,6 +17,7 @@ from pergrad.engine.user_state import Held
 from pergrad.errors import UnsupportedError
 from pergrad.factors import Embedded, Factor, Pulled, Sum, mapped
 from pergrad.graph import routes
+from pergrad.graph.flaws import doubtful, look
 from pergrad.graph.layout import Layout, describe
 from pergrad.graph.ops import Step
 from pergrad.graph.plan import Plan
@@ -61,14 +62,18 @@ class Pass:
     parts: dict[Slot, list[Held]] = field(default_factory=dict)
     missing: dict[Slot, set[Slot]] = field(default_factory=dict)  # ends, by parameter
     found: dict[Slot, list[Held]] = field(default_factory=dict)
+    doubted: frozenset[int] = frozenset()  # where torch's own backward may be wrong
 
     def __post_init__(self) -> None:
+        self.doubted = doubtful(self.graph, self.plan.suspects)
         self.waiting = dict(self.schedule.waiting)
         self.missing = {target: set(ends) for target, ends in self.schedule.missing.items()}
 
     def serve(self, use: Use, cotangents: list[Tensor | None]) -> None:
         """Factors of every operand of one use."""
         site = use.site
+        if site.node in self.doubted:
+            look(self.graph, site.node, cotangents)
         alive = some_alive(cotangents)
         situation = Situation(
             self.graph.nodes[site.node],
@@ -152,6 +157,12 @@ class Pass:
         """A parameter whose own gradient separates by example."""
         layout = self.plan.direct[target]
         self.report_direct(target, direct_factor(g, layout, self.batch))
+
+    def passed_by(self) -> frozenset[int]:
+        """The doubted nodes at which no parameter is served."""
+        if not self.doubted:
+            return self.doubted
+        return self.doubted - {use.site.node for use in self.schedule.uses}
 
     def report_direct(self, target: Slot, factor: Factor | None) -> None:
         """What a parameter's own gradient is by example."""

@@ -29,6 +29,7 @@ from pergrad.errors import UnsupportedError, UsageError
 from pergrad.factors import Factor
 from pergrad.factors.workspace import limit, workspace
 from pergrad.graph import nodes
+from pergrad.graph.flaws import look
 from pergrad.graph.plan import plan_of
 from pergrad.graph.walk import Graph
 from pergrad.ops.joining import SINKS
@@ -108,6 +109,12 @@ class UserPass:
         for use in self.schedule.uses:
             serve = self._server(use)
             self._handles.append(nodes.before(graph.nodes[use.site.node], self._guarded(serve)))
+        for i in self._pass.passed_by():
+
+            def seen(cotangents: Sequence[Tensor | None], i: int = i) -> None:
+                look(graph, i, cotangents)
+
+            self._handles.append(nodes.before(graph.nodes[i], self._guarded(seen)))
         for target in plan.direct:
 
             def direct(cotangents: Sequence[Tensor | None], target: tuple = target) -> None:

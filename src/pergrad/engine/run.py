@@ -44,6 +44,7 @@ from pergrad.errors import (
 from pergrad.factors import Beside, Computed, Factor, Placed
 from pergrad.factors.workspace import limit, pass_begins
 from pergrad.graph import nodes
+from pergrad.graph.flaws import watched
 from pergrad.graph.hooks import Hook
 from pergrad.graph.plan import Plan, interact, plan_for, plan_of
 from pergrad.graph.walk import Graph, Slot, walk
@@ -207,9 +208,10 @@ def _pass(
     given = (graph, plan, schedule, losses.shape[0], emit, options.create_graph, records)
     state = Pass(*given)
     if before:
-        of = [*before, Apart(slice(0, 0), losses, graph, plan)]
-        state = Together(*given, of=of, earlier=[_cotangents(part) for part in before])
-    with hooked.in_force():
+        state = Together(*given, of=[*before, Apart(slice(0, 0), losses, graph, plan)])
+    with hooked.in_force(), watched(graph, state.passed_by()):
+        if isinstance(state, Together):
+            state.earlier = [_cotangents(part) for part in before]
         if options.create_graph:
             _at_once(losses, state, own)
         else:

@@ -20,6 +20,7 @@ from pergrad.engine.pass_ import Pass, direct_factor, some_alive
 from pergrad.engine.schedule import Use, schedule_for
 from pergrad.factors import Beside, Factor, Placed
 from pergrad.graph import nodes
+from pergrad.graph.flaws import look
 from pergrad.graph.uses import Site
 from pergrad.graph.walk import Slot
 from pergrad.ops import Situation
@@ -118,6 +119,9 @@ class Together(Pass):
             for part in self.earlier
         ]
         lists.append(cotangents)
+        if node in self.doubted:
+            for several in lists:
+                look(self.graph, node, several)
         alive = {
             j: several
             for j, several in enumerate(lists)

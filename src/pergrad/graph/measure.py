@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pergrad.errors import UnsupportedError
 from pergrad.graph import nodes
+from pergrad.graph.flaws import doubtful, look, suspects
 from pergrad.graph.layout import NOBODY, Layout, compressed, constant, regular_pattern
 from pergrad.graph.uses import Measured
 from pergrad.graph.walk import Graph, Slot
@@ -275,6 +276,7 @@ def _pass(losses: Tensor, graph: Graph, slots: list[Slot], seeds: Tensor,
     for i, number in slots:
         at_node.setdefault(i, []).append(number)
     above = _above(graph, at_node)
+    doubted = doubtful(graph, suspects(graph))
 
     def work() -> None:
         root, number = graph.root
@@ -293,6 +295,8 @@ def _pass(losses: Tensor, graph: Graph, slots: list[Slot], seeds: Tensor,
                     visit((i, number), value if value.layout is torch.strided else value.to_dense())
             if i not in above:
                 continue
+            if i in doubted:
+                look(graph, i, here)
             results = nodes.call(graph.nodes[i], here, last_read=True)
             del here
             for k, (child, out) in enumerate(graph.edges[i]):
@@ -354,10 +358,9 @@ def verify(
     raise UnsupportedError(
         f"The gradient that {_either(parents)} hands down (near parameter `{near}`) does not "
         "follow the examples as the op's structure says. Either torch's own backward of that op is "
-        "wrong for this input, as that of its batch norm is for one whose dimensions lie permuted "
-        "in memory: then `.contiguous()` on the input mends it, here and in your training. Or this "
-        "is a defect of pergrad; please report it with this model. No number is returned rather "
-        "than a wrong one."
+        "wrong for this input, in your training too (`.contiguous()` on the input may mend it), or "
+        "this is a defect of pergrad; please report it with this model. No number is returned "
+        "rather than a wrong one."
     )
 
 

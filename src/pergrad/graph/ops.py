@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from torch import Tensor
+
 from pergrad.errors import UsageError
 from pergrad.graph import nodes
 from pergrad.graph.layout import Layout, compressed, constant, placed_along
@@ -77,6 +79,16 @@ Transfer = Callable[[Op, Layout], list[Result]]
 TransferAll = Callable[[Op, list[Layout | None]], list[Result]]
 Cut = Callable[[Op], tuple[int, slice]]
 Steps = Callable[[Op, int], tuple[Step, ...] | None]
+Told = Callable[[str, Any, Tensor], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Flaw:
+    """That torch's own backward of an op is wrong for tensors that lie in memory in some way."""
+
+    shapes: Callable[[Shape], bool]  # of the output: it may be, however the rest is
+    vectors: tuple[str, ...]  # saved with it: or it may be if one of these does not lie dense
+    told: Told  # of op, node, cotangent: for what it is wrong, and what mends it; None if it is not
 
 
 @dataclass(slots=True)
@@ -97,6 +109,7 @@ class Traits:
     steps_read_data: bool = False
     keeps_order: bool = False  # the same elements, one after the other in the same order
     expands: bool = False  # the same elements, along some dimensions many times
+    flaw: Flaw | None = None
 
 
 _TABLE: dict[str, Traits] = {}
@@ -255,6 +268,21 @@ def steps(
             once(name, "steps", entry.steps)
             entry.steps, entry.steps_read_data = function, read_data
             entry.keeps_order, entry.expands = keeps_order, expands
+        return function
+
+    return add
+
+
+def flawed(
+    *names: str, shapes: Callable[[Shape], bool], vectors: tuple[str, ...]
+) -> Callable[[Told], Told]:
+    """Register ops whose backward in torch is wrong for some tensors; see `Flaw`."""
+
+    def add(function: Told) -> Told:
+        for name in names:
+            entry = declared(name)
+            once(name, "flaw", entry.flaw)
+            entry.flaw = Flaw(shapes, vectors, function)
         return function
 
     return add

@@ -7,7 +7,7 @@ Does not know: numbers. A plan holds node indices, never nodes or tensors of the
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from pergrad.errors import UsageError
 from pergrad.graph import routes as ways_down
 from pergrad.graph.by_data import ByData
+from pergrad.graph.flaws import Suspects, suspects
 from pergrad.graph.layout import Layout
 from pergrad.graph.measure import measure, stand_beside, verify
 from pergrad.graph.ops import traits
@@ -44,6 +45,7 @@ class Plan:
     mixes: list[Mix]
     known_mixed: frozenset[Slot]
     key: Key
+    suspects: Suspects = field(default_factory=Suspects)  # where torch's own backward may be wrong
     verified: bool = False  # whether a measurement has agreed
     schedule: Any = None  # what the engine has worked out from it
     met: tuple[str, ...] | None = None  # what the engine serves otherwise, as losses meet above it
@@ -209,4 +211,5 @@ def _plan(graph: Graph, uses: Uses, key: Key) -> Plan:
                               expanded.shared)  # fmt: skip
             ends[site.node, k] = end
     routes = {end.slot: ways_down.routes(graph, end.slot) for end in ends.values()}
-    return Plan(uses.sites, ends, uses.direct, routes, uses.mixes, uses.known_mixed, key)
+    return Plan(uses.sites, ends, uses.direct, routes, uses.mixes, uses.known_mixed, key,
+                suspects(graph))  # fmt: skip

@@ -28,6 +28,7 @@ from pergrad.ops import (  # noqa: F401
     reductions,
     stacking,
     views,
+    wrong_in_torch,
 )
 from pergrad.ops.registry import (
     Operand,

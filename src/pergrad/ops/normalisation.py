@@ -5,6 +5,7 @@ Does not know: how the gradient gets to the layer's input.
 """
 
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from pergrad.graph.ops import (
     Op,
     Result,
     Why,
+    attribute,
     contracted,
     declare,
     or_why,
@@ -255,7 +257,7 @@ _BATCH_NORM = (
     "native_batch_norm", "native_batch_norm_legit", "cudnn_batch_norm", "miopen_batch_norm",
     "native_batch_norm_legit_no_training", "batch_norm_with_update", "batch_norm_no_update",
 )  # fmt: skip
-_FIELDS = ("input", "eps", "result1", "result2", "running_mean", "running_var")
+_FIELDS = ("input", "weight", "eps", "result1", "result2", "running_mean", "running_var")
 declare(*_BATCH_NORM[-3:], needs=_FIELDS, weights=True)
 declare(*_BATCH_NORM[:-3], needs=(*_FIELDS, "training"), weights=True)
 
@@ -264,10 +266,14 @@ _TRAINING = {"native_batch_norm_legit_no_training": False, "batch_norm_no_update
              "batch_norm_with_update": True}  # fmt: skip
 
 
-def _in_training(op: Op | Situation) -> bool:
+def in_training(name: str, node: Any) -> bool:
     """Whether a batch norm takes its statistics from the batch."""
-    known = _TRAINING.get(op.name)
-    return op.attr("training") if known is None else known
+    known = _TRAINING.get(name)
+    return attribute(name, node, "training") if known is None else known
+
+
+def _in_training(op: Op | Situation) -> bool:
+    return in_training(op.name, op.node)
 
 
 @owners(*_BATCH_NORM)

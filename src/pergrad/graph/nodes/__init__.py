@@ -67,6 +67,7 @@ from pergrad.graph.nodes.tensors import (
 from pergrad.graph.nodes.unpacking import (
     in_our_words,
     is_checkpointed,
+    lie_dense,
     saved,
     saved_plainly,
     selections_untouched,
@@ -106,6 +107,7 @@ __all__ = [
     "is_python",
     "is_transformed",
     "leaf_variable",
+    "lie_dense",
     "made_by_inductor",
     "metas",
     "never_compiled",

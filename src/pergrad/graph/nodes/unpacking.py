@@ -86,6 +86,22 @@ def saved_plainly(node: Node, field: str) -> bool:
     return plain and all(raw.data is None or _is_at_hand(raw.data) for raw in handles)
 
 
+def lie_dense(node: Node, fields: Iterable[str]) -> bool:
+    """Whether it is plain to see that these saved vectors, if there, lie in memory without gaps."""
+    try:
+        for field in fields:
+            raw = getattr(node, "_raw_saved_" + field, None)
+            if raw is None or (data := raw.data) is None:
+                continue
+            if type(data) not in PLAIN or raw.unpack_hook is not None:
+                return False
+            if data.dim() == 1 and data.stride(0) != 1 and len(data) > 1:
+                return False
+    except RuntimeError as error:
+        raise translate(error) from error
+    return True
+
+
 def is_checkpointed(node: Node) -> bool:
     """Whether a checkpointed block (use_reentrant=False) recomputes what the node saved."""
     try:
