@@ -345,7 +345,7 @@ def lightning_callback(watch: "Watch") -> Any:
         from lightning.pytorch import Callback
     except ImportError:
         need("integrations", "pytorch_lightning")
-        from pytorch_lightning import Callback
+        from pytorch_lightning import Callback  # type: ignore[assignment,unused-ignore]
 
     class WatchCallback(Callback):
         """Watches a lightning.Trainer; made by `pergrad.Watch.lightning`."""
