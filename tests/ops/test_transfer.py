@@ -441,6 +441,13 @@ for _dim in (0, 1, -1):
              _shape)  # fmt: skip
         case("scatter_add", lambda x, y, d=_dim, s=_shape: x.scatter_add(d, _ids(3, *s), y),
              (3, 3, 3), _shape)  # fmt: skip
+    for _kind, _self in (("sum", True), ("mean", False), ("prod", True), ("amax", True)):
+        case("scatter_reduce", lambda x, y, d=_dim, k=_kind, i=_self:
+             x.scatter_reduce(d, _ids(3, 2, 3, 3), y, k, include_self=i),
+             (3, 3, 3), (2, 3, 3))  # fmt: skip
+    case("scatter_by_rows", lambda x, y, d=_dim:
+         x.scatter_add(d, _ids(3, *(3 if e == d % 3 else 1 for e in range(3))).expand(3, 3, 3), y),
+         (3, 3, 3), (3, 3, 3))  # fmt: skip
     case("scatter_value", lambda x, d=_dim: x.scatter(d, _ids(3, 2, 2, 1), 0.5), (3, 3, 3))
     case("take_along_dim", lambda x, d=_dim: x.take_along_dim(_ids(3, 3, 1, 1), d), (3, 3, 3))
     for _n in (1, 3, 5):

@@ -35,7 +35,8 @@ from pergrad.ops.registry import Served, Situation, rule
 from pergrad.ops.rows import partition, rows_by_id
 
 declare("gather", needs=["dim"], looks_up=True)
-declare("take_along_dim", "scatter", "scatter_add", needs=["dim"])
+declare("take_along_dim", needs=["dim"])
+declare("scatter", "scatter_add", "scatter_reduce", needs=["dim", "index"])
 
 
 @owners("gather", "take_along_dim")
@@ -56,21 +57,37 @@ def _padded(owner: Tensor, shape: Sequence[int]) -> Layout:
     return compressed(shape, owner)
 
 
-@owners("scatter", "scatter_add")
+@owners("scatter", "scatter_add", "scatter_reduce")
 def _scatter(op: Op, out: Layout) -> list[Result]:
+    """What is scattered gets the gradient of the places that it went to, one for one."""
     data, *rest = op.in_shapes
     results: list[Result] = [None if data is None else out]
     if rest:
-        source = rest[0]
-        if source is None:
-            results.append(None)
-        else:
-            plain = smear(out, [positive(op.attr("dim"), len(source))]) if source else None
-            fits = plain is not None and all(
-                o == 1 or o <= s for o, s in zip(plain.owner.shape, source, strict=True)
-            )
-            results.append(resized(plain, source) if fits else Why.UNKNOWN)
+        results.append(None if rest[0] is None else _scattered_to(op, out, rest[0]))
     return results
+
+
+def _scattered_to(op: Op, out: Layout, source: Shape) -> Result:
+    if not source or len(source) != len(out.shape):
+        return Why.UNKNOWN
+    dim, owner = positive(op.attr("dim"), len(source)), out.owner
+    for d, size in enumerate(source):
+        if d != dim and owner.shape[d] > 1:
+            if owner.shape[d] < size:
+                return Why.UNKNOWN
+            owner = owner.narrow(d, 0, size)
+    if owner.shape[dim] == 1:
+        return resized(Layout(out.shape, owner), source)
+    index = op.data("index").detach()
+    if index.shape != source:
+        return Why.UNKNOWN
+    for d, stride in enumerate(index.stride()):
+        if d != dim and owner.shape[d] == 1 and stride == 0:  # expanded, as for all features
+            index = index.narrow(d, 0, 1)
+    sizes = [owner.shape[d] if d == dim else size for d, size in enumerate(index.shape)]
+    wide = [max(one, two) for one, two in zip(owner.shape, sizes, strict=True)]
+    every = [s if d == dim else w for d, (s, w) in enumerate(zip(index.shape, wide, strict=True))]
+    return compressed(source, owner.expand(wide).gather(dim, index.cpu().long().expand(every)))
 
 
 declare("index_select", needs=["dim", "index"], weights=True, looks_up=True)
