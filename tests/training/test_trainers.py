@@ -220,3 +220,85 @@ def test_callbacks_of_the_other_trainer(tmp_path: Path) -> None:
     for wrong in (watch, watch.hf, watch.lightning()):
         with pytest.raises(AttributeError, match=r"`watch\.hf\(\)`"):
             transformers.Trainer(nn.Linear(1, 1), arguments, callbacks=[wrong])
+
+
+class Normed(nn.Module):
+    """Pictures to classes through batch norm, which makes every loss depend on all examples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)
+        )
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> dict[str, Any]:
+        return {"loss": F.cross_entropy(self.net(pixel_values), labels)}
+
+
+@pytest.mark.parametrize("how", ["hf", "attach", "lightning"])
+def test_batch_norm_is_read_for_who_pays(tmp_path: Path, how: str) -> None:
+    torch.manual_seed(0)
+    model, x, y = Normed(), torch.randn(4, 1, 8, 8), torch.arange(4) % 3
+    losses = F.cross_entropy(model.net(x), y, reduction="none")
+    norms = naive.norms(naive.loop_grads(losses, model))
+    watch = pergrad.Watch(tmp_path / "run")
+    train = _fit_lightning if how == "lightning" else _fit_transformers
+    train(tmp_path, watch, how, model, x, y)
+    watch.close()
+    assert watch.failures == []
+    table = pergrad.open_watch(tmp_path / "run").examples().to_pylist()
+    assert sorted(r["norm"] for r in table) == pytest.approx(sorted(norms.tolist()), rel=1e-4)
+
+
+def _fit_transformers(
+    folder: Path, watch: pergrad.Watch, how: str, model: Normed, x: torch.Tensor, y: torch.Tensor
+) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    args = TrainingArguments(
+        output_dir=str(folder / "out"), max_steps=1, per_device_train_batch_size=4,
+        report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"pixel_values": a, "labels": int(b)} for a, b in zip(x, y, strict=True)]
+    own = [watch.hf(on_mixing="exact")] if how == "hf" else []
+    trainer = Trainer(model, args, train_dataset=data, callbacks=own)
+    if how == "attach":
+        watch.attach(trainer, on_mixing="exact")
+    trainer.train()
+
+
+def _fit_lightning(
+    folder: Path, watch: pergrad.Watch, how: str, model: Normed, x: torch.Tensor, y: torch.Tensor
+) -> None:
+    import lightning
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            return self.model(*batch)["loss"]
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), 4)
+    lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, callbacks=[watch.lightning(on_mixing="exact")],
+    ).fit(Module(), data)  # fmt: skip
+
+
+def test_options_of_callbacks_are_checked_when_they_are_made(tmp_path: Path) -> None:
+    import transformers
+
+    args = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    trainer = transformers.Trainer(nn.Linear(1, 1), args)
+    watch = pergrad.Watch(tmp_path / "run")
+    for make in (watch.hf, watch.lightning, lambda **given: watch.attach(trainer, **given)):
+        with pytest.raises(pergrad.UsageError, match=r"no option mixing(.|\n)*on_mixing"):
+            make(mixing="exact")
+        with pytest.raises(pergrad.UsageError, match=r'on_mixing is "raise" or "exact"'):
+            make(on_mixing="yes")
+    assert trainer.compute_loss.__func__ is transformers.Trainer.compute_loss

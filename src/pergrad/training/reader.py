@@ -154,7 +154,7 @@ class Reading:
         rest: bool,
         options: Mapping[str, Any],
     ) -> None:
-        chosen = _options(options)
+        chosen = check_options(options)
         named = sharded.whole(inputs.named(model))
         self._names = list(named)
         gathered = any(map(sharded.is_sharded, named.values()))
@@ -305,7 +305,12 @@ _KNOWN = ("on_mixing", "check_layout", "chunk_bytes")
 _NAMES = ("examples", "batch_dim", "rest", *_KNOWN)  # beside the losses and the model
 
 
-def _options(options: Mapping[str, Any]) -> Options:
+def check_options(options: Mapping[str, Any]) -> Options:
+    """What a reading's further options say.
+
+    Raises:
+        UsageError: there is no such option, or its value makes no sense.
+    """
     wrong = [name for name in options if name not in _KNOWN]
     if wrong:
         raise UsageError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pergrad.errors import UsageError
 from pergrad.extras import need
 from pergrad.graph import nodes
+from pergrad.training.reader import check_options
 
 if TYPE_CHECKING:
     from pergrad.training.watch import Block, Watch
@@ -111,12 +112,12 @@ def not_a_callback(name: str, what: str, instead: str) -> AttributeError:
 class Maker:
     """A method that makes a callback, and says so where it is passed in the place of one."""
 
-    def __init__(self, name: str, make: Callable[[], Any], words: str | None) -> None:
+    def __init__(self, name: str, make: Callable[..., Any], words: str | None) -> None:
         self._name, self._make, self.__doc__ = name, make, words
 
-    def __call__(self) -> Any:
+    def __call__(self, **options: Any) -> Any:
         """The callback."""
-        return self._make()
+        return self._make(**options)
 
     def __getattr__(self, name: str) -> Any:
         raise not_a_callback(name, f"`{self._name}`", f"what it returns, `{self._name}()`")
@@ -155,8 +156,9 @@ class Deferred:
 class _Steps:
     """What trainers of both kinds have in common: open blocks, and numbers for their logs."""
 
-    def __init__(self, watch: "Watch") -> None:
-        self.watch = watch
+    def __init__(self, watch: "Watch", options: Mapping[str, Any]) -> None:
+        check_options(options)
+        self.watch, self._options = watch, options
         self.deferred: list[Deferred] = []
         self.numbers: dict[str, float] = {}
         watch.also_log(self._note)
@@ -177,7 +179,8 @@ class _Steps:
         if not trains or self.watch.skips(step):
             return None
         count = batch.examples if examples is None else examples
-        block = self.watch(loss, model, None if loss.dim() else count, step=step)
+        count_told = None if loss.dim() else count
+        block = self.watch(loss, model, count_told, step=step, **self._options)
         if count == batch.examples:
             block.describe(batch.keys, batch.preview)
         return block
@@ -199,7 +202,7 @@ def loss_of(output: Any) -> Any:
     return getattr(output, "loss", None)
 
 
-def transformers_callback(watch: "Watch") -> Any:
+def transformers_callback(watch: "Watch", **options: Any) -> Any:
     """See `Watch.hf`."""
     need("integrations", "transformers")
     from transformers import TrainerCallback
@@ -208,7 +211,7 @@ def transformers_callback(watch: "Watch") -> Any:
         """Watches a Trainer; made by `pergrad.Watch.hf`."""
 
         def __init__(self) -> None:
-            self._steps = _Steps(watch)
+            self._steps = _Steps(watch, options)
             self._hook: Any = None
             self._step = 0
             self._decode: Any = None
@@ -285,8 +288,11 @@ def transformers_callback(watch: "Watch") -> Any:
 
 
 def attach(
-    watch: "Watch", trainer: Any, examples: Callable[[Any], int] | None = None
-) -> None:  # fmt: skip
+    watch: "Watch",
+    trainer: Any,
+    examples: Callable[[Any], int] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> None:
     """See `Watch.attach`."""
     compute, add = getattr(trainer, "compute_loss", None), getattr(trainer, "add_callback", None)
     if not callable(compute) or not callable(add):
@@ -294,7 +300,7 @@ def attach(
             f"A {type(trainer).__name__} has no compute_loss and add_callback, as trainers of "
             "transformers and trl have. Put the backward pass into `with watch(loss, model):`."
         )
-    callback = transformers_callback(watch)
+    callback = transformers_callback(watch, **(options or {}))
     steps = callback._steps
 
     def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -339,19 +345,15 @@ def _only_closes(callback: Any) -> Callable[..., None]:
     return on_step_begin
 
 
-def lightning_callback(watch: "Watch") -> Any:
+def lightning_callback(watch: "Watch", **options: Any) -> Any:
     """See `Watch.lightning`."""
-    try:
-        from lightning.pytorch import Callback
-    except ImportError:
-        need("integrations", "pytorch_lightning")
-        from pytorch_lightning import Callback  # type: ignore[assignment,unused-ignore]
+    base = _base_of_lightning()
 
-    class WatchCallback(Callback):
+    class WatchCallback(base):  # type: ignore[misc,valid-type]
         """Watches a lightning.Trainer; made by `pergrad.Watch.lightning`."""
 
         def __init__(self) -> None:
-            self._steps = _Steps(watch)
+            self._steps = _Steps(watch, options)
             self._batch = Batch(())
             self._block: Block | None = None
             self._heard = False  # whether Lightning has begun a backward pass
@@ -409,3 +411,16 @@ def lightning_callback(watch: "Watch") -> Any:
             watch.flush()
 
     return WatchCallback()
+
+
+def _base_of_lightning() -> Any:
+    """The class of Lightning's callbacks, of whichever of its two packages is installed."""
+    try:
+        from lightning.pytorch import Callback
+
+        return Callback
+    except ImportError:
+        need("integrations", "pytorch_lightning")
+    from pytorch_lightning import Callback as Older
+
+    return Older

@@ -185,15 +185,19 @@ class Watch:
         raise not_a_callback(name, "A Watch", instead)
 
     @property
-    def hf(self) -> Callable[[], Any]:
+    def hf(self) -> Callable[..., Any]:
         """A callback for transformers' Trainer, which alone is enough.
 
             trainer = Trainer(model, args, train_dataset=data, callbacks=[watch.hf()])
 
         Keys are hashes of the rows (the trainer drops ids); outliers' texts come from the
-        tokenizer. What is logged goes to the trainer's loggers when the trainer logs.
+        tokenizer. What is logged goes to the trainer's loggers when the trainer logs. The call
+        takes options of `reading`: on_mixing, check_layout, chunk_bytes. With
+        `watch.hf(on_mixing="exact")` models with batch norm are read, too, for the price of a
+        backward pass per example.
 
         Raises:
+            UsageError: there is no such option.
             MissingExtraError: transformers is not installed.
         """
         return Maker("watch.hf", partial(transformers_callback, self), Watch.hf.__doc__)
@@ -207,7 +211,9 @@ class Watch:
         """
         return Batch(inputs).keys() or []
 
-    def attach(self, trainer: Any, examples: Callable[[Any], int] | None = None) -> None:
+    def attach(
+        self, trainer: Any, examples: Callable[[Any], int] | None = None, **options: Any
+    ) -> None:  # fmt: skip
         """Watch a trainer of transformers or trl that computes its loss itself.
 
             watch.attach(trainer)                           # before trainer.train()
@@ -218,20 +224,24 @@ class Watch:
             trainer: a trainer with `compute_loss` and `add_callback`.
             examples: inputs -> how many examples the loss is made of; by default the number of rows
                 of `input_ids`, or of the first tensor.
+            **options: as for `hf`.
 
         Raises:
-            UsageError: it has no such methods.
+            UsageError: it has no such methods, or there is no such option.
             MissingExtraError: transformers is not installed.
         """
-        attach(self, trainer, examples)
+        attach(self, trainer, examples, options)
 
     @property
-    def lightning(self) -> Callable[[], Any]:
+    def lightning(self) -> Callable[..., Any]:
         """A callback for lightning's Trainer, also where a module optimizes by hand.
 
             trainer = lightning.Trainer(callbacks=[watch.lightning()])
 
+        The call takes the same options as `hf`.
+
         Raises:
+            UsageError: there is no such option.
             MissingExtraError: lightning is not installed.
         """
         return Maker("watch.lightning", partial(lightning_callback, self), Watch.lightning.__doc__)
