@@ -33,7 +33,7 @@ test: lint compiler browser  ## lint, types, tests, doctests, and the examples i
 	$(MAKE) integrations
 
 # The two halves of the tests side by side, each on a core of its own.
-HALF := tests/whole tests/steps tests/attribution
+HALF := tests/whole tests/steps tests/attribution tests/training
 whole pieces: export OMP_NUM_THREADS := 1
 whole: $(STAMP)
 	$(BIN)/python -m pytest $(HALF)
