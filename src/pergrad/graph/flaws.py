@@ -31,7 +31,7 @@ def suspects(graph: Graph) -> Suspects:
     vectors: list[int] = []
     for i, leads in enumerate(graph.leads):
         flaw = traits(graph.op(i)).flaw if leads and not graph.pure[i] else None
-        if flaw is None or graph.metas(i)[0].device.type != "cpu":
+        if flaw is None:  # the device is looked at where a gradient comes: keys have none
             continue
         (shapes if flaw.shapes(graph.shape((i, 0))) else vectors).append(i)
     return Suspects(tuple(shapes), tuple(vectors))
@@ -56,7 +56,7 @@ def look(graph: Graph, i: int, cotangents: Sequence[Tensor | None]) -> None:
         UnsupportedError: torch's backward of it is wrong for that.
     """
     flaw, (g, *_) = traits(graph.op(i)).flaw, cotangents
-    if flaw is None or g is None or g.numel() == 0:
+    if flaw is None or g is None or g.numel() == 0 or g.device.type != "cpu":
         return
     why = flaw.told(graph.op(i), graph.nodes[i], g)
     if why is None:
