@@ -1,6 +1,5 @@
 """Settings for all tests: few threads, so that results and times depend little on the machine."""
 
-import gc
 import os
 import signal
 import tempfile
@@ -40,12 +39,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if step > 1:
         config.hook.pytest_deselected(items=[t for k, t in enumerate(items) if k % step])
         items[:] = items[::step]
-
-
-def pytest_collection_finish() -> None:
-    # Thousands of tests are objects, which every collection in a test would look through.
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
