@@ -134,7 +134,7 @@ def test_a_use_that_the_pass_misses(model: nn.Module, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_backward_of_torchs_that_is_wrong(dtype: torch.dtype) -> None:
-    """Its batch norm's, of one picture that lies permuted (findings/torch_batch_norm_one_image.sh).
+    """Its batch norm's, of one picture that lies permuted (findings/torch_batch_norm_*.sh).
 
     The message names the op and the remedy, which is one for torch's own gradients as well.
     """
