@@ -62,7 +62,7 @@ class Pass:
     parts: dict[Slot, list[Held]] = field(default_factory=dict)
     missing: dict[Slot, set[Slot]] = field(default_factory=dict)  # ends, by parameter
     found: dict[Slot, list[Held]] = field(default_factory=dict)
-    doubted: frozenset[int] = frozenset()  # where torch's own backward may be wrong
+    doubted: frozenset[int] = field(init=False)  # where torch's own backward may be wrong
 
     def __post_init__(self) -> None:
         self.doubted = doubtful(self.graph, self.plan.suspects)

@@ -110,11 +110,8 @@ class UserPass:
             serve = self._server(use)
             self._handles.append(nodes.before(graph.nodes[use.site.node], self._guarded(serve)))
         for i in self._pass.passed_by():
-
-            def seen(cotangents: Sequence[Tensor | None], i: int = i) -> None:
-                look(graph, i, cotangents)
-
-            self._handles.append(nodes.before(graph.nodes[i], self._guarded(seen)))
+            seen = self._guarded(partial(look, graph, i))
+            self._handles.append(nodes.before(graph.nodes[i], seen))
         for target in plan.direct:
 
             def direct(cotangents: Sequence[Tensor | None], target: tuple = target) -> None:

@@ -5,9 +5,10 @@ same for tensors that lie otherwise, and a check of layouts sees only what leave
 Does not know: any op, and what is wrong with its backward (`flawed` in the table tells).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor
 
@@ -73,13 +74,9 @@ def look(graph: Graph, i: int, cotangents: Sequence[Tensor | None]) -> None:
 def watched(graph: Graph, at: frozenset[int]) -> Iterator[None]:
     """Look at what arrives at these nodes, in every pass that comes by them within."""
     handles = []
-
-    def hook_for(i: int) -> Callable[[Sequence[Tensor | None]], None]:
-        return lambda cotangents: look(graph, i, cotangents)
-
     try:
         for i in at:
-            handles.append(nodes.before(graph.nodes[i], hook_for(i)))
+            handles.append(nodes.before(graph.nodes[i], partial(look, graph, i)))
         yield
     finally:
         for handle in handles:

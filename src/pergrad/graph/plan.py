@@ -7,7 +7,7 @@ Does not know: numbers. A plan holds node indices, never nodes or tensors of the
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -45,7 +45,7 @@ class Plan:
     mixes: list[Mix]
     known_mixed: frozenset[Slot]
     key: Key
-    suspects: Suspects = field(default_factory=Suspects)  # where torch's own backward may be wrong
+    suspects: Suspects  # where torch's own backward may be wrong
     verified: bool = False  # whether a measurement has agreed
     schedule: Any = None  # what the engine has worked out from it
     met: tuple[str, ...] | None = None  # what the engine serves otherwise, as losses meet above it

@@ -20,7 +20,6 @@ from pergrad.graph.ops import Shape, flawed, saved
 from pergrad.ops.normalisation import in_training
 
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-_WORDS = {4: "torch.channels_last", 5: "torch.channels_last_3d"}
 _VECTORS = ("weight", "running_mean", "running_var")
 
 
@@ -46,12 +45,11 @@ def _batch_norm(name: str, node: Any, g: Tensor) -> str | None:
     if _looks_turned(x) != _looks_turned(g):
         return None
     if not all(dense) and not all(turned):
-        format_ = "" if turned[0] else f"memory_format={_WORDS[g.dim()]}"
+        format_ = "" if turned[0] else f"memory_format={last}"
         return (
             f"for tensors of shape {tuple(g.shape)} of which one lies in memory in another order "
             "than the gradient that arrives: it takes elements from wrong places, in your training "
-            f"too. Pass its input "
-            f"through `.contiguous({format_})`"
+            f"too. Pass its input through `.contiguous({format_})`"
         )
     if strewn and (prod(g.shape[2:]) == 1 or not dense[0]):
         return (

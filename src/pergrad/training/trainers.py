@@ -179,8 +179,8 @@ class _Steps:
         if not trains or self.watch.skips(step):
             return None
         count = batch.examples if examples is None else examples
-        count_told = None if loss.dim() else count
-        block = self.watch(loss, model, count_told, step=step, **self._options)
+        told = None if loss.dim() else count
+        block = self.watch(loss, model, told, step=step, **self._options)
         if count == batch.examples:
             block.describe(batch.keys, batch.preview)
         return block
@@ -291,7 +291,7 @@ def attach(
     watch: "Watch",
     trainer: Any,
     examples: Callable[[Any], int] | None = None,
-    options: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> None:
     """See `Watch.attach`."""
     compute, add = getattr(trainer, "compute_loss", None), getattr(trainer, "add_callback", None)
@@ -300,7 +300,7 @@ def attach(
             f"A {type(trainer).__name__} has no compute_loss and add_callback, as trainers of "
             "transformers and trl have. Put the backward pass into `with watch(loss, model):`."
         )
-    callback = transformers_callback(watch, **(options or {}))
+    callback = transformers_callback(watch, **options)
     steps = callback._steps
 
     def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -230,7 +230,7 @@ class Watch:
             UsageError: it has no such methods, or there is no such option.
             MissingExtraError: transformers is not installed.
         """
-        attach(self, trainer, examples, options)
+        attach(self, trainer, examples, **options)
 
     @property
     def lightning(self) -> Callable[..., Any]:
