@@ -92,7 +92,7 @@ def _stream_sq_norms(
     def emit(name: str, factor: Factor) -> None:
         doubts.sq_norms(name, factor, partial(add, name))
 
-    _stream(losses, named, options, emit, finish=doubts.settle, adding=True)
+    _stream(losses, named, options, emit, finish=doubts.settle, adding=True, squares=add)
 
 
 def norms(losses: Tensor, params: Params, **options: Unpack[OptionsGiven]) -> Tensor:

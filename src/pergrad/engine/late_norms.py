@@ -133,15 +133,7 @@ def within_range(squares: Tensor, factor: Factor) -> Tensor:
 
     Which is so for gradients below 1e-15, those of solved examples, and above 1e19.
     """
-    if squares.dtype != torch.float32 or squares.requires_grad or squares.device.type != "cpu":
-        return squares
-    if (
-        squares.shape[0] <= _FEW
-    ):  # at every parameter of every pass: a tenth of a small model's time
-        few = squares.tolist()
-        if not few or (min(few) >= _LEAST and sum(few) <= _MOST):  # the sum is NaN where one is
-            return squares
-    elif torch.equal(squares.clamp(_LEAST, _MOST), squares):  # NaN equals nothing
+    if in_range(squares):
         return squares
     outside = ~((squares >= _LEAST) & (squares <= _MOST))
     rows, part = outside.nonzero()[:, 0], factor.select(outside)
@@ -155,6 +147,16 @@ def within_range(squares: Tensor, factor: Factor) -> Tensor:
         rows, part = rows[alive], part.select(alive)
     again = part.to(dtype=torch.float64).sq_norms()
     return squares.double().index_copy(0, rows, again)
+
+
+def in_range(squares: Tensor) -> bool:
+    """Whether these (B,) are as good as they can be: none was too small or too large to square."""
+    if squares.dtype != torch.float32 or squares.requires_grad or squares.device.type != "cpu":
+        return True
+    if squares.shape[0] <= _FEW:  # at every parameter of every pass
+        few = squares.tolist()
+        return not few or (min(few) >= _LEAST and sum(few) <= _MOST)  # the sum is NaN where one is
+    return torch.equal(squares.clamp(_LEAST, _MOST), squares)  # NaN equals nothing
 
 
 def _outside(squares: Tensor, factor: Factor) -> Tensor:

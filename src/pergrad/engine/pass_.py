@@ -8,10 +8,12 @@ Does not know: torch's pass, options, what a caller makes of the factors.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pergrad.engine.late_norms import in_range
 from pergrad.engine.schedule import Schedule, Use
 from pergrad.engine.user_state import Held
 from pergrad.errors import UnsupportedError
@@ -22,10 +24,11 @@ from pergrad.graph.layout import Layout, describe
 from pergrad.graph.ops import Step
 from pergrad.graph.plan import Plan
 from pergrad.graph.walk import Graph, Slot
-from pergrad.ops import Situation
+from pergrad.ops import AtOnce, Situation
 from pergrad.ops.fallback import direct, fallback
 
 Emit = Callable[[str, Factor], None]
+Squares = Callable[[str, Tensor], None]  # is told the squared norms (B,) of a parameter
 
 
 @dataclass(slots=True)
@@ -63,6 +66,7 @@ class Pass:
     missing: dict[Slot, set[Slot]] = field(default_factory=dict)  # ends, by parameter
     found: dict[Slot, list[Held]] = field(default_factory=dict)
     doubted: frozenset[int] = field(init=False)  # where torch's own backward may be wrong
+    squares: Squares | None = None  # where squared norms are all that is wanted
 
     def __post_init__(self) -> None:
         self.doubted = doubtful(self.graph, self.plan.suspects)
@@ -74,6 +78,11 @@ class Pass:
         site = use.site
         if site.node in self.doubted:
             look(self.graph, site.node, cotangents)
+        if self.squares is not None and use.at_once is not None:
+            found = _at_once(use.at_once, self.graph.nodes[site.node], cotangents[0])
+            if found is not None:
+                self._tell(use, found, self.squares)
+                return
         alive = some_alive(cotangents)
         situation = Situation(
             self.graph.nodes[site.node],
@@ -96,6 +105,15 @@ class Pass:
                 # without an element no backward of the op is run: the rule's zeros
                 how = "fallback" if use.rule is None or alive else "rule"
                 self.report(use, k, others[k], how, situation.told.get(k, use.op))
+
+    def _tell(self, use: Use, found: dict[int, Tensor], tell: Squares) -> None:
+        """The squared norms of all operands of a use, which have no other."""
+        for k, squares in found.items():
+            end = use.ends[k]
+            target = self.schedule.alone[end].target
+            self.waiting[end] -= 1
+            self.missing[target].discard(end)
+            tell(self.graph.targets[target], squares)
 
     def report(self, use: Use, k: int, factor: Factor | None, how: str, op: str) -> None:
         """How one operand of a use was served, and what came of it."""
@@ -192,6 +210,12 @@ class Pass:
                 "be incomplete and no number is returned. This is a defect of pergrad; please "
                 "report it with this model."
             )
+
+
+def _at_once(norms: AtOnce, node: Any, g: Tensor | None) -> dict[int, Tensor] | None:
+    """Squared norms as they are; None where factors are needed, to take some of them again."""
+    found = None if g is None else norms(node, g)
+    return found if found is not None and all(map(in_range, found.values())) else None
 
 
 def direct_factor(g: Tensor | None, layout: Layout, batch: int) -> Factor | None:

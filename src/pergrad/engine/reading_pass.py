@@ -95,7 +95,8 @@ class UserPass:
             self._doubts.sq_norms(name, factor, partial(add, name))
 
         emit = _through(hooks, params, sq_norms)
-        self._pass = Pass(graph, self.plan, self.schedule, graph.batch, emit, False, None)
+        self._pass = Pass(graph, self.plan, self.schedule, graph.batch, emit, False, None,
+                          squares=None if hooks else add)  # fmt: skip
         try:
             self._attach()
         except BaseException:

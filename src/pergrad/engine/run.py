@@ -30,17 +30,12 @@ from pergrad.engine.parts import (
     planned,
     price_of_meetings,
 )
-from pergrad.engine.pass_ import Emit, Explained, Pass, Record
+from pergrad.engine.pass_ import Emit, Explained, Pass, Record, Squares
 from pergrad.engine.places import owner_of
 from pergrad.engine.schedule import Schedule, Use, schedule_for
 from pergrad.engine.together import Cotangents, Together, groups, wanted
 from pergrad.engine.user_state import Held, nothing_hidden, retained_untouched
-from pergrad.errors import (
-    FallbackWarning,
-    UnsupportedError,
-    UsageError,
-    users_line,
-)
+from pergrad.errors import FallbackWarning, UnsupportedError, UsageError, users_line
 from pergrad.factors import Beside, Computed, Factor, Placed
 from pergrad.factors.workspace import limit, pass_begins
 from pergrad.graph import nodes
@@ -50,6 +45,7 @@ from pergrad.graph.plan import Plan, interact, plan_for, plan_of
 from pergrad.graph.walk import Graph, Slot, walk
 from pergrad.inputs import names_list
 from pergrad.ops.compiled import unread
+from pergrad.recording import is_recorded
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +97,14 @@ def run(
     told: Explained | None = None,
     finish: Callable[[], None] | None = None,
     adding: bool = False,
+    squares: Squares | None = None,
 ) -> None:
     """Call `emit(name, factor)` once for every parameter that the losses reach.
 
     With `adding` it may be called more often, with some of the examples each time. And `finish`
     after the last one, where nothing is recorded unless create_graph is asked for. With `told`,
-    which is filled, everything is served in the one pass, as the price alone is asked for.
+    which is filled, everything is served in the one pass, as the price alone is asked for. With
+    `squares` squared norms are all that is wanted, and it may be told them in the place of `emit`.
     """
     with (
         retained_untouched() as attached,
@@ -176,7 +174,9 @@ def run(
             rest = {name: p for name, p in params.items() if name not in looped}
             graph, plan = plan_for(losses, rest, options.check_layout)
         records = None if told is None else told.records
-        _pass(losses, graph, plan, options, emit, records, finish, hooked, own)
+        told_at_once = not (hooks or options.create_graph or is_recorded())
+        _pass(losses, graph, plan, options, emit, records, finish, hooked, own,
+              squares=squares if told_at_once else None)  # fmt: skip
 
 
 def _pass(
@@ -190,6 +190,7 @@ def _pass(
     hooked: Arrangement,
     own: list[int],
     before: Sequence[Apart] = (),
+    squares: Squares | None = None,
 ) -> None:
     """One backward pass in which every use is served by its rule or by the fallback.
 
@@ -206,7 +207,7 @@ def _pass(
     if not schedule.quiet:
         _warn(schedule, graph, plan, losses.shape[0])
     given = (graph, plan, schedule, losses.shape[0], emit, options.create_graph, records)
-    state = Pass(*given)
+    state = Pass(*given, squares=squares)
     if before:
         state = Together(*given, of=[*before, Apart(slice(0, 0), losses, graph, plan)])
     with hooked.in_force(), watched(graph, state.passed_by()):

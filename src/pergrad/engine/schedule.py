@@ -5,8 +5,8 @@ pass, which uses are served on its way and which from what it returns.
 Does not know: tensors, factors, options.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from pergrad.graph import nodes
@@ -15,7 +15,7 @@ from pergrad.graph.plan import Plan
 from pergrad.graph.routes import Route
 from pergrad.graph.uses import Site
 from pergrad.graph.walk import Graph, Slot
-from pergrad.ops import Operand, Rule, calls_node, rule_for
+from pergrad.ops import AtOnce, Operand, Rule, calls_node, norms_at_once, rule_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,7 @@ class Use:
     operands: dict[int, Operand]
     ends: dict[int, Slot]  # where each operand begins to depend on parameters alone
     unruled: str  # the first parameter below, if there is no rule
+    at_once: AtOnce | None = None  # its squared norms, if its parameters have no other part in them
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,7 @@ def _schedule(graph: Graph, plan: Plan) -> Schedule:
         for start, ways in plan.routes.items()
         if waiting[start] == 1 and len(ways) == 1 and missing[ways[0].target] == {start}
     }
+    uses = [_at_once(graph, use, alone) for use in uses]
     compiled = any(nodes.is_compiled(graph.nodes[site.node]) for site in plan.sites)
     pulled = _pulled(graph, plan)
     return Schedule(
@@ -133,6 +135,17 @@ def _use(graph: Graph, plan: Plan, site: Site) -> Use:
         {k: end.slot for k, end in ends.items()},
         "" if rule is not None else below[0],
     )
+
+
+def _at_once(graph: Graph, use: Use, alone: Mapping[Slot, Route]) -> Use:
+    """The same, with the way to its norms that needs no factor, if the plan allows it."""
+    ways = [alone.get(end) for end in use.ends.values()]
+    # on whose steps lengths stay, whatever the numbers are
+    if any(way is None or way.steps is None or way.reads_indices for way in ways):
+        return use
+    site = use.site
+    found = norms_at_once(use.op, graph.nodes[site.node], site.layouts, use.operands, graph.batch)
+    return use if found is None else replace(use, at_once=found)
 
 
 def _requests(

@@ -15,6 +15,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import compress
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -255,11 +256,12 @@ def _with_history(objects: Sequence[Any]) -> list[Tensor]:
     """The tensors among them that may have a history; of any class but parameters', leaves all."""
     classes = _tensor_classes()
     with nodes.no_overrides():
-        try:  # a thousand objects in every pass, and `issubclass` takes twice as long
-            found = [o for o in objects if type(o) in classes and o.requires_grad]
+        try:  # a thousand objects in every pass, for which a line of Python each takes too long
+            tensors = list(compress(objects, map(classes.__contains__, map(type, objects))))
         except TypeError:  # a class whose own class has no hash
             numbers = set(map(id, classes))
-            found = [o for o in objects if id(type(o)) in numbers and o.requires_grad]
+            tensors = [o for o in objects if id(type(o)) in numbers]
+        found = [o for o in tensors if o.requires_grad]
         # torch does not move a parameter of another class to which somebody has a weak reference
         return [o for o in found if type(o) is Tensor or not getattr(o, "_is_param", False)]
 

@@ -188,10 +188,13 @@ def attribute(name: str, node: Any, field: str) -> Any:
     return nodes.attribute(node, field)
 
 
-def saved(name: str, node: Any, field: str) -> Any:
-    """A tensor that an op saved (or a number, or None), if its declaration says so."""
+def saved(name: str, node: Any, field: str, *, dense: bool = True) -> Any:
+    """A tensor that an op saved (or a number, or None), if its declaration says so.
+
+    Sparse ones as they are, or dense.
+    """
     check_declared(name, field)
-    return nodes.saved(node, field)
+    return nodes.saved(node, field, dense=dense)
 
 
 def check_fields() -> None:

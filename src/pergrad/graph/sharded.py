@@ -14,7 +14,7 @@ hooks find their work done and do nothing.
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -85,9 +85,12 @@ def whole(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: known.get(id(p), p) for name, p in params.items()}
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether a parameter is a whole one that FSDP2 gathers and frees."""
-    return any(tensor is p._unsharded_param for p in _managed())
+def is_sharded(*params: Tensor) -> bool:
+    """Whether one of the parameters is a whole one that FSDP2 gathers and frees."""
+    if _nobody():
+        return False
+    known = {id(p._unsharded_param) for p in _managed()}
+    return any(id(p) in known for p in params)
 
 
 def storages() -> set[int]:
@@ -125,10 +128,9 @@ def _touched(losses: Tensor, params: Iterable[Tensor]) -> list[State]:
     return [state for state in states if id(state) in found]
 
 
-@contextmanager
 def gathered(
     losses: Tensor, params: Iterable[Tensor], *, retain_graph: bool, create_graph: bool = False
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """All weights of the models that the losses go through are in memory inside this block.
 
     Afterwards all is as before, except that without `retain_graph` everything is sharded, as
@@ -137,10 +139,17 @@ def gathered(
     Raises:
         UnsupportedError: create_graph, whose results would need the weights when they are freed.
     """
-    states = []
-    if not _nobody():
-        with _known():
-            states = _touched(losses, params)
+    if _nobody():
+        return nullcontext()
+    return _gathered(losses, params, retain_graph=retain_graph, create_graph=create_graph)
+
+
+@contextmanager
+def _gathered(
+    losses: Tensor, params: Iterable[Tensor], *, retain_graph: bool, create_graph: bool
+) -> Iterator[None]:
+    with _known():
+        states = _touched(losses, params)
     if not states:
         yield
         return

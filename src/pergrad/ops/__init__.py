@@ -31,21 +31,25 @@ from pergrad.ops import (  # noqa: F401
     wrong_in_torch,
 )
 from pergrad.ops.registry import (
+    AtOnce,
     Operand,
     Rule,
     Served,
     Situation,
     calls_node,
     check_imported,
+    norms_at_once,
     rule_for,
 )
 
 __all__ = [
+    "AtOnce",
     "Operand",
     "Rule",
     "Served",
     "Situation",
     "calls_node",
+    "norms_at_once",
     "rule_for",
 ]
 

@@ -4,12 +4,15 @@ Owns: lowering a product to `Outer`, whichever operand is the weight.
 Does not know: modules. `nn.Linear`, `F.linear`, `x @ W` and einsum all arrive here.
 """
 
+from collections.abc import Mapping
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pergrad.factors import Both, Dense, Factor, Outer, Summed
+from pergrad.factors.numeric import last_squares
 from pergrad.graph.layout import Layout, reduce_to, reshape, smear
 from pergrad.graph.ops import (
     Op,
@@ -17,13 +20,15 @@ from pergrad.graph.ops import (
     Result,
     Shape,
     Why,
+    attribute,
     declare,
     or_why,
     owners,
     resized,
+    saved,
 )
 from pergrad.ops import sparse
-from pergrad.ops.registry import Operand, Served, Situation, by_row, rule
+from pergrad.ops.registry import AtOnce, Operand, Served, Situation, at_once, by_row, rule
 from pergrad.ops.rows import outer, over_rows, partition, reduced, rows_by_id
 from pergrad.ops.strewn import StrewnOuter, StrewnSum
 
@@ -114,6 +119,41 @@ def _data_on_the_left(use: Situation) -> tuple[str, ...] | None:
     if first in use.operands or (bias is not None and not over_rows(bias.shape, 2)):
         return None
     return (("self", "mat1")[first],) if first + 1 in use.operands else ()
+
+
+@at_once("mm", "addmm")
+def _row_by_row(
+    name: str, node: Any, layout: Layout, operands: Mapping[int, Operand], batch: int
+) -> AtOnce | None:
+    """Row b is example b: its gradients are g ⊗ a, and g of the bias."""
+    first = _LEFT[name]
+    weight, wide = first + 1, layout.shape[1]
+    numbers = ("alpha", "beta") if first else ()
+    plain = all(attribute(name, node, number) == 1 for number in numbers)
+    shapes = {weight, 0} if first else {weight}
+    if not plain or weight not in operands or not operands.keys() <= shapes:
+        return None
+    rows, deep = partition(layout, (0,), batch), operands[weight].shape[0]
+    bias = bool(first) and 0 in operands
+    if bias and not operands[0].shape[-1:] == (wide,) == (prod(operands[0].shape),):
+        return None
+    if rows is None or not rows.one_each or 0 in (wide, deep):
+        return None
+    data = "mat1" if first else "self"
+
+    def norms(node: Any, g: Tensor) -> dict[int, Tensor] | None:
+        a = saved(name, node, data, dense=False)
+        strided = a.layout is g.layout is torch.strided
+        if not strided or a.dtype != g.dtype or g.dtype not in _WIDE:
+            return None
+        squares = last_squares(g, g.dtype)
+        of_weight = squares * last_squares(a, g.dtype)
+        return {0: squares, weight: of_weight} if bias else {weight: of_weight}
+
+    return norms
+
+
+_WIDE = (torch.float32, torch.float64)
 
 
 def _plain_bias(use: Situation) -> Operand | None:

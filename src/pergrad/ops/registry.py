@@ -8,7 +8,7 @@ serves, the factor of the operand's per-example gradient; None where that gradie
 operand it does not mention goes to the fallback.
 """
 
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
@@ -86,9 +86,13 @@ Served = dict[int, Factor | None]
 Rule = Callable[[Situation], Served]
 
 Fields = Callable[[Situation], tuple[str, ...] | None]
+# (node, cotangent) -> squared norms (B,) of each operand by slot; None: ask the rule
+AtOnce = Callable[[Any, Tensor], dict[int, Tensor] | None]
+FindAtOnce = Callable[[str, Any, Layout, Mapping[int, Operand], int], AtOnce | None]
 
 _RULES: dict[str, Rule] = {}
 _BY_ROW: dict[str, Fields] = {}
+_AT_ONCE: dict[str, FindAtOnce] = {}
 _CALLS_NODE: set[str] = set()
 
 
@@ -139,6 +143,38 @@ def fields_by_row(use: Situation) -> tuple[str, ...] | None:
     """What the op saved of each row; None if its rule does not go by rows."""
     function = _BY_ROW.get(use.name)
     return None if function is None else function(use)
+
+
+def at_once(*names: str) -> Callable[[FindAtOnce], FindAtOnce]:
+    """Register ops whose squared norms can be had without a factor, in their simplest form.
+
+    The function is asked once for each use of a plan, with a node, whose saved numbers are those of
+    every equal graph, the layout at its only output, the operands and the number of examples. What
+    it returns computes by the very formula of the rule; None where the rule has more to find out.
+    """
+
+    def add(function: FindAtOnce) -> FindAtOnce:
+        for name in names:
+            declared(name)
+            once(name, "norms at once", _AT_ONCE.get(name))
+            _AT_ONCE[name] = function
+        return function
+
+    return add
+
+
+def norms_at_once(
+    name: str,
+    node: Any,
+    layouts: tuple[Layout | None, ...],
+    operands: Mapping[int, Operand],
+    batch: int,
+) -> AtOnce | None:
+    """How the norms of one use can be had without factors, if they can."""
+    function, layout = _AT_ONCE.get(name), layouts[0]
+    if function is None or layout is None or len(layouts) > 1:
+        return None
+    return function(name, node, layout, operands, batch)
 
 
 def rule_for(name: str) -> Rule | None:

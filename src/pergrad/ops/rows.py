@@ -60,6 +60,11 @@ class Partition:
         """Whether the rows of an example lie one after the other, or the examples take turns."""
         return self._pattern is not None and 1 in self._pattern
 
+    @property
+    def one_each(self) -> bool:
+        """Whether row b is all there is of example b."""
+        return self._pattern == (1, 1)
+
     def fold(self, rows: Tensor, *groups: int) -> Tensor:
         """(R, p) -> (B, *groups, T, p), the same memory; if foldable. Groups are of size 1."""
         assert self._pattern is not None

@@ -157,7 +157,7 @@ class Reading:
         chosen = check_options(options)
         named = sharded.whole(inputs.named(model))
         self._names = list(named)
-        gathered = any(map(sharded.is_sharded, named.values()))
+        gathered = sharded.is_sharded(*named.values())
         if gathered:
             # Only passes of ours would need gathered weights; ranks may differ in who needs one.
             chosen = replace(chosen, check_layout="never")
