@@ -299,6 +299,54 @@ def test_indices(head: Callable[[Tensor, Tensor], Tensor]) -> None:
         assert_right(head(model(torch.randn(N, N, N)), p), model)
 
 
+class _Permuted(torch.autograd.Function):
+    """Rows in an order of which the graph tells nothing."""
+
+    @staticmethod
+    def forward(ctx, x, order):
+        ctx.order = order
+        return x[order]
+
+    @staticmethod
+    def backward(ctx, g):
+        return torch.zeros_like(g).index_copy(0, ctx.order, g), None
+
+
+@pytest.mark.parametrize("rows", [4, 20])
+def test_measured_again(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the same is measured as before the plan is the same, and only there.
+
+    Every pair of examples changes places in turn, more of them than one digit of a seed tells
+    apart; rows without a gradient come alive, and others stop to be.
+    """
+    found = []
+    find = plan.find_uses
+    monkeypatch.setattr(plan, "find_uses", lambda *a: found.append(None) or find(*a))
+    model, inner = nn.Linear(N, N), nn.Linear(N, N)
+    plan.clear()
+
+    def losses(order: Tensor, alive: Tensor | float = 1.0) -> Tensor:
+        h = _Permuted.apply(model(torch.randn(rows, N)), order)
+        return (inner(h * 1.0).square().sum(1)) * alive
+
+    params = nn.ModuleList([model, inner])
+    same = torch.arange(rows)
+    assert_right(losses(same), params)
+    counts = []
+    for _ in range(3):
+        pergrad.norms(losses(same), params)
+        counts.append(len(found))
+    assert counts == [counts[0]] * 3
+    for i, j in itertools.combinations(range(rows), 2):
+        order = same.clone()
+        order[i], order[j] = j, i
+        assert_right(losses(order), params)
+    assert len(found) > counts[0]
+    for alive in (0.0, 1.0, torch.arange(rows) % 2, (torch.arange(rows) + 1) % 2, 1.0):
+        for order in (same, same.flip(0)):
+            assert_right(losses(order, alive), params)
+
+
 def test_sorting_of_examples() -> None:
     """Losses sorted by size: an order that changes with the batch."""
     model = nn.Linear(N, N)

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from pergrad.graph.layout import Layout
 from pergrad.graph.measure import measure, stand_beside, verify
 from pergrad.graph.ops import traits
 from pergrad.graph.routes import Route
-from pergrad.graph.uses import Measure, Measured, Mix, Site, Uses, find_uses
+from pergrad.graph.uses import Measured, Mix, Site, Uses, find_uses
 from pergrad.graph.walk import Graph, Key, Slot, walk
 
 
@@ -54,15 +54,18 @@ class Plan:
 
 _CACHE: OrderedDict[Key, Plan] = OrderedDict()
 _BY_DATA: ByData[Plan] = ByData()
+_BY_MEASURE: "ByData[_Found]" = ByData()
 _MIXED: OrderedDict[object, frozenset[Slot]] = OrderedDict()
 _VERIFIED: OrderedDict[object, bool] = OrderedDict()
 _CACHE_SIZE = 256
+_MOST_BYTES = 2**20  # of layouts that were measured for one plan
 
 
 def clear() -> None:
     """Forget every plan."""
     _CACHE.clear()
     _BY_DATA.clear()
+    _BY_MEASURE.clear()
     _MIXED.clear()
     _VERIFIED.clear()
 
@@ -111,8 +114,10 @@ def plan_of(
         # That examples meet somewhere may be remembered: treating them so is exact in any case.
         # That they do not, found by measuring, holds for this batch only.
         mixed = _MIXED.get(key, frozenset())
-
-        uses = find_uses(graph, graph.batch, _measurer(losses, check_layout), mixed)
+        measured = _Measurer(losses, check_layout)
+        plan = _measured_again(graph, key, mixed, measured)
+    if plan is None:
+        uses = find_uses(graph, graph.batch, measured, mixed)
         plan = _plan(graph, uses, key)
         if not uses.measured and not uses.read:
             _remember(_CACHE, key, plan)
@@ -121,6 +126,8 @@ def plan_of(
                 _remember(_MIXED, key, uses.known_mixed)
             if not uses.measured:
                 _BY_DATA.add(graph, key, uses.read, plan)
+            elif measured.few():
+                _BY_MEASURE.add(graph, key, uses.read, _Found(mixed, measured.asked(), plan))
     _verify(losses, graph, plan, check_layout)
     return plan
 
@@ -145,16 +152,67 @@ def layouts_in(losses: Tensor, graph: Graph, check_layout: str) -> dict[Slot, La
     Raises:
         UsageError: as in `plan_for`.
     """
-    return find_uses(graph, graph.batch, _measurer(losses, check_layout)).layouts
+    return find_uses(graph, graph.batch, _Measurer(losses, check_layout)).layouts
 
 
-def _measurer(losses: Tensor, check_layout: str) -> Measure:
-    def measured(graph: Graph, slots: list[Slot]) -> Measured:
-        if check_layout == "never":
+class _Found(NamedTuple):
+    """A plan that holds where the same is measured: all else that it follows from is in the key and
+    in the indices that were read.
+    """
+
+    mixed: frozenset[Slot]  # what was known beforehand
+    measured: Measured
+    plan: Plan
+
+
+class _Measurer:
+    """Measures each place once."""
+
+    def __init__(self, losses: Tensor, check_layout: str) -> None:
+        self.losses, self.check_layout = losses, check_layout
+        self._found: Measured = {}
+        self._asked: set[Slot] = set()
+
+    def __call__(self, graph: Graph, slots: list[Slot]) -> Measured:
+        """The layouts at these places, as `measure` says."""
+        if self.check_layout == "never":
             raise NotMeasuredError(graph, slots)
-        return measure(losses, graph, slots)
+        self._asked.update(slots)
+        return self.ahead(graph, slots)
 
-    return measured
+    def ahead(self, graph: Graph, slots: list[Slot]) -> Measured:
+        """The same, where it will probably be asked for."""
+        new = [slot for slot in slots if slot not in self._found]
+        if new:
+            self._found |= measure(self.losses, graph, new)
+        return {slot: self._found[slot] for slot in slots}
+
+    def few(self) -> bool:
+        """Whether what was found takes little memory."""
+        owners = [layout.owner for layout in self._found.values() if layout is not None]
+        return sum(owner.nbytes for owner in owners) <= _MOST_BYTES
+
+    def asked(self) -> Measured:
+        """All that was asked for."""
+        return {slot: self._found[slot] for slot in self._asked}
+
+
+def _measured_again(
+    graph: Graph, key: Key, mixed: frozenset[Slot], measured: _Measurer
+) -> Plan | None:
+    """The plan of an equal graph with the same indices, if the same is measured in this one."""
+    before = _BY_MEASURE.find(graph, key) if measured.check_layout != "never" else None
+    if before is None or before.mixed != mixed:
+        return None
+    for slot, now in measured.ahead(graph, list(before.measured)).items():
+        then = before.measured[slot]
+        if now is None or then is None:
+            if now is not then:
+                return None
+        elif not now.same(then):
+            return None
+    before.plan.beside = None  # which numbers say, too
+    return before.plan
 
 
 class NotMeasuredError(UsageError):
