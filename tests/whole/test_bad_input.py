@@ -101,6 +101,27 @@ def test_freed_graph(verb: Callable, model: nn.Module) -> None:
         verb(losses, model)
 
 
+@pytest.mark.parametrize("measured", [False, True])
+def test_freed_graph_whose_plan_is_known_by_its_numbers(measured: bool) -> None:
+    """They are asked for before anything else is."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    places = torch.randperm(5)
+
+    def losses() -> torch.Tensor:
+        out = model(torch.randn(5, 4))[places]
+        if measured:
+            out = torch.zeros_like(out).index_put((torch.arange(5),), out)
+        return out.square().sum(1)
+
+    pergrad.norms(losses(), model)
+    for _ in range(2):
+        again = losses()
+        pergrad.norms(again, model)
+        with refused(r"freed(.|\n)*retain_graph=True"):
+            pergrad.norms(again, model)
+
+
 def test_graph_freed_by_pergrad(model: nn.Module) -> None:
     losses = losses_of(model)
     pergrad.norms(losses, model)

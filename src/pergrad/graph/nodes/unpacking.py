@@ -58,18 +58,18 @@ _SPARSE = (
 
 def _raw(node: Node, fields: Sequence[str]) -> list[Any]:
     """What stands for each saved tensor, not unpacked."""
-    try:
-        return [getattr(raw, "data", None) for raw in _raw_handles(node, fields)]
-    except RuntimeError as error:
-        raise translate(error) from error
+    return [getattr(raw, "data", None) for raw in _raw_handles(node, fields)]
 
 
 def _raw_handles(node: Node, fields: Sequence[str]) -> list[Any]:
     """torch's `SavedTensor` for each."""
     found: list[Any] = []
-    for field in fields:
-        raw = getattr(node, "_raw_saved_" + field, None)
-        found += raw if isinstance(raw, (tuple, list)) else [raw]
+    try:
+        for field in fields:
+            raw = getattr(node, "_raw_saved_" + field, None)
+            found += raw if isinstance(raw, (tuple, list)) else [raw]
+    except RuntimeError as error:
+        raise translate(error) from error
     return found
 
 
