@@ -11,7 +11,7 @@ STAMP  := $(VENV)/.installed
 export MPLBACKEND := Agg
 
 .DEFAULT_GOAL := help
-.PHONY: help venv test whole pieces quick lint format compiler browser demo docs package coverage examples bench integrations zoo quanda attack clean
+.PHONY: help venv test uncompiled slow quick lint format compiler browser demo docs package coverage examples bench integrating integrations zoo quanda attack clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -28,17 +28,29 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 test: lint compiler browser  ## lint, types, tests, doctests, and the examples in the documentation
-	$(MAKE) --no-print-directory -j2 whole pieces
-	PERGRAD_KERNELS= $(BIN)/python -m pytest tests/factors tests/ops/test_rules.py
-	$(MAKE) integrations
+	$(MAKE) --no-print-directory -j2 $(PARTS)
+	$(MAKE) --no-print-directory integrating
+	$(MAKE) --no-print-directory -j2 integrations uncompiled
 
-# The two halves of the tests side by side, each on a core of its own.
-HALF := tests/whole tests/steps tests/attribution tests/training
-whole pieces: export OMP_NUM_THREADS := 1
-whole: $(STAMP)
-	$(BIN)/python -m pytest $(HALF)
-pieces: $(STAMP)
-	$(BIN)/python -m pytest src tests $(HALF:%=--ignore %)
+# Two parts of the tests side by side, each on a core of its own, the longest first. Garbage is
+# collected sooner where fewer tests wait for their turn.
+PARTS := whole scans attribution training others engine
+.PHONY: $(PARTS)
+$(PARTS) uncompiled: export OMP_NUM_THREADS := 1
+whole: TESTS := tests/whole
+scans: TESTS := tests/scans
+attribution: TESTS := tests/attribution tests/steps
+training: TESTS := tests/training
+engine: TESTS := tests/engine tests/graph tests/ops
+others: TESTS := src tests $(foreach each,whole scans attribution steps training engine graph ops,--ignore tests/$(each))
+$(PARTS): $(STAMP)
+	$(BIN)/python -m pytest $(TESTS)
+
+uncompiled: $(STAMP)  ## tests of factors and rules, where no C compiler is found
+	PERGRAD_KERNELS= $(BIN)/python -m pytest -q tests/factors tests/ops/test_rules.py
+
+slow: $(STAMP)  ## sweeps and tests that take minutes each (hours)
+	$(BIN)/python -m pytest -m slow
 
 # Every file has a kind of test of its own; a fortieth of each, and the structure whole.
 SAMPLED := tests/factors/test_factors.py tests/factors/test_products.py tests/ops tests/graph \
@@ -127,9 +139,11 @@ bench: $(STAMP) browser  ## measure the costs against everyone else's, and write
 	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python benchmarks/tables.py
 
-integrations: $(STAMP)  ## watch inside trainers of transformers, trl and lightning, and BM25; part of `make test`
-	$(PIP) install --quiet -c constraints.txt -e '.[dev,integrations]'
+integrations: integrating  ## watch inside trainers of transformers, trl and lightning, and BM25; part of `make test`
 	$(BIN)/python -m pytest -q -m integrations tests/training tests/attribution tests/test_docs.py tests/test_benchmarks.py
+
+integrating: $(STAMP)
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,integrations]'
 
 # torchvision and timm go to a folder of their own and without what they ask for: next to a CPU build
 # of torch the only torchvision may be one for CUDA, and transformers fails where it finds that.

@@ -140,6 +140,7 @@ def test_tables_and_plots_of_what_was_measured(measured: Path) -> None:
     assert (measured / "costs.svg").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_scaling_is_measured_and_drawn(tmp_path: Path) -> None:
     subprocess.run(
         [
@@ -162,6 +163,7 @@ def against(*words: Any) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_checkouts_are_compared(tmp_path: Path) -> None:
     """Each process imports the checkout that it stands for: one of them is off by a tenth."""
     other = tmp_path / "other"
@@ -290,6 +292,7 @@ def test_tables_are_those_of_the_results() -> None:
     )
 
 
+@pytest.mark.slow
 def test_training_is_measured(tmp_path: Path) -> None:
     """Equal weights and norms are part of it."""
     arguments = ["--tiny", "--rounds", "2", "--workloads", "W1", "--out", str(tmp_path)]
@@ -344,6 +347,7 @@ def test_other_weights_and_norms_end_the_measurement() -> None:
             training._check("W1", first)
 
 
+@pytest.mark.slow
 def test_scan_is_measured(tmp_path: Path) -> None:
     subprocess.run(
         [
@@ -394,6 +398,7 @@ def test_what_is_for_a_gpu_runs_without_one(tmp_path: Path) -> None:
         assert rows["pergrad"]["ratio"] > 0
 
 
+@pytest.mark.slow
 def test_report_is_measured(tmp_path: Path) -> None:
     subprocess.run(
         [

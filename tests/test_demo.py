@@ -84,13 +84,14 @@ def test_its_job_has_the_same_scores_from_the_command_line(wrong_labels: tuple[s
     assert alone.equals(pergrad.open_scores(out / "scores").table())
 
 
-def test_the_installed_command_runs_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_installed_command_runs_it(times: int, tmp_path: Path) -> None:
+    """Also again, in place of what the first run found."""
     run("-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path), folder=ROOT)
     (wheel,) = tmp_path.glob("*.whl")
     ZipFile(wheel).extractall(tmp_path / "installed")
     path = str(tmp_path / "installed")
-    # twice: the second run replaces what the first found
-    for _ in range(2):
+    for _ in range(times):
         said = run("-m", "pergrad", "demo", "--out", "out", "--json", folder=tmp_path,
                    PYTHONPATH=path)  # fmt: skip
         found = json.loads(said)

@@ -122,7 +122,14 @@ def test_names_are_listed_helped_and_refused() -> None:
         _ = pergrad.norm
 
 
-@pytest.mark.parametrize("first", ["Check", "Coverage", "check", "explain", "precondition"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "Check",
+        "precondition",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("Coverage", "check", "explain")),
+    ],
+)
 def test_no_order_of_first_uses_puts_a_module_in_place_of_a_function(first: str) -> None:
     code = f"""
 import pergrad

@@ -257,26 +257,38 @@ def test_evaluate_compares_folders(pergrad_: Run, file: Path, tmp_path: Path) ->
     assert re.search(r"Two folders of --found have the name k. Say --found NAME=DIR", told)
 
 
-def test_on_workers_of_ray(pergrad_: Run, file: Path, tmp_path: Path) -> None:
-    """The job, the queries and the training are of a file that a worker cannot import."""
-    job, on = f"{file}:job", ["--engine", "ray", "--workers", 1]
-    code, _, told = pergrad_("curvature", job, "-o", tmp_path / "fit", "-q", *on)
-    assert code == 0, told
-    words = ["influence", job, "--queries", f"{file}:margin", "--curvature", tmp_path / "fit",
-             "--refine", 1, "-q", "-o"]  # fmt: skip
-    for out, more in (("ray", on), ("one", [])):
+ON_RAY = ["--engine", "ray", "--workers", 1]
+
+
+def test_influences_on_workers_of_ray(pergrad_: Run, file: Path, tmp_path: Path) -> None:
+    """The job and the queries are of a file that a worker cannot import."""
+    words = ["influence", f"{file}:job", "--queries", f"{file}:margin", "-q", "-o"]
+    for out, more in (("ray", ON_RAY), ("one", [])):
         code, _, told = pergrad_(*words, tmp_path / out, *more)
         assert code == 0, told
     one, other = (pergrad.Influence(tmp_path / out).scores for out in ("one", "ray"))
     torch.testing.assert_close(other, one)
+    code, _, told = pergrad_("curvature", words[1], "-o", tmp_path / "s", "--address", "10.0.0.1:1")
+    assert code == 1
+    assert 'address is for engine="ray"' in told
+
+
+@pytest.mark.slow
+def test_what_else_workers_of_ray_do(pergrad_: Run, file: Path, tmp_path: Path) -> None:
+    """So is the training."""
+    job = f"{file}:job"
+    code, _, told = pergrad_("curvature", job, "-o", tmp_path / "fit", "-q", *ON_RAY)
+    assert code == 0, told
+    code, _, told = pergrad_(
+        "influence", job, "--queries", f"{file}:margin", "--curvature", tmp_path / "fit",
+        "--refine", 1, "-q", "-o", tmp_path / "one",
+    )  # fmt: skip
+    assert code == 0, told
     words = ["evaluate", job, "--queries", f"{file}:margin", "--train", f"{file}:train",
              "--found", tmp_path / "one", "--subsets", 20, "--seeds", 1, "--json", "-q",
              "-o"]  # fmt: skip
-    said = [pergrad_(*words, tmp_path / f"e{len(more)}", *more)[1] for more in (on, [])]
+    said = [pergrad_(*words, tmp_path / f"e{len(more)}", *more)[1] for more in (ON_RAY, [])]
     assert json.loads(said[0])["scores"] == json.loads(said[1])["scores"]
-    code, _, told = pergrad_("curvature", job, "-o", tmp_path / "s", "--address", "10.0.0.1:1")
-    assert code == 1
-    assert 'address is for engine="ray"' in told
 
 
 def test_on_the_ranks_of_torchrun(file: Path, tmp_path: Path) -> None:

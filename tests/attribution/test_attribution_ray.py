@@ -64,7 +64,7 @@ def test_a_curvature_and_what_is_solved_with_it(cluster: None, tmp_path: Path) -
     assert_same(found, pergrad.influence(mine, queries(), tmp_path / "one", **options))
 
 
-@pytest.mark.parametrize("kind", ["checkpoints", "kernel"])
+@pytest.mark.parametrize("kind", ["checkpoints", pytest.param("kernel", marks=pytest.mark.slow)])
 def test_scores_are_those_of_one_process(cluster: None, kind: str, tmp_path: Path) -> None:
     mine = task()
     options = options_of(kind, mine, None)
@@ -120,7 +120,7 @@ def test_queries_that_cannot_be_sent_are_named(cluster: None, tmp_path: Path) ->
         pergrad.influence(mine, asked, tmp_path, **ON_RAY)
 
 
-@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize("fitted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_sketch_is_that_of_one_process(cluster: None, fitted: bool, tmp_path: Path) -> None:
     mine = task()
     fit = pergrad.curvature(mine, tmp_path / "fit") if fitted else None

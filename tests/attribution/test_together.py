@@ -1,94 +1,98 @@
 """The ranks of torchrun do one call of attribution together."""
 
-import json
 import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from attributing import job
 from crews import KINDS, Training, assert_same, options_of, queries, scores, task
+from tests.ranks import on_ranks
 
 import pergrad
-from pergrad.scans.runners import torchrun as under_torchrun
-
-SCRIPT = """
-import json, os, sys
-from pathlib import Path
-import torch
-import crews, pergrad
-from attributing import job
 from pergrad.attribution import ranking, together
 
-torch.set_num_threads(1)
-together.MOST = 1
-ranking.SECONDS_BETWEEN_FILES = 0.0
-rank, out, how = int(os.environ["RANK"]), Path(sys.argv[1]), json.loads(sys.argv[2])
-mine = job(how.get("name", "perceptron"))
-if how.get("differ") and rank:
-    with torch.no_grad():
-        mine.model[0].weight.add_(1)
-if how.get("nan"):
-    mine.data[7] = (mine.data[7][0] * float("nan"), 0)
 
-def fitted():
-    kind = how.get("kind", "ekfac")
-    return pergrad.curvature(mine, out / "fit", kind=kind, batch_size=2, engine="torchrun")
+class Calls:
+    """The calls of one rank."""
 
-def scored():
-    return [
-        pergrad.influence(mine, crews.queries(), out / kind, batch_size=2, engine="torchrun",
-                          **crews.options_of(kind, mine, fitted()))
-        for kind in how["kinds"]
-    ][-1]
+    def __init__(self, out: Path, how: dict[str, Any]) -> None:
+        self.out, self.how = out, how
+        self.mine = job(how.get("name", "perceptron"))
 
-def sketched():
-    for fit in (None, fitted()):
-        index = pergrad.sketch(mine, out / f"index {fit is None}", curvature=fit, size=16,
-                               batch_size=2, engine="torchrun")
-    return index.size
+    def curvature(self) -> object:
+        kind = self.how.get("kind", "ekfac")
+        return pergrad.curvature(self.mine, self.out / "fit", kind=kind, batch_size=2, **ON_RANKS)
 
-def evaluated():
-    return pergrad.evaluate(crews.Training(), mine, crews.queries(), crews.scores(),
-                            out=out / "e", subsets=20, engine="torchrun")
+    def influence(self) -> object:
+        for kind in self.how["kinds"]:
+            options = options_of(kind, self.mine, self.curvature())
+            found = pergrad.influence(
+                self.mine, queries(), self.out / kind, batch_size=2, **options, **ON_RANKS
+            )
+        return found
 
-def full():  # the disk takes no more, after the first file
-    if rank == 0:
-        add = ranking.Folder.add
-        def fails(self, kind, first, *rest):
-            if first > 0:
-                raise pergrad.StoreError("no room")
-            return add(self, kind, first, *rest)
-        ranking.Folder.add = fails
-    return scored()
+    def full(self) -> object:
+        """The disk of the first rank takes no more, after the first file."""
+        if int(os.environ["RANK"]) == 0:
+            add = ranking.Folder.add
 
-try:
-    calls = {"curvature": fitted, "influence": scored, "full": full, "sketch": sketched,
-             "evaluate": evaluated}
-    said = repr(calls[how["call"]]())
-except pergrad.PergradError as error:
-    said = f"{type(error).__name__}: {error}"
-Path(f"{out}.said.{rank}").write_text(said)
-os._exit(0)
-"""
+            def fails(self: object, kind: str, first: int, *rest: object) -> object:
+                if first > 0:
+                    raise pergrad.StoreError("no room")
+                return add(self, kind, first, *rest)
+
+            ranking.Folder.add = fails
+        return self.influence()
+
+    def sketch(self) -> object:
+        for fit in (None, self.curvature()):
+            place = self.out / f"index {fit is None}"
+            index = pergrad.sketch(
+                self.mine, place, curvature=fit, size=16, batch_size=2, **ON_RANKS
+            )
+        return index.size
+
+    def evaluate(self) -> object:
+        out = self.out / "e"
+        return pergrad.evaluate(
+            Training(), self.mine, queries(), scores(), out=out, subsets=20, **ON_RANKS
+        )
+
+
+ON_RANKS: Any = {"engine": "torchrun"}
+
+
+def _rank(rank: int, ranks: int, port: int, out: Path, call: str, how: dict[str, Any]) -> None:
+    names = {"RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    torch.set_num_threads(1)
+    together.MOST = 1
+    ranking.SECONDS_BETWEEN_FILES = 0.0
+    calls = Calls(out, how)
+    if how.get("differ") and rank:
+        with torch.no_grad():
+            calls.mine.model[0].weight.add_(1)
+    if how.get("nan"):
+        calls.mine.data[7] = (calls.mine.data[7][0] * float("nan"), 0)
+    try:
+        said = repr(getattr(calls, call)())
+    except pergrad.PergradError as error:
+        said = f"{type(error).__name__}: {error}"
+    Path(f"{out}.said.{rank}").write_text(said)
+    # gloo's threads sometimes abort a process that takes them down in order, with or without us
+    os._exit(0)
 
 
 def torchrun(out: Path, call: str = "curvature", ranks: int = 2, **how: object) -> list[str]:
-    """What the ranks say."""
+    """What the ranks say, each in the environment that torchrun makes for it."""
     out.mkdir(exist_ok=True)
-    script = out.parent / "script.py"
-    script.write_text(SCRIPT)
-    path = os.pathsep.join([str(Path(__file__).parent), str(Path(pergrad.__file__).parents[1])])
-    inherited = {k: v for k, v in os.environ.items() if k not in under_torchrun.NEEDED}
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone",
-         f"--nproc-per-node={ranks}", script, out, json.dumps({"call": call, **how})],
-        env={**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    on_ranks(_rank, ranks, port, out, call, how, count=ranks)
     return [Path(f"{out}.said.{rank}").read_text() for rank in range(ranks)]
 
 

@@ -143,7 +143,7 @@ def test_a_worker_killed_in_the_middle_costs_its_block(
     assert scores.table().equals(expected)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_block_that_kills_is_set_aside_and_the_others_are_scored(
     cluster: str, workers: int, tmp_path: Path, deaths: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from tests.ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -138,4 +138,4 @@ def test_two_ranks(tmp_path: Path) -> None:
         for n, rate in CASES:
             weights, sizes = train(n, rate, dtype)
             torch.save({"weights": weights, "examples": sum(sizes)}, tmp_path / f"{dtype}-{n}")
-    mp.spawn(_enter, (str(tmp_path),), nprocs=2)
+    on_ranks(_enter, str(tmp_path))

@@ -10,9 +10,9 @@ import naive
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from helpers import assert_agrees, assert_same, random_states
+from tests.ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -175,4 +175,4 @@ def _enter(rank: int, wrap: Callable, recompute: bool, folder: str) -> None:
     ids=["ddp", "ddp unused", "ddp views checkpointed", "fsdp2", "fsdp2 checkpointed"],
 )
 def test_two_ranks(wrap: Callable, recompute: bool, tmp_path: Path) -> None:
-    mp.spawn(_enter, (wrap, recompute, str(tmp_path)), nprocs=2)
+    on_ranks(_enter, wrap, recompute, str(tmp_path))

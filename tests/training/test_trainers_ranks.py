@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from fits import ALL, CHECKPOINTING, LIGHTNING, fit, fit_lightning, fit_sft, mean_loss
 from helpers import assert_same
+from tests.ranks import on_ranks
 
 import pergrad
 
@@ -132,7 +132,7 @@ def test_two_ranks(tmp_path: Path, name: str) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    mp.spawn(_rank, (str(tmp_path), port, name), nprocs=2)
+    on_ranks(_rank, str(tmp_path), port, name)
     for k, more in enumerate(TRAINERS[name][1]):
         micro = more.get("gradient_accumulation_steps", more.get("accumulate", 1))
         found = pergrad.open_watch(tmp_path / str(k) / "run").steps().to_pylist()

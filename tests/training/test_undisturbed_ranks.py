@@ -13,9 +13,9 @@ import naive
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from helpers import assert_agrees, assert_same, random_states
+from tests.ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -192,7 +192,7 @@ def _hidden(rank: int, folder: str) -> None:
 
 
 def test_what_would_have_to_be_measured_is_refused(tmp_path: Path) -> None:
-    mp.spawn(_hidden, (str(tmp_path),), nprocs=2)
+    on_ranks(_hidden, str(tmp_path))
 
 
 def _enter(rank: int, wrap: Callable[..., nn.Module], folder: str) -> None:
@@ -214,7 +214,7 @@ def _enter(rank: int, wrap: Callable[..., nn.Module], folder: str) -> None:
 
 @pytest.mark.parametrize("wrap", [ddp, fsdp2])
 def test_two_ranks(wrap: Callable[..., nn.Module], tmp_path: Path) -> None:
-    mp.spawn(_enter, (wrap, str(tmp_path)), nprocs=2)
+    on_ranks(_enter, wrap, str(tmp_path))
     for k, way in enumerate(WAYS):
         if wrap is ddp and way.get("own_bf16"):
             assert not (tmp_path / str(k)).exists()

@@ -7,8 +7,8 @@ import naive
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from tests.ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -106,4 +106,4 @@ def test_the_loss_that_the_model_returns_is_not_used() -> None:
     ids=lambda o: next(iter(o), "default"),
 )  # fmt: skip
 def test_each_rank_its_own_examples(options: dict) -> None:
-    mp.spawn(_rank, (_free_port(), options), nprocs=2)
+    on_ranks(_rank, _free_port(), options)

@@ -10,8 +10,8 @@ import naive
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from helpers import assert_agrees
+from tests.ranks import on_ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
@@ -107,7 +107,7 @@ def _enter(rank: int, work: Callable[[int], None], folder: str) -> None:
 
 
 def on_two_ranks(work: Callable[[int], None], folder: Path) -> None:
-    mp.spawn(_enter, (work, str(folder)), nprocs=2)
+    on_ranks(_enter, work, str(folder))
 
 
 def _exact(rank: int) -> None:

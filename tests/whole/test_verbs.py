@@ -16,6 +16,8 @@ from pergrad.graph import plan
 from pergrad.precondition import Diagonal, Kronecker
 
 EVERYTHING = pytest.mark.parametrize(("case", "B"), zoo.each_batch())
+# What follows from the same factors as norms, Grams and sums: one example alone is for `-m slow`.
+EACH_CASE = pytest.mark.parametrize(("case", "B"), zoo.each_batch(single_is_slow=True))
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +42,7 @@ def test_norms(case: zoo.Case, B: int) -> None:
         assert_agrees(parts[name], want, scale, what=name)
 
 
-@EVERYTHING
+@EACH_CASE
 def test_norms_in_pieces(case: zoo.Case, B: int) -> None:
     """The size of the buffers and repeated measurement change nothing."""
     run, scale = case.run(B), naive.norms(zoo.reference(case.name, B))
@@ -50,7 +52,7 @@ def test_norms_in_pieces(case: zoo.Case, B: int) -> None:
         assert_agrees(got, scale, scale, what=str(more))
 
 
-@EVERYTHING
+@EACH_CASE
 def test_another_default_device(case: zoo.Case, B: int) -> None:
     """Everything is made where it belongs, whatever `torch.set_default_device` says."""
     run, G = case.run(B), zoo.reference(case.name, B)
@@ -72,7 +74,7 @@ def test_gram(case: zoo.Case, B: int) -> None:
     assert_agrees(got, naive.gram(G), norms[:, None] * norms[None], what="gram")
 
 
-@EVERYTHING
+@EACH_CASE
 def test_dots(case: zoo.Case, B: int) -> None:
     """Against the gradients of another model and batch, and against a direction, in all forms."""
     run, G = case.run(B), zoo.reference(case.name, B)
@@ -123,7 +125,7 @@ def test_backward(case: zoo.Case, B: int) -> None:
         assert_agrees(grad, expected[name], scale, what=f"{name}.grad")
 
 
-@EVERYTHING
+@EACH_CASE
 def test_second_moments(case: zoo.Case, B: int) -> None:
     """Weighted and not, by the verb and of the matrix."""
     run, G = case.run(B), zoo.reference(case.name, B)
@@ -142,7 +144,7 @@ def test_second_moments(case: zoo.Case, B: int) -> None:
             assert_agrees(own[name], want, scale, what=f"the matrix' second moment of {name}")
 
 
-@EVERYTHING
+@EACH_CASE
 def test_matrix(case: zoo.Case, B: int) -> None:
     """What a GradientMatrix says about itself, its rows and its products."""
     run, G = case.run(B), zoo.reference(case.name, B)
@@ -187,7 +189,7 @@ def test_matrix(case: zoo.Case, B: int) -> None:
     assert_rows_agree(scaled.dense(), naive.scale(G, c), norms=norms * c.abs(), what="scale")
 
 
-@EVERYTHING
+@EACH_CASE
 def test_a_matrix_travels(case: zoo.Case, B: int) -> None:
     """What is pickled in one process and loaded in another gives the same bits."""
     run = case.run(B)
@@ -206,7 +208,7 @@ def test_a_matrix_that_is_out_of_date_does_not_travel() -> None:
         pickle.dumps(J)
 
 
-@EVERYTHING
+@EACH_CASE
 def test_rows_of_a_matrix(case: zoo.Case, B: int) -> None:
     run, G = case.run(B), zoo.reference(case.name, B)
     J = pergrad.gradients(run.losses, run.params, **case.options)
@@ -233,7 +235,7 @@ def test_rows_of_a_matrix(case: zoo.Case, B: int) -> None:
         assert_agrees(part.gram(), naive.gram(want), scale[:, same], what=f"gram {index}")
 
 
-@EVERYTHING
+@EACH_CASE
 def test_two_matrices(case: zoo.Case, B: int) -> None:
     """Products of the gradients of two models: all rows with all, and row with row."""
     one, G = case.run(B), zoo.reference(case.name, B)
@@ -247,7 +249,7 @@ def test_two_matrices(case: zoo.Case, B: int) -> None:
     assert_agrees(J.cosines(K), naive.cosines(G, H), (scale > 0).double(), what="cosines")
 
 
-@EVERYTHING
+@EACH_CASE
 def test_preconditioned(case: zoo.Case, B: int) -> None:
     run, G = case.run(B), zoo.reference(case.name, B)
     J = pergrad.gradients(run.losses, run.params, **case.options)
@@ -309,7 +311,7 @@ def test_explain(case: zoo.Case, B: int) -> None:
             assert coverage.exact_share + coverage.unreached_share == 1, coverage
 
 
-@EVERYTHING
+@EACH_CASE
 def test_check(case: zoo.Case, B: int) -> None:
     run = case.run(B)
     rerun = run.alone if case.deterministic and case.mixes == "no" else None

@@ -115,16 +115,21 @@ def reference(name: str, batch: int, seed: int = 0) -> naive.Grads:
     return naive.loop_grads(run.losses, run.params, retain_graph=False)
 
 
-def each_batch(*, mixes: tuple[str, ...] = ("no", "yes", "maybe")) -> list[Any]:
-    """Parameters (case, B) for pytest."""
+def each_batch(
+    *, mixes: tuple[str, ...] = ("no", "yes", "maybe"), single_is_slow: bool = False
+) -> list[Any]:
+    """Parameters (case, B) for pytest; one example alone is a slow test if asked."""
     import pytest
 
     return [
-        pytest.param(c, B, id=f"{c.name}-{B}")
+        pytest.param(
+            c, B, id=f"{c.name}-{B}",
+            marks=[pytest.mark.slow] if single_is_slow and B == 1 < max(c.batch) else [],
+        )
         for c in CASES.values()
         if c.mixes in mixes
         for B in c.batch
-    ]
+    ]  # fmt: skip
 
 
 def loss(out: Tensor) -> Tensor:
