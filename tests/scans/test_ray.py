@@ -168,7 +168,10 @@ class Deadly(Examples):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_workers_that_die_while_they_load_end_the_scan(cluster: str, tmp_path: Path) -> None:
+def test_workers_that_die_while_they_load_end_the_scan(
+    cluster: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_workers, "DEATHS", 2)
     with pytest.raises(pergrad.WorkerError, match=r"while they loaded the model(.|\n)*fewer"):
         on_workers(job(Deadly(5)), tmp_path, 1)
 

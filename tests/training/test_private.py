@@ -246,8 +246,15 @@ def test_a_new_private_goes_on() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("bad", "dtype"),
+    [
+        (float("nan"), torch.float64),
+        (float("inf"), torch.float32),
+        pytest.param(float("inf"), torch.float64, marks=pytest.mark.slow),
+        pytest.param(float("nan"), torch.float32, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in READ_AS_WORDS])
 def test_what_is_not_finite_is_left_out(name: str, bad: float, dtype: torch.dtype) -> None:
     """The step is that of the others, to rounding; it is said once, and counted."""

@@ -44,7 +44,7 @@ def same_bits(one: dict[str, Tensor | None], two: dict[str, Tensor | None]) -> N
 
 
 @pytest.mark.parametrize("given", ["losses", "scalar"])
-@pytest.mark.parametrize(("case", "B"), zoo.each_batch())
+@pytest.mark.parametrize(("case", "B"), zoo.each_batch(single_is_slow=True))
 def test_the_zoo(case: zoo.Case, B: int, given: str) -> None:
     if B == 0 and (given == "scalar" or case.name == "vector_products"):
         return  # a sum of no rows; and torch's own backward of a product with an empty matrix fails
@@ -420,7 +420,7 @@ def test_something_else_flows_in(small) -> None:
 # -- pergrad.backward in the block -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "B"), zoo.each_batch())
+@pytest.mark.parametrize(("case", "B"), zoo.each_batch(single_is_slow=True))
 def test_the_zoo_in_a_backward_of_ours(case: zoo.Case, B: int) -> None:
     """Its pass is not the user's: it tells what it finds."""
     run, plain = case.run(B), case.run(B)

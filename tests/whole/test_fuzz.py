@@ -17,7 +17,7 @@ from tests.whole.fuzz.models import Model
 
 import pergrad
 
-QUICK = range(500)
+QUICK = range(300)
 STEP = 100
 
 # What each of them once showed is in the comment; what a seed builds changes with models.py.
