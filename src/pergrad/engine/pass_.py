@@ -132,13 +132,16 @@ class Pass:
             if factor is not None:
                 self.emit(self.graph.targets[alone.target], self._route(alone, factor).settled())
             return
-        if factor is not None:
-            # What the node saved is at hand now, and may be gone when the other uses have reported.
-            factor = factor if self.waiting[end] == 0 else factor.materialized()
-            self.parts.setdefault(end, []).append(Held(factor))
-        if self.waiting[end] == 0:
+        if self.waiting[end] > 0:
+            if factor is not None:
+                # What the node saved is at hand now, and may be gone when the others have reported.
+                self.parts.setdefault(end, []).append(Held(factor.materialized()))
+            return
+        before = self.parts.pop(end, None)
+        if before is not None:
             name = self.graph.targets[self.plan.routes[end][0].target]
-            self._descend(end, _total(name, self.parts.pop(end, [])))
+            factor = _total(name, before if factor is None else [*before, Held(factor)])
+        self._descend(end, factor)
 
     def _descend(self, start: Slot, factor: Factor | None) -> None:
         """From the operand down to each parameter below it."""

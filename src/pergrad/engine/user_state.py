@@ -69,15 +69,16 @@ class Untouched:
     number made of it would be wrong.
     """
 
-    __slots__ = ("_versions",)
+    __slots__ = ("_tensors", "_versions")
 
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._versions = [(tensor, nodes.version(tensor)) for tensor in tensors]
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._versions = nodes.versions(tensors)
 
     @property
     def overwritten(self) -> bool:
         """Whether one was written to in the meantime."""
-        return any(nodes.version(tensor) != version for tensor, version in self._versions)
+        return nodes.versions(self._tensors) != self._versions
 
     def check(self, name: str) -> None:
         """Nothing, if the gradients of the parameter of this name may be computed from them.

@@ -62,6 +62,7 @@ from pergrad.graph.nodes.tensors import (
     is_transformed,
     no_overrides,
     version,
+    versions,
     wraps_tensors,
 )
 from pergrad.graph.nodes.unpacking import (
@@ -130,6 +131,7 @@ __all__ = [
     "tensor_hooks",
     "translate",
     "version",
+    "versions",
     "will_run",
     "with_reshapes",
     "wraps_tensors",

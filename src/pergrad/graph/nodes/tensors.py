@@ -5,7 +5,7 @@ Does not know: nodes.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,3 +59,11 @@ def is_flattened(tensor: Tensor | None) -> bool:
 def version(tensor: Tensor) -> int:
     """How often a tensor's memory has been written in place; shared by its views."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """`version` of each; of thousands in a pass, for which a call each takes too long."""
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # one was made in inference mode, where nothing is counted
+        return [version(tensor) for tensor in tensors]
