@@ -381,6 +381,7 @@ def test_parts_are_measured(tmp_path: Path) -> None:
     assert "(claim: 5)" in text
 
 
+@pytest.mark.slow
 def test_what_is_for_a_gpu_runs_without_one(tmp_path: Path) -> None:
     subprocess.run(
         [

@@ -145,6 +145,7 @@ def test_a_worker_that_dies_costs_its_retraining(
     np.testing.assert_array_equal(found.outputs, alone.outputs)
 
 
+@pytest.mark.slow
 def test_a_retraining_that_kills_is_named_when_all_others_are_done(
     cluster: None, tmp_path: Path, deaths: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

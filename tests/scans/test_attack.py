@@ -7,9 +7,11 @@ from pathlib import Path
 
 import attack
 import pyarrow as pa
+import pytest
 from scanning import environment
 
 
+@pytest.mark.slow  # as `make attack`, in small
 def test_a_few_of_each_kind() -> None:
     script = Path(__file__).with_name("attack.py")
     done = subprocess.run(

@@ -185,7 +185,7 @@ def test_gram(name: str, dtype: torch.dtype) -> None:
         assert_agrees(step.gram(*batch), naive.gram(G), scale, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("name", ["perceptron", "tied"])
+@pytest.mark.parametrize("name", ["perceptron", pytest.param("tied", marks=pytest.mark.slow)])
 def test_the_default_backend(name: str) -> None:
     given = case(name, torch.float32)
     step = pergrad.compiled(given.function, given.model)

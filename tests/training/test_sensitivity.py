@@ -50,7 +50,9 @@ def test_there_are_twenty() -> None:
     assert len(ARCHITECTURES) == 20
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_one_example_moves_the_sum_by_clip_at_most(name: str, dtype: torch.dtype) -> None:
     assert largest(name, dtype, 4) > 0.5 * CLIP  # the bound is reached: something is clipped

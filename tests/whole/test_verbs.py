@@ -18,6 +18,8 @@ from pergrad.precondition import Diagonal, Kronecker
 EVERYTHING = pytest.mark.parametrize(("case", "B"), zoo.each_batch())
 # What follows from the same factors as norms, Grams and sums: one example alone is for `-m slow`.
 EACH_CASE = pytest.mark.parametrize(("case", "B"), zoo.each_batch(single_is_slow=True))
+# What depends on the kind of factor rather than on the model.
+SOME_CASES = pytest.mark.parametrize(("case", "B"), zoo.each_batch(single_is_slow=True, every=3))
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,7 @@ def test_norms_in_pieces(case: zoo.Case, B: int) -> None:
         assert_agrees(got, scale, scale, what=str(more))
 
 
-@EACH_CASE
+@SOME_CASES
 def test_another_default_device(case: zoo.Case, B: int) -> None:
     """Everything is made where it belongs, whatever `torch.set_default_device` says."""
     run, G = case.run(B), zoo.reference(case.name, B)
@@ -189,7 +191,7 @@ def test_matrix(case: zoo.Case, B: int) -> None:
     assert_rows_agree(scaled.dense(), naive.scale(G, c), norms=norms * c.abs(), what="scale")
 
 
-@EACH_CASE
+@SOME_CASES
 def test_a_matrix_travels(case: zoo.Case, B: int) -> None:
     """What is pickled in one process and loaded in another gives the same bits."""
     run = case.run(B)
@@ -235,7 +237,7 @@ def test_rows_of_a_matrix(case: zoo.Case, B: int) -> None:
         assert_agrees(part.gram(), naive.gram(want), scale[:, same], what=f"gram {index}")
 
 
-@EACH_CASE
+@SOME_CASES
 def test_two_matrices(case: zoo.Case, B: int) -> None:
     """Products of the gradients of two models: all rows with all, and row with row."""
     one, G = case.run(B), zoo.reference(case.name, B)

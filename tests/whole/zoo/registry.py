@@ -116,20 +116,22 @@ def reference(name: str, batch: int, seed: int = 0) -> naive.Grads:
 
 
 def each_batch(
-    *, mixes: tuple[str, ...] = ("no", "yes", "maybe"), single_is_slow: bool = False
+    *, mixes: tuple[str, ...] = ("no", "yes", "maybe"), single_is_slow: bool = False, every: int = 1
 ) -> list[Any]:
-    """Parameters (case, B) for pytest; one example alone is a slow test if asked."""
+    """Parameters (case, B) for pytest; slow are, if asked, one example alone, and all cases but
+    every n-th.
+    """
     import pytest
 
+    def is_slow(k: int, c: Case, B: int) -> bool:
+        return k % every > 0 or (single_is_slow and B == 1 < max(c.batch))
+
     return [
-        pytest.param(
-            c, B, id=f"{c.name}-{B}",
-            marks=[pytest.mark.slow] if single_is_slow and B == 1 < max(c.batch) else [],
-        )
-        for c in CASES.values()
+        pytest.param(c, B, id=f"{c.name}-{B}", marks=[pytest.mark.slow] if is_slow(k, c, B) else [])
+        for k, c in enumerate(CASES.values())
         if c.mixes in mixes
         for B in c.batch
-    ]  # fmt: skip
+    ]
 
 
 def loss(out: Tensor) -> Tensor:
