@@ -14,6 +14,7 @@ Does not know: the models, which are in tests/whole.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import subprocess
@@ -79,6 +80,9 @@ def measured(build: Callable[[], Step], rounds: int) -> dict[str, Any]:
         ValueError: the norms are not those of the loop.
     """
     torch.manual_seed(0)
+    # Where objects of earlier models are freed Python postpones its collections, and what pergrad
+    # looks through at every call, its young objects, grows.
+    gc.collect()
     losses, named = build()
     params = [p for p in named.values() if p.requires_grad]
     options: dict[str, Any] = {}
