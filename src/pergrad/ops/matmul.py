@@ -135,7 +135,7 @@ def _row_by_row(
         return None
     rows, deep = partition(layout, (0,), batch), operands[weight].shape[0]
     bias = bool(first) and 0 in operands
-    if bias and not operands[0].shape[-1:] == (wide,) == (prod(operands[0].shape),):
+    if bias and not _one_each_column(operands[0], wide):
         return None
     if rows is None or not rows.one_each or 0 in (wide, deep):
         return None
@@ -161,7 +161,12 @@ def _plain_bias(use: Situation) -> Operand | None:
     bias = use.operands.get(0) if use.name == "addmm" else None
     if bias is None or use.tracing() or use.attr("beta") != 1:
         return None
-    return bias if bias.shape[-1:] == (use.layout.shape[1],) == (prod(bias.shape),) else None
+    return bias if _one_each_column(bias, use.layout.shape[1]) else None
+
+
+def _one_each_column(bias: Operand, wide: int) -> bool:
+    """Whether a summand has a number for each column, and no more."""
+    return bias.shape[-1:] == (wide,) == (prod(bias.shape),)
 
 
 @rule("bmm", "baddbmm")

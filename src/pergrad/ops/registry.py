@@ -11,7 +11,7 @@ operand it does not mention goes to the fallback.
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -90,10 +90,20 @@ Fields = Callable[[Situation], tuple[str, ...] | None]
 AtOnce = Callable[[Any, Tensor], dict[int, Tensor] | None]
 FindAtOnce = Callable[[str, Any, Layout, Mapping[int, Operand], int], AtOnce | None]
 
+_F = TypeVar("_F")
+
 _RULES: dict[str, Rule] = {}
 _BY_ROW: dict[str, Fields] = {}
 _AT_ONCE: dict[str, FindAtOnce] = {}
 _CALLS_NODE: set[str] = set()
+
+
+def _enter(table: dict[str, _F], what: str, names: Iterable[str], function: _F) -> None:
+    """Enter a function for ops that were declared, and have none yet."""
+    for name in names:
+        declared(name)
+        once(name, what, table.get(name))
+        table[name] = function
 
 
 def rule(*names: str, calls_node: bool = False) -> Callable[[Rule], Rule]:
@@ -111,12 +121,10 @@ def rule(*names: str, calls_node: bool = False) -> Callable[[Rule], Rule]:
                     return {}
             return function(use)
 
-        for name in names:
-            declared(name)
-            once(name, "gradients", _RULES.get(name))
-            _RULES[name] = real_only
-            if calls_node:
-                _CALLS_NODE.add(name)
+        entered: Rule = real_only
+        _enter(_RULES, "gradients", names, entered)
+        if calls_node:
+            _CALLS_NODE.update(names)
         return function
 
     return add
@@ -130,10 +138,7 @@ def by_row(*names: str) -> Callable[[Fields], Fields]:
     """
 
     def add(function: Fields) -> Fields:
-        for name in names:
-            declared(name)
-            once(name, "rows", _BY_ROW.get(name))
-            _BY_ROW[name] = function
+        _enter(_BY_ROW, "rows", names, function)
         return function
 
     return add
@@ -154,10 +159,7 @@ def at_once(*names: str) -> Callable[[FindAtOnce], FindAtOnce]:
     """
 
     def add(function: FindAtOnce) -> FindAtOnce:
-        for name in names:
-            declared(name)
-            once(name, "norms at once", _AT_ONCE.get(name))
-            _AT_ONCE[name] = function
+        _enter(_AT_ONCE, "norms at once", names, function)
         return function
 
     return add
