@@ -5,6 +5,7 @@ else, so nothing of a test is in a rank that it did not send there.
 """
 
 import multiprocessing
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -20,3 +21,11 @@ def on_ranks(work: Callable[..., None], *arguments: Any, count: int = 2) -> None
     """
     multiprocessing.set_forkserver_preload(_IMPORTED)
     mp.start_processes(work, arguments, nprocs=count, start_method="forkserver")
+
+
+def free_port() -> int:
+    """A port at which ranks can meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port

@@ -1,7 +1,6 @@
 """The ranks of torchrun do one call of attribution together."""
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from attributing import job
 from crews import KINDS, Training, assert_same, options_of, queries, scores, task
-from tests.ranks import on_ranks
+from tests.ranks import free_port, on_ranks
 
 import pergrad
 from pergrad.attribution import ranking, together
@@ -89,10 +88,7 @@ def _rank(rank: int, ranks: int, port: int, out: Path, call: str, how: dict[str,
 def torchrun(out: Path, call: str = "curvature", ranks: int = 2, **how: object) -> list[str]:
     """What the ranks say, each in the environment that torchrun makes for it."""
     out.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    on_ranks(_rank, ranks, port, out, call, how, count=ranks)
+    on_ranks(_rank, ranks, free_port(), out, call, how, count=ranks)
     return [Path(f"{out}.said.{rank}").read_text() for rank in range(ranks)]
 
 

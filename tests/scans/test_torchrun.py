@@ -3,13 +3,13 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from killing import Examples, job
+from tests.ranks import free_port
 
 import pergrad
 from pergrad.scans.runners import torchrun as under_torchrun
@@ -86,9 +86,7 @@ def torchrun(tmp_path: Path, out: Path, **how: object) -> int:
 
 def by_hand(out: Path, **how: object) -> list[int]:
     """Two ranks that nobody watches over; their exit codes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(out), json.dumps(how)],

@@ -6,7 +6,6 @@ each way to train. `make integrations` installs the trainers and runs these.
 
 import logging
 import os
-import socket
 import sys
 import traceback
 import warnings
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 from fits import ALL, CHECKPOINTING, LIGHTNING, fit, fit_lightning, fit_sft, mean_loss
 from helpers import assert_same
-from tests.ranks import on_ranks
+from tests.ranks import free_port, on_ranks
 
 import pergrad
 
@@ -129,10 +128,7 @@ def _rank(rank: int, folder: str, port: int, name: str) -> None:
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_two_ranks(tmp_path: Path, name: str) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    on_ranks(_rank, str(tmp_path), port, name)
+    on_ranks(_rank, str(tmp_path), free_port(), name)
     for k, more in enumerate(TRAINERS[name][1]):
         micro = more.get("gradient_accumulation_steps", more.get("accumulate", 1))
         found = pergrad.open_watch(tmp_path / str(k) / "run").steps().to_pylist()

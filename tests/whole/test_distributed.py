@@ -1,24 +1,17 @@
 """DistributedDataParallel on two processes: each rank its own examples, nothing else changes."""
 
 import os
-import socket
 
 import naive
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from tests.ranks import on_ranks
+from tests.ranks import free_port, on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import pergrad
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _in_step(gradient: Tensor) -> bool:
@@ -82,7 +75,7 @@ class WithLoss(nn.Module):
 
 def test_the_loss_that_the_model_returns_is_not_used() -> None:
     """DDP ties loss and logits together for its unused parameters; each output is its input's."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(_free_port()))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     dist.init_process_group("gloo", rank=0, world_size=1)
     try:
         model = WithLoss().double()
@@ -106,4 +99,4 @@ def test_the_loss_that_the_model_returns_is_not_used() -> None:
     ids=lambda o: next(iter(o), "default"),
 )  # fmt: skip
 def test_each_rank_its_own_examples(options: dict) -> None:
-    on_ranks(_rank, _free_port(), options)
+    on_ranks(_rank, free_port(), options)
