@@ -279,11 +279,13 @@ def test_what_else_workers_of_ray_do(pergrad_: Run, file: Path, tmp_path: Path) 
     job = f"{file}:job"
     code, _, told = pergrad_("curvature", job, "-o", tmp_path / "fit", "-q", *ON_RAY)
     assert code == 0, told
-    code, _, told = pergrad_(
-        "influence", job, "--queries", f"{file}:margin", "--curvature", tmp_path / "fit",
-        "--refine", 1, "-q", "-o", tmp_path / "one",
-    )  # fmt: skip
-    assert code == 0, told
+    words = ["influence", job, "--queries", f"{file}:margin", "--curvature", tmp_path / "fit",
+             "--refine", 1, "-q", "-o"]  # fmt: skip
+    for out, more in (("ray", ON_RAY), ("one", [])):
+        code, _, told = pergrad_(*words, tmp_path / out, *more)
+        assert code == 0, told
+    one, other = (pergrad.Influence(tmp_path / out).scores for out in ("one", "ray"))
+    torch.testing.assert_close(other, one)
     words = ["evaluate", job, "--queries", f"{file}:margin", "--train", f"{file}:train",
              "--found", tmp_path / "one", "--subsets", 20, "--seeds", 1, "--json", "-q",
              "-o"]  # fmt: skip

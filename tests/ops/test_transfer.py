@@ -488,8 +488,6 @@ for _index in INDICES:
             case(
                 "index_put", lambda x, v, i=_index, a=_accumulate: _put(x, i(), v, a), _shape, (3,)
             )
-            if len(_shape) > 3:
-                continue
             case("index_put", lambda x, v, i=_index, a=_accumulate: _put(x, i(), v, a), _shape, ())
             case("index_put", lambda x, v, i=_index, a=_accumulate: _put(x, i(), x[i()] * v, a),
                  _shape, ())  # fmt: skip

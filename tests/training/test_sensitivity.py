@@ -55,7 +55,7 @@ def test_there_are_twenty() -> None:
 )
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_one_example_moves_the_sum_by_clip_at_most(name: str, dtype: torch.dtype) -> None:
-    assert largest(name, dtype, 4) > 0.5 * CLIP  # the bound is reached: something is clipped
+    assert largest(name, dtype, 6) > 0.5 * CLIP  # the bound is reached: something is clipped
 
 
 @pytest.mark.slow

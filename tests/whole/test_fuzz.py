@@ -17,7 +17,7 @@ from tests.whole.fuzz.models import Model
 
 import pergrad
 
-QUICK = range(300)
+QUICK = range(500)
 STEP = 100
 
 # What each of them once showed is in the comment; what a seed builds changes with models.py.
@@ -63,7 +63,13 @@ def sweep(seeds: range) -> Counter:
     return counts
 
 
-@pytest.mark.parametrize("first", range(QUICK.start, QUICK.stop, STEP))
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(first, marks=[pytest.mark.slow] if first >= 300 else [])
+        for first in range(QUICK.start, QUICK.stop, STEP)
+    ],
+)
 def test_random_models_are_exact_or_refused(first: int) -> None:
     counts = sweep(range(first, first + STEP))
     assert counts["exact"] > 0.7 * STEP
