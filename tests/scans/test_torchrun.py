@@ -182,3 +182,40 @@ def test_a_process_that_nobody_started_so_is_told_how(
     monkeypatch.setattr("torch.distributed.is_available", lambda: False)
     with pytest.raises(pergrad.UsageError, match=r"torch lacks(.|\n)*Leave engine out"):
         pergrad.scan(job(Examples(5)), tmp_path / "out", engine="torchrun")
+
+
+MEETING = """
+import os
+from datetime import timedelta
+import torch.distributed as dist
+from pergrad.scans.runners import torchrun
+
+def enters():
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                          is_master=False, timeout=timedelta(seconds=10))
+    store.set("a rank that is ahead", "is here")
+
+def call():
+    with torchrun.ranks() as own:
+        assert (own.rank, own.size) == (0, 1)
+        assert own.gather("here") == ["here"]
+
+call()
+enters()
+call()
+enters()
+print("met", flush=True)
+os._exit(0)
+"""
+
+
+def test_a_rank_that_is_ahead_finds_the_others_between_two_calls() -> None:
+    ranks = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    done = subprocess.run(
+        [sys.executable, "-c", MEETING],
+        env=environment(**ranks),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout == "met\n", done.stderr

@@ -36,6 +36,9 @@ T = TypeVar("T")
 NEVER = timedelta(days=365)
 _calls = count()  # alike on all ranks
 NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Where the ranks of an environment meet. Kept until the process ends: without torchrun's agent the
+# first rank serves the store, and a rank that is ahead must not find it closed between two calls.
+_meetings: dict[tuple[str, ...], tuple[Any, int, int]] = {}
 
 
 @dataclass(frozen=True)
@@ -115,8 +118,8 @@ def ranks() -> Iterator[Ranks]:
                 "in the environment and torch.distributed is not initialised. Start the script "
                 "with `torchrun --nproc-per-node=2 script.py`, or leave engine out."
             )
-        store, rank, size = next(dist.rendezvous("env://", timeout=NEVER))  # type: ignore[attr-defined]
-        # torchrun's store outlives a group, and with it the addresses of a group before this one.
+        store, rank, size = _meeting(tuple(os.environ[name] for name in NEEDED))
+        # The store outlives a group, and with it the addresses of a group before this one.
         own_part = dist.PrefixStore(f"pergrad {next(_calls)}", store)  # type: ignore[attr-defined]
         dist.init_process_group("gloo", store=own_part, rank=rank, world_size=size, timeout=NEVER)
     # A group of our own: on the CPU whatever the caller's is for, and with a patience of its own.
@@ -125,6 +128,13 @@ def ranks() -> Iterator[Ranks]:
         yield Ranks(dist.get_rank(), dist.get_world_size(), group)
     finally:
         dist.destroy_process_group(None if own else group)
+
+
+def _meeting(environment: tuple[str, ...]) -> tuple[Any, int, int]:
+    """The store where the ranks find each other, this one's rank, and how many they are."""
+    if environment not in _meetings:
+        _meetings[environment] = next(dist.rendezvous("env://", timeout=NEVER))  # type: ignore[attr-defined]
+    return _meetings[environment]
 
 
 def run(request: Request) -> Store:
