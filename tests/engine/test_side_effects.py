@@ -659,6 +659,34 @@ def test_the_collector_is_left_alone_when_nobody_asks() -> None:
     passes(h, h.squeeze(1), model)
 
 
+def test_new_objects_do_not_pile_up_where_old_ones_are_freed() -> None:
+    model = nn.Linear(3, 1)
+    threshold = gc.get_threshold()[0]
+    old: list[list] = [[] for _ in range(10 * threshold)]
+    gc.collect()
+    kept = []
+    while old:  # each that is freed lowers Python's count of new ones by one
+        kept.append([old.pop()])
+        kept[-1].clear()
+    assert len(gc.get_objects(0)) > 5 * threshold
+    h = model(torch.randn(2, 3))
+    h.retain_grad()
+    passes(h, h.squeeze(1), model)
+    assert len(gc.get_objects(0)) < 2 * threshold
+    passes(h, h.squeeze(1), model)  # it is an old one now
+
+
+def test_a_collector_that_is_disabled_stays_so() -> None:
+    model = nn.Linear(3, 1)
+    gc.disable()
+    try:
+        kept: list[list] = [[] for _ in range(3 * gc.get_threshold()[0])]
+        pergrad.norms(model(torch.randn(2, 3)).squeeze(1), model)
+        assert len(gc.get_objects(0)) > len(kept)
+    finally:
+        gc.enable()
+
+
 def test_dead_tensors_are_not_remembered() -> None:
     model = nn.Linear(3, 1)
     made = []  # a tensor has one weak reference: these are the remembered ones themselves

@@ -176,6 +176,9 @@ class _Old:
             for generation in (1, 2):
                 self._remember(generation)
         young = gc.get_objects(0)
+        if _overdue(len(young)):
+            gc.collect(0)  # which the watch sees
+            young = gc.get_objects(0)
         found = {id(t): t for t in _with_history(young)}
         found.update((id(t), t) for ref in list(self._known) if (t := ref()) is not None)
         if nodes.hooks_registered() != self._quiet:
@@ -251,6 +254,16 @@ class _Old:
 
 _old = _Old()
 atexit.register(_old.stop)  # the last collections find modules in pieces
+
+
+def _overdue(young: int) -> bool:
+    """Whether so many new objects should have been made older long ago.
+
+    Python counts the objects that are made less those that are freed, also old ones: a program that
+    frees old ones for a while collects nothing, and each pass would look through all that pile up.
+    """
+    threshold = gc.get_threshold()[0]
+    return gc.isenabled() and 0 < 2 * threshold < young
 
 
 def _with_history(objects: Sequence[Any]) -> list[Tensor]:
