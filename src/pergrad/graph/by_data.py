@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pergrad.graph import nodes
+from pergrad.graph.alone import Alone
 from pergrad.graph.ops import saved
 from pergrad.graph.uses import Read
 from pergrad.graph.walk import Graph
@@ -40,9 +41,13 @@ class ByData(Generic[_Plan]):
         if known is None:
             return None
         self._plans.move_to_end(key)
-        seen: dict[tuple[int, str], Any] = {}
+        seen: dict[tuple[int, str | None], Any] = {}
         for reads, plan in known:
             for node, field, value in reads:
+                if field is None:
+                    if not value.holds(graph, node):
+                        break
+                    continue
                 if (node, field) not in seen:
                     if not nodes.saved_plainly(graph.nodes[node], field):
                         return None  # somebody's function would be called to read it
@@ -57,7 +62,10 @@ class ByData(Generic[_Plan]):
         """Remember a plan, if its indices are few and cost nothing to read again."""
         if sum(_bytes(value) for _, _, value in reads) > _MOST_BYTES:
             return
-        if not all(nodes.saved_plainly(graph.nodes[node], field) for node, field, _ in reads):
+        if not all(
+            field is None or nodes.saved_plainly(graph.nodes[node], field)
+            for node, field, _ in reads
+        ):
             return
         kept = [Read(node, field, _copy(value)) for node, field, value in reads]
         known = self._plans.setdefault(key, [])
@@ -69,6 +77,8 @@ class ByData(Generic[_Plan]):
 
 
 def _bytes(value: Any) -> int:
+    if isinstance(value, Alone):
+        return value.nbytes()
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     return sum(map(_bytes, value)) if isinstance(value, (tuple, list)) else 0

@@ -1,17 +1,12 @@
 """Layouts measured rather than derived: which example does each element of a cotangent follow?
 
-Owns: backward passes with made-up seeds and the decoding of what they return.
+Owns: backward passes over a graph with made-up seeds, of which `powers` reads the owners, and the
+check of layouts that were derived.
 Does not know: ops. It runs nodes itself, one by one, so that no hook of the user's and no
 retained `.grad` ever sees a made-up gradient.
-
-Backward is linear in the seed: an element that depends on the loss of one example alone is
-multiplied by exactly that example's seed. Seeds that are powers of two (or signs, where float16
-leaves no range) make this exact to the bit, in every dtype, so the seeds spell out the number of
-the example, digit by digit. An element that comes back as anything else mixes examples.
 """
 
 from collections.abc import Callable, Container, Iterable, Mapping
-from math import prod
 
 import torch
 from torch import Tensor
@@ -19,38 +14,35 @@ from torch import Tensor
 from pergrad.errors import UnsupportedError
 from pergrad.graph import nodes
 from pergrad.graph.flaws import doubtful, look, suspects
-from pergrad.graph.layout import NOBODY, Layout, compressed, constant, regular_pattern
+from pergrad.graph.layout import NOBODY, Layout
+from pergrad.graph.powers import MANY, Run, hold, layout_of, ones, owners_of, parts, times, whole
 from pergrad.graph.uses import Measured
 from pergrad.graph.walk import Graph, Slot
 
 Visit = Callable[[Slot, Tensor], None]
 
-_MANY = -2  # several examples meet in this element
-_UNSEEN = -3  # the element is not a number, so its owner cannot be read
 
+def measure(
+    losses: Tensor, graph: Graph, slots: list[Slot], before: Measured | None = None
+) -> Measured:
+    """The layout of the cotangent at each slot, or None where examples meet in one element.
 
-def measure(losses: Tensor, graph: Graph, slots: list[Slot]) -> Measured:
-    """The layout of the cotangent at each slot, or None where examples meet in one element."""
-    examples = graph.batch
-    owners = owners_of(losses, graph, slots)
+    What was found `before` at all of them in an equal graph is returned if it holds: a pass less.
+    """
+    run, narrow = _run(losses, graph), _narrow(graph)
+    plain = run(ones(graph.batch), slots)
+    expected = {slot: layout for slot in slots if before and (layout := before[slot]) is not None}
+    if len(expected) == len(slots) and not narrow and hold(run, plain, expected, graph.batch):
+        return dict(expected)
     return {
-        slot: _layout(graph.shape(slot), _whole(graph.shape(slot), owner), examples)
-        for slot, owner in owners.items()
+        slot: layout_of(graph.shape(slot), owner, graph.batch)
+        for slot, owner in owners_of(run, plain, graph.batch, narrow).items()
     }
 
 
-def owners_of(losses: Tensor, graph: Graph, slots: list[Slot]) -> dict[Slot, Tensor]:
-    """Whose each element is: an example, NOBODY's, or of several examples."""
-    ones = torch.ones(graph.batch, dtype=torch.float64, device="cpu")
-    plain = _pass(losses, graph, slots, ones)
-    owners = _by_powers(losses, graph, plain)
-    # A Function whose backward is no linear map, or a number too small for its dtype, is no power
-    # of two times what it was, though no other example has a part in it.
-    doubtful = {slot: plain[slot] for slot, owner in owners.items() if (owner == _MANY).any()}
-    if doubtful:
-        for slot, owner in _by_masks(losses, graph, doubtful).items():
-            owners[slot] = torch.where(owners[slot] == _MANY, owner, owners[slot])
-    return owners
+def _run(losses: Tensor, graph: Graph) -> Run[Slot]:
+    """A pass over the graph for seeds of the examples."""
+    return lambda seeds, slots: _pass(losses, graph, slots, seeds)
 
 
 def stand_beside(losses: Tensor, graph: Graph, slots: Iterable[Slot]) -> bool:
@@ -59,9 +51,10 @@ def stand_beside(losses: Tensor, graph: Graph, slots: Iterable[Slot]) -> bool:
     Each example then has rows that no other loss depends on, and the shared rows are a block before
     or after those. Where examples interact, their own rows depend on several losses.
     """
-    owners = owners_of(losses, graph, list(slots))
+    run, narrow = _run(losses, graph), _narrow(graph)
+    owners = owners_of(run, run(ones(graph.batch), list(slots)), graph.batch, narrow)
     return all(
-        _beside(_whole(graph.shape(slot), owner), graph.batch) for slot, owner in owners.items()
+        _beside(whole(graph.shape(slot), owner), graph.batch) for slot, owner in owners.items()
     )
 
 
@@ -70,7 +63,7 @@ def _beside(owner: Tensor, examples: int) -> bool:
         if not owner.numel():
             return False
         rows = owner.movedim(dim, 0).reshape(owner.shape[dim], -1)
-        shared = (rows == _MANY).any(1)
+        shared = (rows == MANY).any(1)
         count = int(shared.sum())
         if not 0 < count < len(rows) or not (shared[:count].all() or shared[-count:].all()):
             continue
@@ -82,99 +75,6 @@ def _beside(owner: Tensor, examples: int) -> bool:
     return False
 
 
-def _by_powers(
-    losses: Tensor, graph: Graph, plain: Mapping[Slot, Tensor | None]
-) -> dict[Slot, Tensor]:
-    """Owners by seeds that spell the examples' numbers in powers of two, several digits at once."""
-    examples, slots = graph.batch, list(plain)
-    narrow = _narrow(graph)
-    base = 2 if narrow else 16
-    digits = 1
-    while base**digits < examples:
-        digits += 1
-    owners = {slot: _start(value) for slot, value in plain.items()}
-    numbers = torch.arange(examples, device="cpu")
-    for place in range(digits):
-        digit = (numbers // base**place) % base
-        seeds = (1.0 - 2.0 * digit) if narrow else 2.0**digit
-        seen = _pass(losses, graph, slots, seeds)
-        for slot, owner in owners.items():
-            value = _read(plain[slot], seen[slot], narrow)
-            alive = owner >= 0
-            owner[alive & (value < 0)] = _MANY
-            owner[(owner == NOBODY) & _differs(plain[slot], seen[slot])] = _MANY
-            still = owner >= 0
-            owner[still] += value[still] * base**place
-    # Cancellation could imitate a digit; a last pass with random seeds would have to agree too.
-    generator = torch.Generator().manual_seed(20)
-    choice = torch.randint(0, base, (examples,), generator=generator, device="cpu")
-    seeds = (1.0 - 2.0 * choice) if narrow else 2.0**choice
-    seen = _pass(losses, graph, slots, seeds)
-    for slot, owner in owners.items():
-        value = _read(plain[slot], seen[slot], narrow)
-        alive = owner >= 0
-        expected = choice[owner.clamp(0, max(examples - 1, 0))]
-        owner[alive & ((owner >= examples) | (value != expected))] = _MANY
-        owner[(owner == NOBODY) & _differs(plain[slot], seen[slot])] = _MANY
-    return owners
-
-
-def _by_masks(
-    losses: Tensor, graph: Graph, plain: Mapping[Slot, Tensor | None]
-) -> dict[Slot, Tensor]:
-    """Owners by seeds of one and zero: an element that follows one example is as it was where the
-    example is in, and zero where it is out, whatever a backward does with its numbers.
-    """
-    examples, slots = graph.batch, list(plain)
-    owners = {slot: _start(value) for slot, value in plain.items()}
-    numbers = torch.arange(examples, device="cpu")
-
-    def look(inside: Tensor, told: Callable[[Tensor, Tensor, Tensor], None]) -> None:
-        seen = _pass(losses, graph, slots, inside.double())
-        for slot, owner in owners.items():
-            before, after = plain[slot], seen[slot]
-            if before is None or after is None:
-                continue
-            zero = (_real(after) == 0).cpu()
-            owner[(owner == NOBODY) & ~zero] = _MANY
-            same = (_real(after) == _real(before)).cpu()
-            owner[(owner >= 0) & ~same & ~zero] = _MANY
-            told(owner, same, zero)
-
-    for place in range(max(1, (examples - 1).bit_length())):
-        bit = (numbers >> place) % 2
-
-        def set_bit(owner: Tensor, same: Tensor, zero: Tensor, bit: int = 1 << place) -> None:
-            owner[(owner >= 0) & same] += bit
-
-        def without(owner: Tensor, same: Tensor, zero: Tensor, bit: int = 1 << place) -> None:
-            owner[(owner >= 0) & (zero != ((owner & bit) > 0))] = _MANY
-
-        look(bit, set_bit)
-        look(1 - bit, without)
-    generator = torch.Generator().manual_seed(22)
-    for _ in range(2):
-        inside = torch.randint(0, 2, (examples,), generator=generator, device="cpu")
-
-        def agree(owner: Tensor, same: Tensor, zero: Tensor, inside: Tensor = inside) -> None:
-            expected = inside[owner.clamp(0, examples - 1)] > 0
-            owner[(owner >= 0) & ((owner >= examples) | (same != expected))] = _MANY
-
-        look(inside, agree)
-    return owners
-
-
-def _whole(shape: tuple[int, ...], owner: Tensor) -> Tensor:
-    """One owner for the two parts of each complex number."""
-    if owner.dim() == len(shape) or owner.numel() != 2 * prod(shape):
-        return owner
-    one, two = owner.unbind(-1)
-    worst = torch.minimum(one, two)
-    differ = (one != two) & (one != NOBODY) & (two != NOBODY) & (worst >= 0)
-    total = torch.where(worst < NOBODY, worst, torch.maximum(one, two))
-    return torch.where(differ, _MANY, total)
-
-
 def _narrow(graph: Graph) -> bool:
     """Whether float16 occurs, which has no room for seeds other than signs."""
     return any(
@@ -183,86 +83,6 @@ def _narrow(graph: Graph) -> bool:
         if leads
         for meta in graph.metas(i)
     )
-
-
-def _start(value: Tensor | None) -> Tensor:
-    if value is None:
-        return torch.full((1,), NOBODY, dtype=torch.int64, device="cpu")
-    value = _real(value)
-    owner = torch.zeros(value.shape, dtype=torch.int64, device="cpu")
-    owner[(value == 0).cpu()] = NOBODY
-    owner[~torch.isfinite(value).cpu()] = _UNSEEN
-    return owner
-
-
-def _parts(value: Tensor | None) -> Tensor | None:
-    """With all elements; a complex number as two: its parts may follow different examples."""
-    if value is None:
-        return None
-    value = value if value.layout is torch.strided else value.to_dense()
-    if not value.is_complex():
-        return value
-    return torch.view_as_real(value.resolve_conj())
-
-
-def _real(value: Tensor) -> Tensor:
-    """Half precision widened without rounding."""
-    return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
-
-
-def _read(plain: Tensor | None, seen: Tensor | None, narrow: bool) -> Tensor:
-    """The digit that each element shows; -1 where it shows none."""
-    if plain is None or seen is None:
-        return torch.full((1,), -1, dtype=torch.int64, device="cpu")
-    before, after = _real(plain), _real(seen)
-    if narrow:
-        digit = torch.where(after == before, 0, torch.where(after == -before, 1, -1))
-        return digit.cpu()
-    one, low = torch.frexp(before)
-    two, high = torch.frexp(after)
-    shift = (high - low).long()
-    good = (one == two) & (shift >= 0) & (shift < 16)
-    return torch.where(good, shift, -1).cpu()
-
-
-def _differs(plain: Tensor | None, seen: Tensor | None) -> Tensor:
-    if plain is None or seen is None:
-        return torch.full((1,), seen is not plain, device="cpu")
-    return (_real(seen) != 0).cpu()
-
-
-def _layout(shape: tuple[int, ...], owner: Tensor, examples: int) -> Layout | None:
-    if owner.numel() == 0:
-        return constant(shape, NOBODY)
-    if bool((owner == _MANY).any()):
-        return None
-    if owner.numel() != prod(shape):
-        return constant(shape, NOBODY)
-    if bool((owner == _UNSEEN).any()):
-        return _complete(shape, owner, examples)
-    for dim in reversed(range(len(shape))):  # elements without gradient fit any owner
-        known = owner != NOBODY
-        highest = owner.amax(dim, keepdim=True)
-        lowest = torch.where(known, owner, highest).amin(dim, keepdim=True)
-        if torch.equal(highest, lowest):
-            owner = highest
-    return compressed(shape, owner)
-
-
-def _complete(shape: tuple[int, ...], owner: Tensor, examples: int) -> Layout | None:
-    """Elements that are not numbers: only a regular pattern that fits all others may tell."""
-    total = owner.numel()
-    flat = owner.reshape(-1)
-    known = flat >= 0
-    inner = 1
-    candidates = [inner for inner in range(1, total // examples + 1)
-                  if total % (inner * examples) == 0]  # fmt: skip
-    for inner in reversed(candidates):
-        ideal = (torch.arange(total, device="cpu") // inner) % examples
-        if torch.equal(ideal[known], flat[known]):
-            assert regular_pattern(ideal) is not None
-            return compressed(shape, ideal.reshape(shape))
-    return None
 
 
 def _pass(losses: Tensor, graph: Graph, slots: list[Slot], seeds: Tensor,
@@ -290,7 +110,7 @@ def _pass(losses: Tensor, graph: Graph, slots: list[Slot], seeds: Tensor,
             for number in at_node.get(i, ()):
                 value = here[number]
                 if visit is None:
-                    found[i, number] = _parts(value)
+                    found[i, number] = parts(value)
                 elif value is not None:
                     visit((i, number), value if value.layout is torch.strided else value.to_dense())
             if i not in above:
@@ -304,7 +124,7 @@ def _pass(losses: Tensor, graph: Graph, slots: list[Slot], seeds: Tensor,
                 if value is None or not (child in above or child in at_node):
                     continue
                 if graph.starts is not None and (i, k) in graph.starts:
-                    value = value * _by_owner(seeds, graph.starts[i, k]).to(value)
+                    value = value * times(seeds, graph.starts[i, k], nobody=1.0).to(value)
                 below = grads.setdefault(child, [None] * len(graph.metas(child)))
                 old = below[out]
                 below[out] = value if old is None else old + value
@@ -318,11 +138,6 @@ def _pass(losses: Tensor, graph: Graph, slots: list[Slot], seeds: Tensor,
     ):
         nodes.inside_pass(losses, [graph.edge(slot) for slot in slots], work)
     return found
-
-
-def _by_owner(seeds: Tensor, layout: Layout) -> Tensor:
-    """The seed of each element's example."""
-    return torch.where(layout.owner < 0, 1.0, seeds[layout.owner.clamp_min(0)])
 
 
 def _above(graph: Graph, wanted: Container[int]) -> set[int]:

@@ -180,11 +180,11 @@ class _Measurer:
         self._asked.update(slots)
         return self.ahead(graph, slots)
 
-    def ahead(self, graph: Graph, slots: list[Slot]) -> Measured:
-        """The same, where it will probably be asked for."""
+    def ahead(self, graph: Graph, slots: list[Slot], before: Measured | None = None) -> Measured:
+        """The same, where it will probably be asked for, and was found to be as `before`."""
         new = [slot for slot in slots if slot not in self._found]
         if new:
-            self._found |= measure(self.losses, graph, new)
+            self._found |= measure(self.losses, graph, new, before)
         return {slot: self._found[slot] for slot in slots}
 
     def few(self) -> bool:
@@ -204,7 +204,7 @@ def _measured_again(
     before = _BY_MEASURE.find(graph, key) if measured.check_layout != "never" else None
     if before is None or before.mixed != mixed:
         return None
-    for slot, now in measured.ahead(graph, list(before.measured)).items():
+    for slot, now in measured.ahead(graph, list(before.measured), before.measured).items():
         then = before.measured[slot]
         if now is None or then is None:
             if now is not then:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pergrad.graph.alone import Alone
 from pergrad.graph.layout import Layout, along, merge
 from pergrad.graph.ops import Op, Reads, Result, Why, cut_out, traits, transfer, understands
 from pergrad.graph.routes import expanded_weight
@@ -43,11 +44,11 @@ class Mix:
 
 
 class Read(NamedTuple):
-    """Saved indices that layouts were derived from."""
+    """What layouts were derived from that is in a node, beside its structure."""
 
     node: int
-    field: str
-    value: Any  # a tensor, or several, or None
+    field: str | None  # of saved indices; None: what was measured at the node alone
+    value: Any  # a tensor, or several, or None; or an `Alone`
 
 
 @dataclass(slots=True)
@@ -99,7 +100,7 @@ class _Spread:
         self.examples = examples
         self.measured = measured
         self.wanted: set[Slot] = set()
-        self.read: dict[tuple[int, str], Read] = {}
+        self.read: dict[tuple[int, str | None], Read] = {}
         self.below: set[int] = set()  # nodes whose cotangents do not separate
         self.states: dict[Slot, _State] = {}
         self.mixes: list[Mix] = []
@@ -139,6 +140,8 @@ class _Spread:
         op = self._op(i)
         results = transfer(op, layouts)
         self._note(i, op)
+        if Why.UNKNOWN in results:
+            results = self._alone(i, layouts, results)
         batched = traits(op.name).batched
         for (child, number), result in zip(graph.edges[i], results, strict=True):
             # None: nobody's gradient, as below an output of DDP's that the losses do not use
@@ -156,6 +159,20 @@ class _Spread:
         """What was read of the indices that an op has saved."""
         for name, value in op.read.items():
             self.read[i, name] = Read(i, name, value)
+
+    def _alone(self, i: int, layouts: list[Layout | None], results: list[Result]) -> list[Result]:
+        """The results again, where the structure does not tell by what the node does alone."""
+        graph = self.graph
+        inputs = [
+            k
+            for k, ((child, _), result) in enumerate(zip(graph.edges[i], results, strict=True))
+            if result is Why.UNKNOWN and child >= 0 and graph.leads[child] and not graph.pure[child]
+        ]
+        found = inputs and Alone.measured(graph, i, layouts, inputs, self.examples)
+        if not found:
+            return results
+        self.read[i, None] = Read(i, None, found)
+        return [found.below.get(k, result) for k, result in enumerate(results)]
 
     def _op(self, i: int) -> Op:
         graph = self.graph

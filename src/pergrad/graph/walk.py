@@ -56,6 +56,7 @@ class Graph:
     starts: dict[Edge, Layout] | None = None
     _metas: dict[int, tuple[Meta, ...]] = field(default_factory=dict)
     _names: dict[int, str] = field(default_factory=dict)
+    _checkpointed: bool | None = None
 
     def metas(self, index: int) -> tuple[Meta, ...]:
         found = self._metas.get(index)
@@ -71,6 +72,12 @@ class Graph:
 
     def shape(self, slot: Slot) -> tuple[int, ...]:
         return self.metas(slot[0])[slot[1]].shape
+
+    def is_checkpointed(self) -> bool:
+        """Whether a checkpointed block has to compute anything again."""
+        if self._checkpointed is None:
+            self._checkpointed = any(map(nodes.is_checkpointed, self.nodes))
+        return self._checkpointed
 
     def edge(self, slot: Slot) -> GradientEdge:
         return GradientEdge(self.nodes[slot[0]], slot[1])

@@ -61,6 +61,14 @@ def is_python(node: Node) -> bool:
     return isinstance(node, _Python)
 
 
+OWN = {cls for cls in vars(torch._C._functions).values() if isinstance(cls, type)}
+
+
+def is_torchs(node: Node) -> bool:
+    """Whether the op is one of torch's own: no Function in Python, and none of another package."""
+    return type(node) in OWN
+
+
 def in_python(found: Iterable[Node]) -> list[Node]:
     """Those that belong to a `torch.autograd.Function` written in Python."""
     return [node for node in found if isinstance(node, _Python)]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pergrad.errors import UnsupportedError, UsageError
 from pergrad.graph.nodes.passes import pass_number
-from pergrad.graph.nodes.reading import Node, fields, op_name, renamed
+from pergrad.graph.nodes.reading import OWN, Node, fields, op_name, renamed
 
 
 class _Patient(dict):
@@ -123,7 +123,7 @@ def _raw_names(cls: type) -> tuple[str, ...]:
     found = _RAW_NAMES.get(cls)
     if found is None:
         found = tuple(["_raw_saved_" + field for field in fields(cls)[1]])
-        if cls.__module__ == "torch._C._functions":  # a Function's may be made for every model
+        if cls in OWN:  # a Function's may be made for every model
             _RAW_NAMES[cls] = found
     return found
 
